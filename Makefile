@@ -1,0 +1,39 @@
+# Two commands do everything: `make run` and `make test`. Both make .venv first when it is missing or out of date.
+PY    ?= python3
+VENV  ?= .venv
+BIN    = $(VENV)/bin
+P     ?= 04_sharing
+SEED  ?= 0
+ARGS  ?=
+OUT    = reports/demo/notebooks/$(P)-seed$(SEED).ipynb
+
+.PHONY: run test paper install sync clean
+
+run: install
+	@mkdir -p $(dir $(OUT))
+	$(BIN)/papermill nbs/$(P).ipynb $(OUT) -p seed $(SEED) $(ARGS) --no-progress-bar --log-output
+	@$(BIN)/python -m mammo_nb.runs $(OUT)
+
+paper: run   ## make paper P=04_sharing SEED=1 ARGS="-p preset paper"
+
+test: install
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/pytest
+
+sync: install ## export and clean must leave the tree as it is
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	git diff --exit-code -- nbs mammo_nb
+
+install: $(VENV)/.ready
+
+$(VENV)/.ready: settings.ini pyproject.toml constraints.txt
+	$(PY) -c 'import sys; sys.exit(0 if (3,10) <= sys.version_info[:2] <= (3,13) else "mammo_nb needs Python 3.10 to 3.13: make PY=python3.11 run")'
+	$(PY) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,dicom]'
+	$(BIN)/python -m ipykernel install --prefix $(VENV) --name python3 >/dev/null
+	@touch $@
+
+clean: ## removes results and caches of demos, never reports you committed
+	rm -rf .cache reports/demo

@@ -1,0 +1,33 @@
+"Shared fixtures: a private cache, the repository, the real data where they are."
+import os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent/"shared"/"data"
+
+def pytest_collection_modifyitems(config, items):
+    import torch
+    marked = config.getoption("-m")
+    for i in items:
+        if "slow" in i.keywords and "slow" not in marked: i.add_marker(pytest.mark.skip(reason="slow: run with pytest -m slow"))
+        if "data" in i.keywords and not SHARED.is_dir(): i.add_marker(pytest.mark.skip(reason="needs ../shared/data"))
+        if "gpu" in i.keywords and not torch.cuda.is_available(): i.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    "A cache folder of its own for processes a test starts, kept over the session so that phantoms are made once."
+    return tmp_path_factory.mktemp("cache")
+
+@pytest.fixture
+def papermill(cache):
+    "Run a paper notebook as a person would: papermill in a process of its own, from any folder. -> CompletedProcess"
+    def run(paper, out, *args, cwd=ROOT, timeout=600, check=True):
+        cmd = [str(Path(sys.executable).parent/"papermill"), str(ROOT/"nbs"/f"{paper}.ipynb"), str(out), "--no-progress-bar"]
+        for k,v in zip(args[::2], args[1::2]): cmd += ["-p", k, str(v)]
+        env = os.environ | {"MAMMO_NB_CACHE":str(cache), "MPLBACKEND":"agg"}
+        r = subprocess.run(cmd, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+        assert not check or r.returncode == 0, r.stderr[-3000:]
+        return r
+    return run

@@ -1,0 +1,236 @@
+"Readers against look-alike trees of phantoms: what was written is what is read, faults are listed, and nothing depends on the file system."
+import os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mammo_nb.core import DataError, hash_of, repo_root
+from mammo_nb.data import lookalike, phantom
+from mammo_nb.data.bcdr import read_bcdr
+from mammo_nb.data.folder import read_cbis_patches, read_folder, read_four_views
+from mammo_nb.data.inbreast import read_inbreast
+from mammo_nb.data.pixels import area_resize, breast_mask, breast_side, pectoral_cut, read_header, read_image, torch_area_resize
+from mammo_nb.data.readers import find_datasets, read_any
+from mammo_nb.data.table import box_iou
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+SHARED = repo_root().parent/"shared"/"data"
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+SCALE = .08
+BOX = ["x0","y0","x1","y1"]
+
+
+@pytest.fixture(scope="session")
+def patients():
+    "Phantom patients of each centre, small; centre b has film and digital ones."
+    return {c: list(phantom.phantom_patients(16 if c=="b" else 10, style=c, seed=3, scale=SCALE)) for c in "abc"}
+
+
+@pytest.fixture(scope="session")
+def trees(patients, tmp_path_factory):
+    root = tmp_path_factory.mktemp("trees")
+    pairs = dict(inbreast="a", bcdr="b", folder="c")
+    return {(l,q): lookalike.LAYOUTS[l](patients[c], root/f"{l}{q}", seed=0, quirks=q) for l,c in pairs.items() for q in (False,True)}
+
+
+def truth(patients):
+    "The phantom's lesions by (patient number, side, view)."
+    return {(i,v.side,v.view): v.lesions for i,(_,views) in enumerate(patients) for v in views}
+
+
+def check_round_trip(data, patients, order):
+    "Every phantom lesion is in the table with its box, and nothing else is."
+    want = truth(patients)
+    index = {p:i for i,p in enumerate(order)}
+    got = {}
+    for r in data.lesions.itertuples(): got.setdefault((index[r.patient_id],r.laterality,r.view), []).append(r)
+    for key,lesions in want.items():
+        boxes = [(l["type"], tuple(int(v) for v in l["box"])) for l in lesions]
+        rows = [(r.lesion_type, (r.x0,r.y0,r.x1,r.y1)) for r in got.get(key,[])]
+        assert len(rows)==len(boxes), (key, rows, boxes)
+        for kind,b in boxes: assert any(k==kind and max(abs(np.subtract(b,r)))<=1.5 for k,r in rows), (key, b, rows)
+    assert sum(map(len,want.values()))==len(data.lesions)
+    views = {(index[r.patient_id],r.laterality,r.view): r for r in data.images.itertuples()}
+    assert set(views)==set(want)
+    assert all(views[k].has_lesion==bool(l) for k,l in want.items())
+
+
+def test_inbreast_round_trip(trees, patients):
+    data = read_inbreast(trees["inbreast",False])
+    order = [f"inbreast:{hash_of('inbreast',0,i)}" for i in range(10)]
+    check_round_trip(data, patients["a"], order)
+    views = [v for _,vs in patients["a"] for v in vs]
+    assert data.images.density.tolist()==[float(v.density) for v in views]
+    assert (data.images.spacing_mm-views[0].spacing_mm).abs().max()<1e-6
+    malignant = {r.image_id: r.label for r in data.lesions.itertuples()}
+    assert set(malignant.values())<={"benign","malignant"}
+    x = read_image(data.images.path[0]); v = views[0]
+    assert x.shape==v.pixels.shape and np.corrcoef(x.ravel().astype(float), v.pixels.ravel())[0,1]>.999
+
+
+def test_bcdr_round_trip(trees, patients):
+    data = read_bcdr(trees["bcdr",False])
+    check_round_trip(data, patients["b"], [f"bcdr:{9001+i}" for i in range(16)])
+    film = {f"bcdr:{9001+i}" for i,(_,vs) in enumerate(patients["b"]) if vs[0].device=="film"}
+    assert set(data.images.patient_id[data.images.device=="film"])==film
+    want = {l["label"] for _,vs in patients["b"] for v in vs for l in v.lesions}
+    assert set(data.lesions.label)==want
+
+
+def test_folder_round_trip(trees, patients):
+    data = read_folder(trees["folder",False])
+    check_round_trip(data, patients["c"], [f"{data.name}:p{i:04d}" for i in range(10)])
+    labels = sorted(l["label"] for _,vs in patients["c"] for v in vs for l in v.lesions)
+    assert sorted(data.lesions.label)==labels
+
+
+@pytest.mark.parametrize("layout", ["inbreast","bcdr","folder"])
+def test_faults_are_listed_and_harm_nothing(trees, layout):
+    "A tree with every known fault holds the lesions of the clean tree; each fault leaves a line; strict stops."
+    clean, faulty = (next(iter(read_any(trees[layout,q]).values())) for q in (False,True))
+    assert len(clean.skipped[clean.skipped.kind=="skipped"])==0
+    assert len(faulty.skipped)>=3
+    key = lambda d: {(r.image_id.split(":",1)[1], r.lesion_type, r.x0, r.y0, r.x1, r.y1) for r in d.lesions.itertuples()}
+    lost = key(clean)-key(faulty)
+    if layout=="bcdr":                                               # a lesion with two classes is left out, a lost flag changes a type
+        assert len(lost)<=6 and faulty.skipped.reason.str.contains("not on disk").any()
+    else: assert not lost
+    with pytest.raises(DataError, match="strict=True"): read_any(trees[layout,True], strict=True)
+
+
+def test_bcdr_conflicting_classes_are_dropped(tmp_path, patients):
+    "The same film in F01 and F03 with opposite classes: no lesion, and the image is no source of healthy patches."
+    p, views = next((p,vs) for p,vs in patients["c"] if sum(bool(v.lesions) for v in vs)==2)
+    lookalike.write_bcdr([(p,views)], tmp_path, subset="F01"); lookalike.write_bcdr([(p,views)], tmp_path, subset="F03")
+    n = len(read_bcdr(tmp_path).lesions)
+    f = lookalike.bcdr_folder(tmp_path,"F03")/"bcdr_f03_outlines.csv"
+    swap = {" Malign":" Benign"," Benign":" Malign"}
+    df = pd.read_csv(f, dtype=str, keep_default_na=False); df["classification"] = df.classification.map(lambda c: swap[c]); df.to_csv(f, index=False)
+    data = read_bcdr(tmp_path)
+    assert n==sum(len(v.lesions) for v in views) and len(data.lesions)==0
+    assert data.images.has_lesion.sum()==2 and not data.images.normal[data.images.has_lesion].any()
+    assert data.images.patient_id.nunique()==1
+
+
+def test_same_table_from_a_copy(trees, tmp_path):
+    "Copied in another order under another name: the same rows, apart from the paths."
+    src = trees["inbreast",True]
+    for p in sorted(src.rglob("*"), reverse=True):
+        if p.is_file(): (tmp_path/"deep"/p.relative_to(src).parent).mkdir(parents=True, exist_ok=True); shutil.copy(p, tmp_path/"deep"/p.relative_to(src))
+    a, b = read_inbreast(src), read_inbreast(tmp_path)
+    pd.testing.assert_frame_equal(a.images.drop(columns="path"), b.images.drop(columns="path"))
+    pd.testing.assert_frame_equal(a.lesions.drop(columns="path"), b.lesions.drop(columns="path"))
+
+
+def test_find_and_read_several(trees, tmp_path):
+    for l in ("inbreast","bcdr","folder"): os.symlink(trees[l,False], tmp_path/l)
+    assert set(find_datasets(tmp_path))=={"inbreast","bcdr","folder"}
+    assert find_datasets(tmp_path)["folder"]==tmp_path/"folder"
+    assert set(read_any(tmp_path, ["bcdr"]))=={"bcdr"}
+
+
+# ---------------------------------------------------------------- pixels
+SYNTAXES = dict(raw="1.2.840.10008.1.2.1", rle="1.2.840.10008.1.2.5", jpeg_lossless="1.2.840.10008.1.2.4.70", jpeg_ls="1.2.840.10008.1.2.4.80", jpeg2000="1.2.840.10008.1.2.4.90")
+
+
+def recompress(src, dst, syntax):
+    "The same DICOM in another transfer syntax, by GDCM."
+    gdcm = pytest.importorskip("gdcm", reason="python-gdcm (extra `dicom`) is not installed")
+    r = gdcm.ImageReader(); r.SetFileName(str(src)); assert r.Read()
+    c = gdcm.ImageChangeTransferSyntax(); c.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(syntax))); c.SetInput(r.GetImage()); assert c.Change()
+    w = gdcm.ImageWriter(); w.SetFileName(str(dst)); w.SetFile(r.GetFile()); w.SetImage(c.GetOutput()); assert w.Write()
+    return dst
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+@pytest.mark.parametrize("bits", [8,12,14,16])
+def test_decoders_agree(tmp_path, syntax, bits):
+    "Raw, RLE, JPEG lossless, JPEG-LS and JPEG 2000 of one picture hold the same values."
+    x = np.random.default_rng(0).integers(0, 2**bits, (48,40)).astype(np.uint8 if bits==8 else np.uint16); x[0,:2] = 0, 2**bits-1
+    lookalike.write_dicom(tmp_path/"raw.dcm", x, BitsStored=bits)
+    f = tmp_path/"raw.dcm" if syntax=="raw" else recompress(tmp_path/"raw.dcm", tmp_path/"c.dcm", SYNTAXES[syntax])
+    assert np.array_equal(read_image(f, scaling="none"), x)
+    assert np.array_equal(read_image(f), np.rint(x.astype(np.float32)*np.float32(255/(2**bits-1))).astype(np.uint8))
+
+
+def test_missing_decoder_names_the_extra(tmp_path, monkeypatch):
+    "Without its plugins a compressed file is refused with the name of the extra that brings them."
+    import pydicom
+    lookalike.write_dicom(tmp_path/"raw.dcm", np.arange(64,dtype=np.uint16).reshape(8,8))
+    f = recompress(tmp_path/"raw.dcm", tmp_path/"j.dcm", SYNTAXES["jpeg_lossless"])
+    dec = pydicom.pixels.get_decoder(SYNTAXES["jpeg_lossless"])
+    monkeypatch.setattr(dec, "_available", {}); monkeypatch.setattr(dec, "_unavailable", {"gdcm":("gdcm>=3.0.10",)})
+    with pytest.raises(DataError, match=r"mammo_nb\[dicom\]"): read_image(f)
+
+
+def test_area_resize_is_cv2_inter_area():
+    cv2 = pytest.importorskip("cv2", reason="opencv is only a reference here")
+    g = np.random.default_rng(1)
+    for (h,w),(m,n) in [((61,83),(17,29)), ((128,128),(64,64)), ((40,30),(128,128)), ((33,90),(50,45))]:
+        x = g.integers(0,256,(h,w)).astype(np.uint8)
+        ours, theirs = area_resize(x,(m,n)).astype(int), cv2.resize(x,(n,m),interpolation=cv2.INTER_AREA).astype(int)
+        assert abs(ours-theirs).max()<=1
+        f = cv2.resize(x.astype(np.float32),(n,m),interpolation=cv2.INTER_AREA)
+        if m<=h and n<=w: assert abs(area_resize(x.astype(np.float32),(m,n))-f).max()<1e-2
+
+
+def test_absurd_sizes_cost_no_memory(tmp_path):
+    "DICOM and TIFF headers that claim gigapixels are refused with the address space capped at a little more than Python needs."
+    from PIL import Image
+    import struct
+    lookalike.write_dicom(tmp_path/"a.dcm", np.arange(64,dtype=np.uint16).reshape(8,8))
+    raw = (tmp_path/"a.dcm").read_bytes()
+    for tag in (0x10,0x11): raw = raw.replace(struct.pack("<HH2sHH",0x28,tag,b"US",2,8), struct.pack("<HH2sHH",0x28,tag,b"US",2,65000))
+    (tmp_path/"a.dcm").write_bytes(raw)
+    Image.fromarray(np.zeros((8,8),np.uint8)).save(tmp_path/"t.png")
+    png = bytearray((tmp_path/"t.png").read_bytes()); png[16:24] = struct.pack(">II",65000,65000)
+    import zlib; png[29:33] = struct.pack(">I", zlib.crc32(bytes(png[12:29]))); (tmp_path/"t.png").write_bytes(bytes(png))
+    code = f"""
+import resource
+from mammo_nb.core import DataError
+from mammo_nb.data.pixels import read_image, read_header
+used = int(open('/proc/self/statm').read().split()[0])*4096
+resource.setrlimit(resource.RLIMIT_AS, (used+300_000_000,)*2)
+for f in ('a.dcm','t.png'):
+    for fn in (read_image, read_header):
+        try: fn({str(tmp_path)!r}+'/'+f); print('read')
+        except DataError as e: print('refused', e)
+"""
+    out = subprocess.run([sys.executable,"-c",code], capture_output=True, text=True, cwd=repo_root())
+    assert out.stdout.count("refused")==4, out.stdout+out.stderr
+
+
+# ---------------------------------------------------------------- cache of trees
+def test_killed_build_leaves_no_half_tree(tmp_path):
+    "`kill -9` while a tree is written: the next call builds it whole."
+    env = dict(os.environ, MAMMO_NB_CACHE=str(tmp_path), OMP_NUM_THREADS="1")
+    code = f"from mammo_nb.data.lookalike import phantom_tree; print(phantom_tree('folder', centre='c', n_patients=%d, scale={SCALE}, seed=5))"
+    p = subprocess.Popen([sys.executable,"-c",code%200], env=env, cwd=repo_root())
+    for _ in range(600):
+        if any(tmp_path.rglob("*.png")): break
+        time.sleep(.05)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert [d for d in (tmp_path/"phantoms").iterdir() if d.is_dir() and not d.name.startswith(".")]==[]
+    out = subprocess.run([sys.executable,"-c",code%2], env=env, capture_output=True, text=True, cwd=repo_root())
+    assert len(read_folder(out.stdout.strip()).images)==8, out.stderr
+
+
+# ---------------------------------------------------------------- real files, where they are
+@shared
+@pytest.mark.data
+def test_real_patches_and_exam():
+    data = read_any(SHARED)
+    cut = data["cbis_mass_patches"].patches
+    assert (len(cut), cut.patient_id.nunique(), cut.image_id.nunique())==(1698, 892, 1592)
+    t = pd.concat([pd.read_csv(SHARED/"cbis_csv"/f"mass_case_description_{s}_set.csv") for s in ("train","test")])
+    label = {(r["patient_id"], r["image file path"].split("/")[2].rsplit(".",1)[1], str(r["abnormality id"])): r["pathology"] for _,r in t.iterrows()}
+    assert all(label[r.patient_id[5:], r.image_id[5:], r.lesion_id]==r.label_raw for r in cut.itertuples())
+    exam = data["nyu_density_exam"].images
+    assert exam.normal.all() and len(exam)==4
+    for r in exam.itertuples():
+        x = read_image(r.path)
+        assert breast_side(x)=="L" and (r.quirks==["mirrored"])==(r.laterality=="R")
+        m = breast_mask(x); assert .1<m.mean()<.7
+        if r.view=="MLO": p = pectoral_cut(x, 'L'); assert .01<(p&m).sum()/m.sum()<.35
