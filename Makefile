@@ -16,6 +16,9 @@ run: install
 
 paper: run   ## make paper P=04_sharing SEED=1 ARGS="-p preset paper"
 
+# One thread a process: small networks on shared cores lose more by waiting for each other than they gain.
+test: export OMP_NUM_THREADS = 1
+test: export MPLBACKEND = agg
 test: install
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/pytest

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from .core import ParameterError, nearest
 
@@ -34,7 +34,7 @@ def some_of(
         bad = [w for w in split_words(v) if w not in choices]
         if bad: raise ValueError(f"{bad[0]!r} is not possible – {nearest(bad[0], choices)}")
         return v
-    return AfterValidator(check)
+    return BeforeValidator(lambda v: str(v) if type(v) is int else v), AfterValidator(check) # `-p regimes 100` arrives as a number
 
 def split_words(
     text:str, # `"cnn, swin"`
@@ -94,11 +94,14 @@ def check_params(
     if lost: raise ParameterError(f"the parameters cell lacks {', '.join(lost)}", "parameters cell", "declare each as `name:type = default # meaning`")
     errors = [f"{k}: no such parameter – {nearest(k, list(types))}" for k in given if k not in types]
     model = create_model("Params", __config__=ConfigDict(strict=True, extra="ignore"),
-                         **{k:(Annotated[t, rules[k]] if k in rules else t, ...) for k,t in types.items()})
+                         **{k:(_ruled(t, rules.get(k)), ...) for k,t in types.items()})
     try: checked = model(**{k:v for k,v in given.items() if k in types})
     except ValidationError as e: errors += [_explain(i, types) for i in e.errors()]
     if errors: raise ParameterError("; ".join(errors), "parameters", "see the parameters cell of the notebook, or `papermill --help-notebook`")
     return SimpleNamespace(**checked.model_dump())
+
+def _ruled(t, rule): # A type with its rule or rules
+    return t if rule is None else Annotated[(t, *rule)] if isinstance(rule, tuple) else Annotated[t, rule]
 
 def _explain(err, types): # One sentence a person can act on
     name, kind, value = err["loc"][0], err["type"], err["input"]

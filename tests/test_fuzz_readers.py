@@ -94,9 +94,22 @@ def base_trees(root):
     out = [("inbreast", a.write_inbreast(women, root/"inbreast", quirks=True)), ("bcdr", a.write_bcdr_tree(women, root/"bcdr", quirks=True)), ("folder", a.write_folder(women, root/"folder", quirks=True)),
            ("cbis", b.write_cbis(women[:1], root/"cbis", quirks=True)), ("cbis", b.write_cbis(women[:1], root/"kaggle", form="jpeg", quirks=True)), ("omidb", b.write_omidb(women, root/"omidb", quirks=True)),
            ("mias", b.write_mias(women[:1], root/"mias", quirks=True))]
-    compress(sorted((root/"inbreast").rglob("*.dcm"))[:3])
+    dicoms = sorted((root/"inbreast").rglob("*.dcm"))
+    compress(dicoms[:3]); add_display(dicoms[3], dicoms[4])
     (root/"folder"/"patches.csv").write_text("path,patient_id,target,lesion_type,label\nimages/p0000_L_CC.png,1,lesion,mass,benign\nimages/p0000_R_CC.png,2,healthy,,\n")
     return [(l, p, readers.READERS[l]) for l,p in out]
+
+
+def add_display(one, two):
+    "A window, padding and rescaling in one file, a VOI table in another."
+    import pydicom
+    from pydicom.dataset import Dataset
+    ds = pydicom.dcmread(one)
+    ds.WindowCenter, ds.WindowWidth, ds.VOILUTFunction, ds.RescaleSlope, ds.RescaleIntercept, ds.PixelPaddingValue, ds.PixelPaddingRangeLimit = [4000,3000], [5000,4000], "SIGMOID", 1, 0, 0, 5
+    for k in ("PixelPaddingValue","PixelPaddingRangeLimit"): ds[k].VR = "US"
+    ds.save_as(one)
+    lut = Dataset(); lut.LUTDescriptor = [4096,0,12]; lut.LUTData = np.arange(4096,dtype="<u2").tobytes(); lut["LUTData"].VR, lut["LUTDescriptor"].VR = "OW", "US"
+    ds = pydicom.dcmread(two); ds.VOILUTSequence = [lut]; ds.save_as(two)
 
 
 def compress(paths):
@@ -136,7 +149,7 @@ def run(n, seed):
     root = Path(tempfile.mkdtemp()); os.environ["MAMMO_NB_CACHE"] = str(root/"cache")
     trees = base_trees(root)
     files = {i: sorted(p for p in t[1].rglob("*") if p.is_file()) for i,t in enumerate(trees)}
-    base = {i: len(t[2](t[1]).images) for i,t in enumerate(trees)}
+    base = {i: t[2](t[1]) for i,t in enumerate(trees)}
     everything = [p for f in files.values() for p in f]
     used = int(Path("/proc/self/statm").read_text().split()[0])*4096
     resource.setrlimit(resource.RLIMIT_AS, (used+SPARE, used+SPARE))
@@ -153,7 +166,7 @@ def run(n, seed):
         signal.alarm(LIMIT_S)
         try:
             data = reader(tree); ends["read"] += 1
-            if len(data.images)<base[i] and not len(data.skipped): bad += 1; print(f"#{k} {layout} {p.name}: images lost in silence")
+            if len(data.images)<len(base[i].images) and data.skipped.equals(base[i].skipped): bad += 1; print(f"#{k} {layout} {p.name}: images lost in silence")
         except MammoError as e:
             ends["refused"] += 1
             if not e.what or not e.where: bad += 1; print(f"#{k} {layout} {p.name}: error without path or reason: {e}")

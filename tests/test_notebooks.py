@@ -56,10 +56,17 @@ def test_library_file_name_is_its_module(nb):
     exp = [m[1] for c in read(nb).cells if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", c.source, re.M))]
     assert exp == [re.sub(r"^\d+[a-z]?_", "", nb.stem)]
 
+def functions(tree):
+    return [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
 @pytest.mark.parametrize("nb", LIBRARY, ids=name)
-def test_library_cells_fit_on_a_screen(nb):
+def test_exported_functions_fit_on_a_screen_and_say_what_they_are(nb):
     for c in read(nb).cells:
-        if c.cell_type == "code" and "#| export" in c.source: assert len(c.source.splitlines()) <= 70, c.source.splitlines()[:3]
+        if c.cell_type != "code" or "#| export" not in c.source: continue
+        for f in functions(ast.parse(c.source)):
+            assert f.end_lineno - f.lineno < 60, f"{f.name} has {f.end_lineno-f.lineno+1} lines"
+        for f in ast.parse(c.source).body:
+            if isinstance(f, (ast.FunctionDef, ast.ClassDef)) and not f.name.startswith("_") and not f.decorator_list: assert ast.get_docstring(f), f"{f.name} has no docstring"
 
 def test_outputs_are_small():
     for p in NOTEBOOKS: assert p.stat().st_size < 300_000, p.name

@@ -44,7 +44,8 @@ class Stages:
     def __init__(self, folder): self.folder, self.device, self.asked, self.notes = Path(folder), SimpleNamespace(type="cpu"), [], {}
     def log(self, **kw): pass
     def note(self, **kw): self.notes.update(kw)
-    def stage(self, name, fn, *, inputs, group, shared=False):
+    def stages(self, jobs, **kw): return [self._one(**j) for j in jobs]
+    def _one(self, name, fn, inputs, group, shared=False):
         self.asked.append((name, inputs)); d = self.folder/name
         if any(v is None for v in inputs.values()): return None
         d.mkdir(parents=True, exist_ok=True); fn(d); return d
@@ -53,8 +54,8 @@ class Stages:
 def study(folder, R, ps, sizes=(100,), modes=("org", "aug_gan")):
     run = Stages(folder); run.device = __import__("torch").device("cpu")
     F = paper.make_folds(ps, R); rows = [paper.training_rows(ps, f, R, sizes) for f in F]
-    G = paper.train_generators(run, R, ps, F, rows, sizes)
-    return run, paper.train_classifiers(run, R, ps, F, rows, G, sizes=sizes, modes=modes), G
+    _, G = paper.train_generators(run, R, ps.subset(ps.y == 1), ps, F, rows, sizes)
+    return run, paper.train_classifiers(run, R, ps, F, rows, G, sizes=sizes, modes=modes)[0], G
 
 
 def bytes_of(folder): return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*"))

@@ -7,11 +7,14 @@ import pandas as pd
 import pytest
 
 from mammo_nb.core import DataError, hash_of, repo_root
-from mammo_nb.data import lookalike, phantom
+from mammo_nb.data import lookalike, lookalike2, phantom
 from mammo_nb.data.bcdr import read_bcdr
-from mammo_nb.data.folder import read_cbis_patches, read_folder, read_four_views
+from mammo_nb.data.cbis import read_cbis, read_cbis_tables
+from mammo_nb.data.folder import read_folder
 from mammo_nb.data.inbreast import read_inbreast
-from mammo_nb.data.pixels import area_resize, breast_mask, breast_side, pectoral_cut, read_header, read_image, torch_area_resize
+from mammo_nb.data.mias import read_mias
+from mammo_nb.data.omidb import read_omidb
+from mammo_nb.data.pixels import area_resize, breast_mask, breast_side, pectoral_cut, read_image
 from mammo_nb.data.readers import find_datasets, read_any
 from mammo_nb.data.table import box_iou
 
@@ -131,6 +134,93 @@ def test_find_and_read_several(trees, tmp_path):
     assert set(read_any(tmp_path, ["bcdr"]))=={"bcdr"}
 
 
+# ---------------------------------------------------------------- CBIS-DDSM, OMI-DB, mini-MIAS
+@pytest.mark.parametrize("form", ["classic","descriptive","jpeg"])
+def test_cbis_round_trip(tmp_path, patients, form):
+    "Boxes come back from the masks in every folder form, classes from the tables, with all faults on."
+    data = read_cbis(lookalike2.write_cbis(patients["a"], tmp_path, form=form, quirks=True))
+    want = truth(patients["a"])
+    assert len(data.lesions)==sum(map(len,want.values()))==len(data.patches)
+    for r in data.lesions.itertuples():
+        i = int(r.patient_id[-5:])-90001
+        near = max((box_iou((r.x0,r.y0,r.x1,r.y1), l["box"]), l["label"]==r.label) for l in want[i,r.laterality,r.view])
+        assert near[0]>.7 and near[1], (r, near)
+    assert data.images.has_lesion.all() and not data.images.normal.any()
+    for x in (read_image(p) for p in data.patches.path[:3]): assert min(x.shape)>3
+
+
+def test_cbis_masses_only_and_all_parts(tmp_path, patients):
+    root = lookalike2.write_cbis(patients["a"], tmp_path)
+    mass = read_cbis(root, kinds=("mass",))
+    assert set(mass.lesions.lesion_type) <= {"mass","distortion","asymmetry"} and len(mass.lesions)<len(read_cbis(root).lesions)
+    f = Path(mass.lesions.mask_path[0]); import pydicom
+    ds = pydicom.dcmread(f); x = ds.pixel_array.copy(); x[:15,-15:] = 255; ds.PixelData = x.tobytes(); ds.save_as(f)
+    assert len(read_cbis(root, kinds=("mass",), parts="all").lesions)==len(mass.lesions)+1      # the planted second part
+    assert len(read_cbis(root, kinds=("mass",)).lesions)==len(mass.lesions)
+
+
+def test_omidb_round_trip(tmp_path, patients):
+    data = read_omidb(lookalike2.write_omidb(patients["c"], tmp_path))
+    order = {p: int(p[-5:])-90000 for p in data.images.patient_id}
+    want = truth(patients["c"])
+    assert len(data.lesions)==sum(map(len,want.values()))
+    for r in data.lesions.itertuples():
+        l = want[order[r.patient_id],r.laterality,r.view][int(r.lesion_id)-1]
+        assert (r.x0,r.y0,r.x1,r.y1)==tuple(l["box"]) and r.lesion_type==l["type"]
+    malignant = {p for p,i in order.items() if any(l["label"]=="malignant" for k,ls in want.items() if k[0]==i for l in ls)}
+    assert set(data.lesions.patient_id[data.lesions.label=="malignant"])==malignant
+    assert set(data.images.patient_id[data.images.normal])=={p for p,i in order.items() if not any(ls for k,ls in want.items() if k[0]==i)}
+
+
+def test_omidb_agrees_with_the_omidb_package(tmp_path, patients):
+    "The public package reads the same tree and finds the same marks."
+    omidb = pytest.importorskip("omidb", reason="omidb (optional reference) is not installed")
+    root = lookalike2.write_omidb(patients["c"][:4], tmp_path)
+    ours = read_omidb(root)
+    boxes = set()
+    for client in omidb.DB(root/"data", root/"images"):
+        for ep in client.episodes:
+            for study in ep.studies or []:
+                for series in study.series:
+                    for im in series.images: boxes |= {(im.id, m.boundingBox.x1, m.boundingBox.y1, m.boundingBox.x2, m.boundingBox.y2) for m in im.marks}
+    assert boxes=={(r.image_id[6:], r.x0, r.y0, r.x1, r.y1) for r in ours.lesions.itertuples()}
+
+
+def test_mias_round_trip(tmp_path, patients):
+    data = read_mias(lookalike2.write_mias(patients["b"], tmp_path))
+    want = {(i,s): ls for (i,s,v),ls in truth(patients["b"]).items() if v=="MLO"}
+    assert len(data.images)==len(want) and len(data.lesions)==sum(map(len,want.values()))
+    for r in data.images.itertuples(): assert r.has_lesion==bool(want[int(r.patient_id[-3:])-1, r.laterality])
+    for r in data.lesions.itertuples():                               # the circle lies on the lesion: bottom-left origin turned over
+        h = patients["b"][int(r.patient_id[-3:])-1][1][0].pixels.shape
+        cy = (r.y0+r.y1)/2*h[0]/1024
+        assert any(abs(cy-(l["box"][1]+l["box"][3])/2)<3 for l in want[int(r.patient_id[-3:])-1, r.laterality])
+
+
+@shared
+@pytest.mark.data
+def test_real_cbis_tables():
+    "Rows, patients, images and pathology of the real tables; every path parses [data_formats 5.1, 5.5]."
+    t = read_cbis_tables(SHARED/"cbis_csv")
+    assert len(t)==3568 and t.patient_id.nunique()==1566 and t.full.nunique()==3103
+    path = t.groupby(["kind","split"]).pathology.value_counts().unstack()[["BENIGN","BENIGN_WITHOUT_CALLBACK","MALIGNANT"]]
+    assert path.values.tolist()==[[130,67,129],[528,474,544],[194,37,147],[577,104,637]]
+    several = t.groupby(["kind","split","full"])["abnormality id"].nunique()
+    assert (several>1).groupby(level=[0,1]).sum().tolist()==[37,185,13,58]
+    assert int((t.groupby("full").pathology.nunique()>1).sum())==19
+    views = t.groupby(["patient_id","left or right breast","image view"]).kind.nunique()
+    assert int((views>1).sum())==71
+    assert not find_datasets(SHARED/"cbis_csv")                        # tables without pictures are no data set
+
+
+def test_doctor_exit_codes(trees, tmp_path, capsys):
+    from mammo_nb.data.doctor import main
+    for l in ("inbreast","bcdr","folder"): assert main([str(trees[l,True]), "--check", "2"])==0
+    out = capsys.readouterr().out
+    assert "published    410   <- differs" in out and "outline saved twice" in out and "papermill nbs/04" in out
+    assert main([str(tmp_path)])==1
+
+
 # ---------------------------------------------------------------- pixels
 SYNTAXES = dict(raw="1.2.840.10008.1.2.1", rle="1.2.840.10008.1.2.5", jpeg_lossless="1.2.840.10008.1.2.4.70", jpeg_ls="1.2.840.10008.1.2.4.80", jpeg2000="1.2.840.10008.1.2.4.90")
 
@@ -163,6 +253,30 @@ def test_missing_decoder_names_the_extra(tmp_path, monkeypatch):
     dec = pydicom.pixels.get_decoder(SYNTAXES["jpeg_lossless"])
     monkeypatch.setattr(dec, "_available", {}); monkeypatch.setattr(dec, "_unavailable", {"gdcm":("gdcm>=3.0.10",)})
     with pytest.raises(DataError, match=r"mammo_nb\[dicom\]"): read_image(f)
+
+
+def voi_lut(first, values, bits):
+    from pydicom.dataset import Dataset
+    from pydicom.sequence import Sequence
+    lut = Dataset(); lut.LUTDescriptor = [len(values), first, bits]; lut.LUTData = np.asarray(values, "<u2").tobytes(); lut["LUTData"].VR = "OW"
+    return Sequence([lut])
+
+
+@pytest.mark.parametrize("case", ["LINEAR","LINEAR_EXACT","SIGMOID","table","slope"])
+def test_voi_agrees_with_pydicom(tmp_path, case):
+    "Window functions, VOI tables and rescaling give what pydicom's own functions give, up to the final scaling to 8 bit."
+    import pydicom
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    x = np.random.default_rng(2).integers(0, 2**12, (40,50)).astype(np.uint16); x[0,:2] = 0, 4095
+    tags = dict(WindowCenter=[2100,9], WindowWidth=[900,9], VOILUTFunction=case if case.isupper() else "LINEAR")
+    if case=="table": tags = dict(VOILUTSequence=voi_lut(500, (np.linspace(0,1,3000)**2*1023).astype(int), 10))
+    if case=="slope": tags |= dict(RescaleSlope=2, RescaleIntercept=-100)
+    f = lookalike.write_dicom(tmp_path/"v.dcm", x, BitsStored=12, **tags)
+    ds = pydicom.dcmread(f)
+    want = apply_voi_lut(apply_modality_lut(ds.pixel_array, ds), ds).astype(float)
+    want = (want-want.min())/(want.max()-want.min())*255
+    assert abs(read_image(f, scaling="voi")-want).max()<=.51
+    assert not np.array_equal(read_image(f), read_image(f, scaling="voi"))
 
 
 def test_area_resize_is_cv2_inter_area():

@@ -73,24 +73,29 @@ def _bcdr_image(subset, cell, path, row, by_id, ledger):
     try: head = read_header(path)
     except DataError as e: ledger.skip(path, e.what); by_id[i] = None; return None
     film = subset.startswith("F")
-    by_id[i] = dict(image_id=i, subset=subset, patient_id=f"bcdr:{name['patient']}", study_id=name["study"], path=str(path.resolve()), laterality=name["side"], view=name["view"], rows=head["rows"], cols=head["cols"],
-        bits=head["bits"], spacing_mm=np.nan, density=number_of(row.get("density"),1,4), birads=np.nan, age=number_of(row.get("age"),0,120), official_split=np.nan, device="film" if film else "digital",
+    by_id[i] = dict(image_id=i, subset=subset, patient_id=f"bcdr:{name['patient']}", study_id=name["study"], path=str(path.resolve()),
+        laterality=name["side"], view=name["view"], rows=head["rows"], cols=head["cols"],
+        bits=head["bits"], spacing_mm=np.nan, density=number_of(row.get("density"),1,4), birads=np.nan, age=number_of(row.get("age"),0,120),
+        official_split=np.nan, device="film" if film else "digital",
         quirks=["no series in the file name"] if not name["series"] else [], _series=name["series"])
     return by_id[i]
 
 def _bcdr_subset(subset, tables, ledger):
     folder = next(iter(tables.values())).parent
     by_name = {p.name.casefold(): p for p in reversed(find_files(folder, ".tif", ".tiff"))}
-    by_id, lesions = {}, []
+    by_id, lesions, named = {}, [], set()
     frames = [(kind, tables[kind], read_table(tables[kind], need=OUTLINE_COLUMNS if kind=="outlines" else IMG_COLUMNS)) for kind in ("img","outlines") if kind in tables]
     for kind,table,df in frames:
         for _,row in df.iterrows():
             path = _locate(folder, row["image_filename"], by_name)
             if path is None: ledger.skip(table, f"image file {word(row['image_filename'])[:120]!r} is not on disk"); continue
+            named.add(path)
             im = _bcdr_image(subset, row["image_filename"], path, row, by_id, ledger)
             if im is None: ledger.skip(table, f"row of the unusable image {path.name}"); continue
             if np.isnan(im["density"]): im["density"] = number_of(row.get("density"),1,4)
             if kind=="outlines": lesions.append(_bcdr_lesion(im, row, path, table, ledger))
+    spare = [p for p in by_name.values() if bcdr_name(p.name) and p not in named]
+    if spare: ledger.note(folder, "pictures on disk that no table names", len(spare))
     return [im for im in by_id.values() if im], [l for l in lesions if l]
 
 def _bcdr_lesion(im, row, path, table, ledger):
@@ -100,9 +105,12 @@ def _bcdr_lesion(im, row, path, table, ledger):
     if box is None: ledger.skip(table, f"outline of {path.name} has no points inside the image"); return None
     label = label_of(row["classification"])
     if label=="unknown": ledger.note(table, f"classification {row['classification'][:40]!r} read as unknown")
-    mask = path.with_name(f"{path.stem}_mask_id_{word(row['lesion_id'])}.tif")
-    return dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=word(row["lesion_id"]), polygon=points, mask_path=str(mask.resolve()) if mask.is_file() else None,
-        lesion_type=bcdr_type(row), label=label, label_source="biopsy", label_raw=row["classification"], quirks=list(im["quirks"]), _segmentation=word(row.get("segmentation_id")))
+    lesion_id = re.sub(r"[^\w.-]", "_", word(row["lesion_id"]))[:40]
+    mask = path.with_name(f"{path.stem}_mask_id_{lesion_id}.tif")
+    return dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=lesion_id, polygon=points,
+        mask_path=str(mask.resolve()) if mask.is_file() else None,
+        lesion_type=bcdr_type(row), label=label, label_source="biopsy", label_raw=row["classification"], quirks=list(im["quirks"]),
+        _segmentation=word(row.get("segmentation_id")))
 
 # %% ../../nbs/lib/24_data.bcdr.ipynb #a82c9855
 def _merge_images(images, ledger):

@@ -22,7 +22,8 @@ from .table import Ledger, find_files, label_of, make_data, number_of, read_tabl
 
 # %% ../../nbs/lib/25_data.cbis.ipynb #c3d0ab90
 _TABLE = re.compile(r"(mass|calc)_case_description_(train|test)_set\.csv", re.I)
-CBIS_COLUMNS = ("patient_id","left or right breast","image view","abnormality id","abnormality type","assessment","pathology","image file path","cropped image file path","ROI mask file path")
+CBIS_COLUMNS = ("patient_id","left or right breast","image view","abnormality id","abnormality type","assessment","pathology","image file path",
+    "cropped image file path","ROI mask file path")
 
 def parse_cbis_path(
     text:str, # Path cell
@@ -48,8 +49,10 @@ def read_cbis_tables(
         good = full.notna() & crop.notna() & mask.notna()
         for i in df.index[~good]: ledger.skip(path, f"line {i+2}: a path does not have the four parts folder/study/series/file")
         part = lambda s, k: s[good].map(lambda t: t[k])
-        out.append(df[good].assign(kind=kind, split=split, table=str(path), folder=part(full,0), full=part(full,2), lesion_folder=part(crop,0), crop=part(crop,2), mask=part(mask,2)))
-    if not out: raise DataError("CBIS-DDSM: no mass_case_description_train_set.csv or its sisters", root, "point data_dir at the folder that holds the tables and the images")
+        out.append(df[good].assign(kind=kind, split=split, table=str(path), folder=part(full,0), full=part(full,2), lesion_folder=part(crop,0),
+            crop=part(crop,2), mask=part(mask,2)))
+    if not out: raise DataError("CBIS-DDSM: no mass_case_description_train_set.csv or its sisters", root,
+            "point data_dir at the folder that holds the tables and the images")
     t = pd.concat(out, ignore_index=True).drop_duplicates(["kind","split","full","abnormality id","mask"], ignore_index=True)
     return t.sort_values(["kind","split","full","abnormality id"], kind="stable", ignore_index=True)
 
@@ -164,8 +167,10 @@ def _cbis_plan(table, index, ledger):
             else:
                 path, h = max(heads, key=lambda t: (t[1]["rows"]*t[1]["cols"], str(t[0])))
                 quirks = (["official split differs between mass and calc"] if both[r["patient_id"]]>1 else []) + (["same view also in the other table"] if twice[r["patient_id"],r["left or right breast"],r["image view"]]>1 else [])
-                images[i] = dict(image_id=i, subset=r["kind"], patient_id=f"cbis:{r['patient_id']}", study_id=np.nan, path=str(path.resolve()), laterality=side_of(r["left or right breast"]), view=view_of(r["image view"]),
-                    rows=h["rows"], cols=h["cols"], bits=h["allocated"], spacing_mm=np.nan, density=number_of(r.get("breast_density"),1,4), birads=r["assessment"] or np.nan, age=np.nan, official_split=r["split"], device="film",
+                images[i] = dict(image_id=i, subset=r["kind"], patient_id=f"cbis:{r['patient_id']}", study_id=np.nan, path=str(path.resolve()),
+                    laterality=side_of(r["left or right breast"]), view=view_of(r["image view"]),
+                    rows=h["rows"], cols=h["cols"], bits=h["allocated"], spacing_mm=np.nan, density=number_of(r.get("breast_density"),1,4),
+                    birads=r["assessment"] or np.nan, age=np.nan, official_split=r["split"], device="film",
                     quirks=quirks, has_lesion=True)
         if images[i] is None: ledger.skip(r["lesion_folder"], "lesion of a mammogram that is not there"); continue
         files = {p for s in {r["crop"],r["mask"]} for p in files_of(index, r["lesion_folder"], s)}
@@ -184,15 +189,18 @@ def read_cbis(
     "CBIS-DDSM as `MammoData`: boxes from the masks, pathology per lesion; TCIA's own crops as ready patches."
     if parts not in ("largest","all"): raise ParameterError(f"'{parts}'", "parts", "choose from largest, all")
     led = Ledger("cbis", strict)
-    table = read_cbis_tables(root, ledger=led)
+    table, index = read_cbis_tables(root, ledger=led), index_series(root)
+    _orphans(table, index, root, led)
     table = table[table.kind.isin(kinds)]
-    images, plan = _cbis_plan(table, index_series(root), led)
-    if not images: raise DataError("CBIS-DDSM: tables found, and no readable full mammogram", root, "put the image folders (or jpeg/ of the Kaggle copy) below the same folder")
+    images, plan = _cbis_plan(table, index, led)
+    if not images: raise DataError("CBIS-DDSM: tables found, and no readable full mammogram", root,
+            "put the image folders (or jpeg/ of the Kaggle copy) below the same folder")
     boxes, lesions, crops = all_mask_boxes([m for *_,m,_ in plan if m]), [], []
     for r,im,mask,crop in plan:
         base = dict(image_id=im["image_id"], lesion_type=_cbis_type(r), label=label_of(r["pathology"]), label_source="pathology", label_raw=r["pathology"])
         name = f"{r['kind']}{r['abnormality id']}"
-        if crop: crops.append(dict(base, patch_id=f"{im['image_id']}:{name}", lesion_id=name, target=1, dataset="cbis", path=str(crop.resolve()), **{k:im[k] for k in ("patient_id","density","laterality","view","birads","official_split")}))
+        if crop: crops.append(dict(base, patch_id=f"{im['image_id']}:{name}", lesion_id=name, target=1, dataset="cbis", path=str(crop.resolve()),
+                **{k:im[k] for k in ("patient_id","density","laterality","view","birads","official_split")}))
         if mask is None: led.skip(r["lesion_folder"], "no mask on disk: lesion has no box"); continue
         found = boxes[str(mask)]
         if "error" in found: led.skip(mask, found["error"]); continue
@@ -201,11 +209,20 @@ def read_cbis(
     led.warn()
     return make_data("cbis", list(images.values()), lesions, ledger=led, scaling=scaling, patches=patch_frame(crops) if crops else None)
 
+def _orphans(table, index, root, ledger):
+    "Series on disk that no table row names: a table is missing or damaged."
+    named = set(table.full) | set(table.crop) | set(table["mask"])
+    tails = {(f,s[-5:]) for cols in (("folder","full"),("lesion_folder","crop"),("lesion_folder","mask")) for f,s in zip(table[cols[0]],table[cols[1]])}
+    n = len(set(index[0])-named) + len(set(index[1])-tails)
+    if n: ledger.note(root, "series on disk that no table names", n)
+
 def _cbis_rows(base, name, im, mask, found, parts, ledger):
     (mh,mw), quirks = found["shape"], list(im["quirks"])
     sy, sx = im["rows"]/mh, im["cols"]/mw
-    if (sy,sx)!=(1,1): quirks.append("mask of another size"); ledger.note(mask, "mask has another size than its mammogram, scaled" + (" (aspect differs)" if abs(sy/sx-1)>.01 else ""))
-    if len(found["boxes"])>1: quirks.append(f"mask has {len(found['boxes'])} parts"); ledger.note(mask, "mask has several parts" + (", largest taken" if parts=="largest" else ""))
+    if (sy,sx)!=(1,1): quirks.append("mask of another size"); ledger.note(mask,
+            "mask has another size than its mammogram, scaled" + (" (aspect differs)" if abs(sy/sx-1)>.01 else ""))
+    if len(found["boxes"])>1: quirks.append(f"mask has {len(found['boxes'])} parts"); ledger.note(mask,
+            "mask has several parts" + (", largest taken" if parts=="largest" else ""))
     out = []
     for k,(x0,y0,x1,y1) in enumerate(found["boxes"][:1 if parts=="largest" else None]):
         box = (int(np.floor(x0*sx)), int(np.floor(y0*sy)), min(im["cols"],int(np.ceil(x1*sx))), min(im["rows"],int(np.ceil(y1*sy))))

@@ -15,7 +15,8 @@ import pandas as pd
 
 from ..core import DataError
 from .pixels import RASTER, read_header
-from .table import (LESION_TYPES, PATCH_COLUMNS, PATCH_EXTRAS, Ledger, find_files, inside, label_of, make_data, number_of, outline_box, read_table, side_of,
+from .table import (LESION_TYPES, PATCH_COLUMNS, PATCH_EXTRAS, Ledger, find_files, inside, label_of, make_data, number_of, outline_box,
+    read_table, side_of,
                                  view_of, word)
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #18bf81f4
@@ -43,7 +44,7 @@ def parse_polygon(
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #aeba916e
 def _folder_images(root, name, ledger):
-    table, rows = root/"images.csv", {}
+    table, rows, used = root/"images.csv", {}, set()
     for _,r in read_table(table, need=IMAGES_NEED).iterrows():
         image = word(r["image_id"])
         path = _file(root, r, table, ledger)
@@ -53,10 +54,20 @@ def _folder_images(root, name, ledger):
         try: head = read_header(path)
         except DataError as e: ledger.skip(path, e.what); continue
         spacing = number_of(r.get("spacing_mm"), 1e-4, 5)
-        rows[image] = dict(image_id=f"{name}:{image}", subset=_text(r,"subset"), patient_id=f"{name}:{word(r['patient_id'])}", study_id=_text(r,"study_id"), path=str(path), laterality=side_of(r.get("laterality") or head["side"]),
-            view=view_of(r.get("view") or head["view"]), rows=head["rows"], cols=head["cols"], bits=head["bits"], spacing_mm=spacing if spacing>0 else head["spacing_mm"], density=number_of(r.get("density"),1,4),
-            birads=_text(r,"birads"), age=number_of(r.get("age"),0,120), official_split=_text(r,"split"), device=_text(r,"device"), quirks=[], _normal=word(r.get("normal")).casefold())
+        used.add(path)
+        rows[image] = dict(image_id=f"{name}:{image}", subset=_text(r,"subset"), patient_id=f"{name}:{word(r['patient_id'])}",
+            study_id=_text(r,"study_id"), path=str(path), laterality=side_of(r.get("laterality") or head["side"]),
+            view=view_of(r.get("view") or head["view"]), rows=head["rows"], cols=head["cols"], bits=head["bits"],
+            spacing_mm=spacing if spacing>0 else head["spacing_mm"], density=number_of(r.get("density"),1,4),
+            birads=_text(r,"birads"), age=number_of(r.get("age"),0,120), official_split=_text(r,"split"), device=_text(r,"device"), quirks=[],
+            _normal=word(r.get("normal")).casefold())
+    if not (root/"patches.csv").is_file(): _spare(root, used, ledger)
     return rows
+
+def _spare(root, used, ledger):
+    "Pictures beside those that the table names; masks do not count."
+    n = sum(p not in used and "mask" not in p.stem.casefold() for p in find_files(root, ".dcm", *RASTER))
+    if n: ledger.note(root, "pictures on disk that images.csv does not name or that could not be used", n)
 
 def _folder_lesions(root, images, ledger):
     table, out, seen = root/"lesions.csv", [], set()
@@ -76,8 +87,10 @@ def _folder_lesions(root, images, ledger):
         lesion = word(r.get("lesion_id")) or str(k+1)
         while (im["image_id"],lesion) in seen: lesion += "+"
         seen.add((im["image_id"],lesion))
-        out.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=lesion, polygon=polygon, mask_path=str(mask) if mask and mask.is_file() else None,
-            lesion_type=kind if kind in LESION_TYPES else "other", label=label_of(r.get("label")), label_source=_text(r,"label_source"), label_raw=word(r.get("label"))))
+        out.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=lesion, polygon=polygon,
+            mask_path=str(mask) if mask and mask.is_file() else None,
+            lesion_type=kind if kind in LESION_TYPES else "other", label=label_of(r.get("label")), label_source=_text(r,"label_source"),
+            label_raw=word(r.get("label"))))
     return out
 
 def _mark_normal(images, lesions_known):
@@ -118,9 +131,12 @@ def _folder_patches(root, name, ledger):
         seen.add(patch)
         kind = word(r.get("lesion_type")).casefold()
         if target and kind and kind not in LESION_TYPES: ledger.note(table, f"unknown lesion type {kind[:60]!r} read as other")
-        rows.append(dict(patch_id=f"{name}:{patch}", patient_id=f"{name}:{word(r['patient_id'])}", image_id=f"{name}:{word(r.get('image_id')) or patch}", lesion_id=_text(r,"lesion_id"), target=target,
-            lesion_type=(kind if kind in LESION_TYPES else "other") if target else "healthy", label=label_of(r.get("label")) if target else "normal", density=number_of(r.get("density"),1,4), dataset=name, path=str(path),
-            laterality=side_of(r.get("laterality")), view=view_of(r.get("view")), birads=_text(r,"birads"), official_split=_text(r,"split"), label_raw=_text(r,"label")))
+        rows.append(dict(patch_id=f"{name}:{patch}", patient_id=f"{name}:{word(r['patient_id'])}",
+            image_id=f"{name}:{word(r.get('image_id')) or patch}", lesion_id=_text(r,"lesion_id"), target=target,
+            lesion_type=(kind if kind in LESION_TYPES else "other") if target else "healthy", label=label_of(r.get("label")) if target else "normal",
+            density=number_of(r.get("density"),1,4), dataset=name, path=str(path),
+            laterality=side_of(r.get("laterality")), view=view_of(r.get("view")), birads=_text(r,"birads"), official_split=_text(r,"split"),
+            label_raw=_text(r,"label")))
     return patch_frame(rows) if rows else None
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #c02d945b
@@ -146,7 +162,8 @@ def read_folder(
     return make_data(name, list(images.values()), lesions, ledger=led, scaling=scaling, patches=patches)
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #16bd5f8c
-CBIS_PATCH_COLUMNS = ("file","patient_id","full_series_tail","mass_id","left or right breast","image view","breast_density","assessment","pathology","official_split","abnormality id")
+CBIS_PATCH_COLUMNS = ("file","patient_id","full_series_tail","mass_id","left or right breast","image view","breast_density","assessment","pathology",
+    "official_split","abnormality id")
 FOUR_VIEWS = tuple(f"{s}-{v}.png" for s in "LR" for v in ("CC","MLO"))
 
 def read_cbis_patches(
@@ -163,8 +180,10 @@ def read_cbis_patches(
         if path is None: continue
         try: read_header(path)
         except DataError as e: led.skip(path, e.what); continue
-        rows.append(dict(patch_id=f"cbis:mass{r['mass_id']}", patient_id=f"cbis:{r['patient_id']}", image_id=f"cbis:{r['full_series_tail']}", lesion_id=r["abnormality id"], target=1, lesion_type="mass",
-            label=label_of(r["pathology"]), density=number_of(r["breast_density"],1,4), dataset=name, path=str(path), laterality=side_of(r["left or right breast"]), view=view_of(r["image view"]),
+        rows.append(dict(patch_id=f"cbis:mass{r['mass_id']}", patient_id=f"cbis:{r['patient_id']}", image_id=f"cbis:{r['full_series_tail']}",
+            lesion_id=r["abnormality id"], target=1, lesion_type="mass",
+            label=label_of(r["pathology"]), density=number_of(r["breast_density"],1,4), dataset=name, path=str(path),
+            laterality=side_of(r["left or right breast"]), view=view_of(r["image view"]),
             birads=r["assessment"], official_split=r["official_split"], label_raw=r["pathology"]))
     if not rows: raise DataError("no readable patch", root, "; ".join(led.frame().reason.head(3)) or "check the download")
     led.warn()
@@ -183,6 +202,7 @@ def read_four_views(
     for f in FOUR_VIEWS:
         try: head = read_header(root/f)
         except DataError as e: led.skip(root/f, e.what); continue
-        images.append(dict(image_id=f"{name}:{f[:-4]}", patient_id=f"{name}:1", path=str(root/f), laterality=f[0], view=f[2:-4], rows=head["rows"], cols=head["cols"], bits=head["bits"], device="digital", normal=True, quirks=["mirrored"] if f[0]=="R" else []))
+        images.append(dict(image_id=f"{name}:{f[:-4]}", patient_id=f"{name}:1", path=str(root/f), laterality=f[0], view=f[2:-4], rows=head["rows"],
+            cols=head["cols"], bits=head["bits"], device="digital", normal=True, quirks=["mirrored"] if f[0]=="R" else []))
     if not images: raise DataError("none of L-CC.png, L-MLO.png, R-CC.png, R-MLO.png is readable", root, "check the download")
     return make_data(name, images, [], ledger=led, scaling=scaling)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['INBREAST_COLUMNS', 'INBREAST_TYPES', 'BIRADS', 'inbreast_name', 'parse_point', 'read_rois', 'roi_type', 'lesions_of',
-           'birads_label', 'inbreast_files', 'read_inbreast']
+           'merged_lesions', 'birads_label', 'inbreast_files', 'read_inbreast']
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #3e7cadad
 import plistlib, re
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from ..core import DataError, ParameterError
 from .pixels import read_header
@@ -52,8 +53,10 @@ def read_rois(
     except Exception as e: raise DataError(f"not a readable outline file ({type(e).__name__}: {str(e)[:120]})", path, "download it again") from e
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #703dce6d
-INBREAST_TYPES = {"mass":"mass", "spiculated region":"mass", "espiculated region":"mass", "calcification":"calcification", "calcifications":"calcification", "cluster":"calcification",
-    "unnamed":"calcification", "point 3":"calcification", "point 1":"other", "distortion":"distortion", "asymmetry":"asymmetry", "assymetry":"asymmetry", "asimmetry":"asymmetry", "":"other"}
+INBREAST_TYPES = {"mass":"mass", "spiculated region":"mass", "espiculated region":"mass", "calcification":"calcification",
+    "calcifications":"calcification", "cluster":"calcification",
+    "unnamed":"calcification", "point 3":"calcification", "point 1":"other", "distortion":"distortion", "asymmetry":"asymmetry",
+    "assymetry":"asymmetry", "asimmetry":"asymmetry", "":"other"}
 
 def roi_type(
     name:str, # Raw name
@@ -79,7 +82,8 @@ def lesions_of(
         box = outline_box(r["points"], rows=rows, cols=cols)
         if box is None: ledger.skip(file, "outline lies outside the image"); continue
         clipped = any(not (-.5<=x<=cols and -.5<=y<=rows) for x,y in r["points"])
-        l = dict(zip(("x0","y0","x1","y1"), box), lesion_id=f"{i:03d}", polygon=r["points"], lesion_type=kind, label_raw=r["name"], quirks=["clipped to the image"] if clipped else [])
+        l = dict(zip(("x0","y0","x1","y1"), box), lesion_id=f"{i:03d}", polygon=r["points"], lesion_type=kind, label_raw=r["name"],
+            quirks=["clipped to the image"] if clipped else [])
         if "spiculated" in r["name"].casefold(): masses.append((l,box)); continue
         if any(o["lesion_type"]==kind and box_iou(box, b)>.8 for o,b in out): ledger.note(file, "outline saved twice, first kept"); continue
         out.append((l,box))
@@ -87,6 +91,34 @@ def lesions_of(
         if any(o["lesion_type"]=="mass" and box_iou(box,b)>0 for o,b in out): ledger.note(file, "spiculated region counted with its mass")
         else: out.append((l,box))
     return [l for l,_ in sorted(out, key=lambda t: t[0]["lesion_id"])]
+
+# %% ../../nbs/lib/23_data.inbreast.ipynb #c576f2d0
+def merged_lesions(
+    rois:list, # From `read_rois`
+    *,
+    rows:int, # Image height
+    cols:int, # Image width
+    file:Path, # Named in the ledger
+    ledger:Ledger, # Takes unknown names
+) -> list: # Dicts as of `lesions_of`, without outline
+    "One lesion for each connected part of the union of all outlines of a type."
+    groups, out = {}, []
+    for r in rois:
+        kind = roi_type(r["name"])
+        if kind is None: kind = "other"; ledger.note(file, f"unknown lesion name '{r['name'][:60]}' read as other")
+        if outline_box(r["points"], rows=rows, cols=cols): groups.setdefault(kind, []).append(np.clip(r["points"], [0,0], [cols-1,rows-1]))
+    for kind,outlines in sorted(groups.items()):
+        x0,y0 = np.floor(np.min([o.min(0) for o in outlines], 0)).astype(int); x1,y1 = np.floor(np.max([o.max(0) for o in outlines], 0)).astype(int)+1
+        im = Image.new("1", (int(x1-x0),int(y1-y0))); draw = ImageDraw.Draw(im)
+        for o in outlines:
+            points = [tuple(p) for p in (o-[x0,y0]).tolist()]
+            draw.polygon(points, fill=1, outline=1) if len(points)>1 else draw.point(points, fill=1)
+        part, _ = ndimage.label(np.asarray(im), np.ones((3,3)))
+        for k,(sy,sx) in enumerate(ndimage.find_objects(part)):
+            if (sy.stop-sy.start)*(sx.stop-sx.start)<2: ledger.note(file, "single point gives no box"); continue
+            out.append(dict(lesion_id=f"{kind}{k:03d}", x0=int(x0+sx.start), y0=int(y0+sy.start), x1=int(x0+sx.stop), y1=int(y0+sy.stop),
+                polygon=None, lesion_type=kind, label_raw="merged", quirks=[]))
+    return out
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #1110b8aa
 BIRADS = ("1","2","3","4","4a","4b","4c","5","6")
@@ -117,18 +149,21 @@ def inbreast_files(
 def _inbreast_table(path):
     df = read_table(path, sep=";", need=INBREAST_COLUMNS)
     ids = df["File Name"].map(lambda t: re.sub(r"\.0$", "", t))
-    return {i: dict(birads=r["Bi-Rads"].casefold() or np.nan, density=number_of(r["ACR"],1,4), side=side_of(r["Laterality"]), view=view_of(r["View"]), study=r["Acquisition date"])
+    return {i: dict(birads=r["Bi-Rads"].casefold() or np.nan, density=number_of(r["ACR"],1,4), side=side_of(r["Laterality"]), view=view_of(r["View"]),
+        study=r["Acquisition date"])
             for i,(_,r) in zip(ids, df.iterrows()) if re.fullmatch(r"\d+", i)}
 
 def read_inbreast(
     root:Path, # Folder that holds INbreast.csv, the DICOM and the XML files, at any depth
     *,
     malignant_from:str="4a", # Lowest BI-RADS rating that counts as malignant
+    contours:str="each", # `each` outline is a lesion, or `merged` as the public code counts them
     scaling:str="minmax", # How pixels will become uint8
     strict:bool=False, # Stop at the first fault instead of listing it
 ):
     "INbreast as `MammoData`: one row an image, one row an outlined lesion."
-    f, led = inbreast_files(root), Ledger("inbreast", strict)
+    if contours not in ("each","merged"): raise ParameterError(f"'{contours}' is no way to count", "contours", "choose from each, merged")
+    f, led, find = inbreast_files(root), Ledger("inbreast", strict), lesions_of if contours=="each" else merged_lesions
     if f["table"] is None: raise DataError("INbreast: no 'INbreast.csv'", root, "point data_dir at the folder that holds it")
     table, images, lesions = _inbreast_table(f["table"]), [], []
     for i in sorted(set(table)-set(f["images"])): led.skip(f["table"], f"image {i} is listed and has no DICOM file")
@@ -139,17 +174,21 @@ def read_inbreast(
         name, row, quirks = inbreast_name(path.name), table.get(i, {}), []
         if not row: led.note(path, "image is not listed in INbreast.csv: no BI-RADS, no density")
         elif (row["side"],row["view"]) != (name["side"],name["view"]): quirks.append("name and table differ in view"); led.note(path, "file name and table differ in side or view, the table is taken")
-        shared = dict(image_id=f"inbreast:{i}", subset="inbreast", patient_id=f"inbreast:{name['patient']}", study_id=row.get("study",np.nan), path=str(path.resolve()), laterality=row.get("side",name["side"]),
-            view=row.get("view",name["view"]), rows=head["rows"], cols=head["cols"], bits=head["bits"], spacing_mm=head["spacing_mm"] if head["spacing_mm"]>0 else .07, density=row.get("density",np.nan), birads=row.get("birads",np.nan), age=np.nan,
+        shared = dict(image_id=f"inbreast:{i}", subset="inbreast", patient_id=f"inbreast:{name['patient']}", study_id=row.get("study",np.nan),
+            path=str(path.resolve()), laterality=row.get("side",name["side"]),
+            view=row.get("view",name["view"]), rows=head["rows"], cols=head["cols"], bits=head["bits"],
+            spacing_mm=head["spacing_mm"] if head["spacing_mm"]>0 else .07, density=row.get("density",np.nan), birads=row.get("birads",np.nan), age=np.nan,
             official_split=np.nan, device="digital", quirks=quirks)
         found, annotated = [], i in f["outlines"]
         if annotated:
             try: rois = read_rois(f["outlines"][i])
             except DataError as e: led.skip(f["outlines"][i], e.what); quirks.append("outline file unreadable")
-            else: found = lesions_of(rois, rows=head["rows"], cols=head["cols"], file=f["outlines"][i], ledger=led); annotated = bool(rois)
+            else: found = find(rois, rows=head["rows"], cols=head["cols"], file=f["outlines"][i], ledger=led); annotated = bool(rois)
         label = birads_label(shared["birads"], malignant_from=malignant_from)
-        lesions += [dict(l, image_id=shared["image_id"], quirks=quirks+l["quirks"], label=label, label_source="birads", label_raw=f"{l['label_raw']} / BI-RADS {word(shared['birads'])}") for l in found]
+        lesions += [dict(l, image_id=shared["image_id"], quirks=quirks+l["quirks"], label=label, label_source="birads",
+            label_raw=f"{l['label_raw']} / BI-RADS {word(shared['birads'])}") for l in found]
         images.append(dict(shared, has_lesion=annotated, normal=not annotated and word(shared["birads"]) in ("","1")))
-    if not images: raise DataError("INbreast: no readable DICOM file named like 20586908_…_MG_L_CC_ANON.dcm", root, "point data_dir at the folder that holds AllDICOMs")
+    if not images: raise DataError("INbreast: no readable DICOM file named like 20586908_…_MG_L_CC_ANON.dcm", root,
+            "point data_dir at the folder that holds AllDICOMs")
     led.warn()
     return make_data("inbreast", images, lesions, ledger=led, scaling=scaling)

@@ -31,8 +31,10 @@ def write_dicom(
     ds.file_meta.TransferSyntaxUID = syntax
     bits = 8*x.dtype.itemsize
     uid = "2.25." + str(seed_of(0, "uid", *map(str, (Path(path).name, *sorted(map(str, tags.values()))))))
-    base = dict(SOPClassUID="1.2.840.10008.5.1.4.1.1.1.2", SOPInstanceUID=uid, StudyInstanceUID=uid+".1", SeriesInstanceUID=uid+".2", Modality="MG", PatientName="PHANTOM", PatientID="PHANTOM",
-        PresentationIntentType="FOR PRESENTATION", SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2", Rows=x.shape[0], Columns=x.shape[1], BitsAllocated=bits, BitsStored=bits,
+    base = dict(SOPClassUID="1.2.840.10008.5.1.4.1.1.1.2", SOPInstanceUID=uid, StudyInstanceUID=uid+".1", SeriesInstanceUID=uid+".2", Modality="MG",
+        PatientName="PHANTOM", PatientID="PHANTOM",
+        PresentationIntentType="FOR PRESENTATION", SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2", Rows=x.shape[0], Columns=x.shape[1],
+        BitsAllocated=bits, BitsStored=bits,
         PixelRepresentation=0)
     for k,v in {**base, **tags}.items(): setattr(ds, k, v)
     ds.HighBit = ds.BitsStored-1
@@ -58,7 +60,8 @@ def _roi(name, points, i):
 
 def _write_rois(path, rois):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(plistlib.dumps({"Images":[dict(ImageIndex=0, NumberOfROIs=len(rois), ROIs=[_roi(n,p,i) for i,(n,p) in enumerate(rois)])]}, sort_keys=False))
+    Path(path).write_bytes(plistlib.dumps({"Images":[dict(ImageIndex=0, NumberOfROIs=len(rois), ROIs=[_roi(n,p,i) for i,(n,p) in enumerate(rois)])]},
+        sort_keys=False))
 
 _INBREAST_NAME = dict(mass="Mass", calcification="Cluster", distortion="Distortion", asymmetry="Asymmetry", other="Unnamed")
 
@@ -112,8 +115,10 @@ def _inbreast_quirks(root, df):
 # %% ../../nbs/lib/21a_data.lookalike.ipynb #cd73c24d
 _BCDR_VIEW = {("R","CC"):("RCC",0), ("L","CC"):("LCC",1), ("R","MLO"):("RO",2), ("L","MLO"):("LO",3)}
 _BCDR_IMG = ["patient_id","study_id","series","image_filename","image_type_name","image_type_id","age","density"]
-_BCDR_OUT = ["patient_id","study_id","series","lesion_id","segmentation_id","image_view","image_filename","lw_x_points","lw_y_points","mammography_type","mammography_nodule",
-    "mammography_calcification","mammography_microcalcification","mammography_axillary_adenopathy","mammography_architectural_distortion","mammography_stroma_distortion","age","density","classification"]
+_BCDR_OUT = ["patient_id","study_id","series","lesion_id","segmentation_id","image_view","image_filename","lw_x_points","lw_y_points",
+    "mammography_type","mammography_nodule",
+    "mammography_calcification","mammography_microcalcification","mammography_axillary_adenopathy","mammography_architectural_distortion",
+    "mammography_stroma_distortion","age","density","classification"]
 
 def bcdr_folder(
     root:Path, # Data folder
@@ -217,15 +222,18 @@ def write_folder(
         for v in views:
             image = f"p{i:04d}_{v.side}_{v.view}"
             Image.fromarray(as_uint(v.pixels,8)).save(root/"images"/f"{image}.png", compress_level=1)
-            images.append(dict(image_id=image, patient_id=f"p{i:04d}", path=f"images/{image}.png", laterality=v.side, view=v.view, density=v.density, birads=v.birads,
+            images.append(dict(image_id=image, patient_id=f"p{i:04d}", path=f"images/{image}.png", laterality=v.side, view=v.view, density=v.density,
+                birads=v.birads,
                                spacing_mm=v.spacing_mm, age=patient.get("age"), device=getattr(v,"device","digital")))
             for j,l in enumerate(v.lesions):
                 x0,y0,x1,y1 = l["box"]
-                lesions.append(dict(image_id=image, lesion_id=j+1, x0=x0, y0=y0, x1=x1, y1=y1, polygon=" ".join(f"{x:.1f},{y:.1f}" for x,y in l["polygon"]), lesion_type=l["type"], label=l["label"]))
+                lesions.append(dict(image_id=image, lesion_id=j+1, x0=x0, y0=y0, x1=x1, y1=y1,
+                    polygon=" ".join(f"{x:.1f},{y:.1f}" for x,y in l["polygon"]), lesion_type=l["type"], label=l["label"]))
     if quirks:
         images += [dict(images[0], image_id="gone", path="images/gone.png"), dict(images[0], image_id="outside", path="../outside.png")]
         lesions += [dict(lesions[0], lesion_id="odd", lesion_type="kist", polygon="")]
-    write_csv(root/"images.csv", pd.DataFrame(images)); write_csv(root/"lesions.csv", pd.DataFrame(lesions, columns=["image_id","lesion_id","x0","y0","x1","y1","polygon","lesion_type","label"]))
+    write_csv(root/"images.csv", pd.DataFrame(images)); write_csv(root/"lesions.csv",
+        pd.DataFrame(lesions, columns=["image_id","lesion_id","x0","y0","x1","y1","polygon","lesion_type","label"]))
     return root
 
 # %% ../../nbs/lib/21a_data.lookalike.ipynb #9426bafe

@@ -18,9 +18,11 @@ from ..core import seed_of
 from .lookalike import LAYOUTS, as_uint, write_dicom
 
 # %% ../../nbs/lib/21b_data.lookalike2.ipynb #fe5c82e5
-_MASS = ["patient_id","breast_density","left or right breast","image view","abnormality id","abnormality type","mass shape","mass margins","assessment","pathology","subtlety",
+_MASS = ["patient_id","breast_density","left or right breast","image view","abnormality id","abnormality type","mass shape","mass margins",
+    "assessment","pathology","subtlety",
          "image file path","cropped image file path","ROI mask file path"]
-_CALC = ["patient_id","breast density","left or right breast","image view","abnormality id","abnormality type","calc type","calc distribution","assessment","pathology","subtlety",
+_CALC = ["patient_id","breast density","left or right breast","image view","abnormality id","abnormality type","calc type","calc distribution",
+    "assessment","pathology","subtlety",
          "image file path","cropped image file path","ROI mask file path"]
 
 def _uid(*parts): return "2.25." + str(seed_of(9, "cbis", *parts))
@@ -40,12 +42,14 @@ def _cbis_save(root, form, patient, study, series, n, x, description, kind):
     if form=="jpeg":
         path = root/"jpeg"/series/f"{1+n}-{seed_of(0,series,n)%900+100}.jpg"; path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((x>>8).astype(np.uint8) if x.dtype==np.uint16 else x).save(path, quality=95)
-        return dict(file_path=f"CBIS-DDSM/dicom/{series}/{path.stem}.dcm", image_path=f"CBIS-DDSM/jpeg/{series}/{path.name}", BitsAllocated=8*x.dtype.itemsize, Columns=x.shape[1], Laterality="", PatientID=patient,
+        return dict(file_path=f"CBIS-DDSM/dicom/{series}/{path.stem}.dcm", image_path=f"CBIS-DDSM/jpeg/{series}/{path.name}",
+            BitsAllocated=8*x.dtype.itemsize, Columns=x.shape[1], Laterality="", PatientID=patient,
                     Rows=x.shape[0], SeriesDescription=description, SeriesInstanceUID=series)
     folder = root/"CBIS-DDSM"/patient
     folder = folder/study/series if form=="classic" else folder/f"08-29-2017-DDSM-NA-{study[-5:]}"/f"1.000000-{description}-{series[-5:]}"
     name = f"{n:06d}.dcm" if form=="classic" else f"1-{n+1}.dcm"
-    write_dicom(folder/name, x, SOPClassUID="1.2.840.10008.5.1.4.1.1.7", PatientID=patient, StudyInstanceUID=study, SeriesInstanceUID=series, SeriesDescription=description)
+    write_dicom(folder/name, x, SOPClassUID="1.2.840.10008.5.1.4.1.1.7", PatientID=patient, StudyInstanceUID=study, SeriesInstanceUID=series,
+        SeriesDescription=description)
     return None
 
 def write_cbis(
@@ -70,7 +74,8 @@ def write_cbis(
                 study, series = _uid(seed,full,"study"), _uid(seed,full,"series")
                 info.append(_cbis_save(root, form, full, study, series, 0, as_uint(v.pixels,16), "full mammogram images", kind))
                 for j,l in enumerate(group):
-                    info += _cbis_lesion(tables.setdefault((kind,split),[]), root, form, seed, full, f"{study}/{series}", v, l, j+1, kind, pid, k if quirks else None)
+                    info += _cbis_lesion(tables.setdefault((kind,split),[]), root, form, seed, full, f"{study}/{series}", v, l, j+1, kind, pid,
+                        k if quirks else None)
                     k += 1
     folder = root/"csv" if form=="jpeg" else root
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +105,8 @@ def _cbis_lesion(table, root, form, seed, full, image, v, l, number, kind, pid, 
     crop_path, mask_path = f"{name}/{study}/{series}/{0 if other else a:06d}.dcm", f"{name}/{mask_study}/{mask_series}/{0 if other else b:06d}.dcm"
     crop_path, mask_path = (crop_path+"\n", mask_path) if kind=="calc" else (crop_path, mask_path+"\n")
     pathology = "MALIGNANT" if l["label"]=="malignant" else "BENIGN_WITHOUT_CALLBACK" if seed_of(0,name)%5==0 else "BENIGN"
-    table.append([pid, int(v.density), "LEFT" if v.side=="L" else "RIGHT", v.view, number, "calcification" if kind=="calc" else "mass", *_shape_words(l), {"1":1,"2":2,"3":3}.get(v.birads,4), pathology, 3,
+    table.append([pid, int(v.density), "LEFT" if v.side=="L" else "RIGHT", v.view, number, "calcification" if kind=="calc" else "mass",
+        *_shape_words(l), {"1":1,"2":2,"3":3}.get(v.birads,4), pathology, 3,
                   f"{full}/{image}/000000.dcm", crop_path, mask_path])
     return out
 
@@ -150,8 +156,10 @@ def _omi_mark(n, l, swapped=False, linked=None):
     x0,y0,x1,y1 = (int(t) for t in l["box"])
     if swapped: x0,x1,y0,y1 = x1,x0,y1,y0
     set_if = lambda kind: "1" if l["type"]==kind else None
-    return dict(MarkID=str(n), LesionID=str(n), LinkedNBSSLesionNumber=linked, X1=str(x0), Y1=str(y0), X2=str(x1), Y2=str(y1), Width=str(abs(x1-x0)), Height=str(abs(y1-y0)), Conspicuity="Obvious",
-        Mass=set_if("mass"), MassClassification="spiculated" if l["label"]=="malignant" else "well_defined", WithCalcification=None, SuspiciousCalcifications=set_if("calcification"),
+    return dict(MarkID=str(n), LesionID=str(n), LinkedNBSSLesionNumber=linked, X1=str(x0), Y1=str(y0), X2=str(x1), Y2=str(y1), Width=str(abs(x1-x0)),
+        Height=str(abs(y1-y0)), Conspicuity="Obvious",
+        Mass=set_if("mass"), MassClassification="spiculated" if l["label"]=="malignant" else "well_defined", WithCalcification=None,
+        SuspiciousCalcifications=set_if("calcification"),
         ArchitecturalDistortion=set_if("distortion"), FocalAsymmetry=set_if("asymmetry"), BenignClassification=None)
 
 def write_omidb(
@@ -171,7 +179,8 @@ def write_omidb(
         for k,v in enumerate(views):
             sop = f"{_OMI_ROOT}{seed}.{i}.1.{k}"
             _omi_image(root, client, study, sop, v, quirks, i, k)
-            marks = {str(j+1): _omi_mark(j+1, l, swapped=quirks and j==0 and k%2==1, linked=None if quirks and k==3 else "1,2" if quirks and len(v.lesions)>1 else str(j+1)) for j,l in enumerate(v.lesions)}
+            marks = {str(j+1): _omi_mark(j+1, l, swapped=quirks and j==0 and k%2==1,
+                linked=None if quirks and k==3 else "1,2" if quirks and len(v.lesions)>1 else str(j+1)) for j,l in enumerate(v.lesions)}
             images[sop] = marks or None
         if quirks and i==0: _omi_extra(root, client, study, views[0], images, seed)
         series = {f"{study}.9": {"SeriesDate":"20120304", **images, **({"":None} if quirks else {})}}
@@ -187,11 +196,14 @@ def _write_json(path, obj):
 
 def _omi_image(root, client, study, sop, v, quirks, i, k, **tags):
     x, inverse = as_uint(v.pixels,14), quirks and (i,k)==(1,0)
-    tags = {**dict(PresentationIntentType="FOR PRESENTATION", Manufacturer="HOLOGIC, Inc.", ManufacturerModelName="Lorad Selenia", ViewPosition=v.view, ImageLaterality=v.side, EstimatedRadiographicMagnificationFactor=1.0,
+    tags = {**dict(PresentationIntentType="FOR PRESENTATION", Manufacturer="HOLOGIC, Inc.", ManufacturerModelName="Lorad Selenia",
+        ViewPosition=v.view, ImageLaterality=v.side, EstimatedRadiographicMagnificationFactor=1.0,
                 XRayTubeCurrent=100), **tags}
-    write_dicom(root/"images"/client/study/f"{sop}.dcm", 2**14-1-x if inverse else x, BitsStored=14, PhotometricInterpretation="MONOCHROME1" if inverse else "MONOCHROME2", SOPInstanceUID=sop, StudyInstanceUID=study,
+    write_dicom(root/"images"/client/study/f"{sop}.dcm", 2**14-1-x if inverse else x, BitsStored=14,
+        PhotometricInterpretation="MONOCHROME1" if inverse else "MONOCHROME2", SOPInstanceUID=sop, StudyInstanceUID=study,
                 PatientID=client, ImagerPixelSpacing=[v.spacing_mm]*2, **tags)
-    head = {"00080068":{"vr":"CS","Value":[tags["PresentationIntentType"]]}, "00185101":{"vr":"CS","Value":[tags["ViewPosition"]]}, "00200062":{"vr":"CS","Value":[v.side]}}
+    head = {"00080068":{"vr":"CS","Value":[tags["PresentationIntentType"]]}, "00185101":{"vr":"CS","Value":[tags["ViewPosition"]]},
+        "00200062":{"vr":"CS","Value":[v.side]}}
     _write_json(root/"data"/client/study/f"{sop}{'.dcm' if quirks and k==1 else ''}.json", head)
 
 def _omi_extra(root, client, study, v, images, seed):
@@ -204,7 +216,8 @@ def _omi_extra(root, client, study, v, images, seed):
 def _omi_episode(views, patient, quirks, i):
     side = {s: [l for v in views if v.side==s for l in v.lesions] for s in "LR"}
     worst = {s: {n: max(("malignant" if l["label"]=="malignant" else "benign") for l in (v.lesions[n] for v in views if v.side==s and len(v.lesions)>n)) for n in range(max((len(v.lesions) for v in views if v.side==s), default=0))} for s in "LR"}
-    out = {"EpisodeType":"CI" if quirks and i==3 else "F", "EpisodeOpenedDate":"2012-03-01", "EpisodeClosedDate":"20120401", "SCREENING":{"L":{"DateTaken":"20120304"},"R":{"DateTaken":"20120304"}}, "BIOPSYWIDE":{}, "LESION":{}}
+    out = {"EpisodeType":"CI" if quirks and i==3 else "F", "EpisodeOpenedDate":"2012-03-01", "EpisodeClosedDate":"20120401",
+        "SCREENING":{"L":{"DateTaken":"20120304"},"R":{"DateTaken":"20120304"}}, "BIOPSYWIDE":{}, "LESION":{}}
     for s in "LR":
         if not worst[s]: continue
         out["BIOPSYWIDE"].update(_event(s, [n+1 for n in worst[s]], ["B5" if w=="malignant" else "B2" for w in worst[s].values()]))

@@ -78,6 +78,7 @@ def read_mias(
             if box is None: led.skip(info, f"lesion of {ref} has no circle inside the image"); continue
             lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=str(k+1), lesion_type=MIAS_TYPES.get(r["kind"],"other"), label=dict(B="benign",M="malignant").get(r["severity"],"unknown"),
                 label_source="pathology", label_raw=f"{r['kind']} {r['severity']}".strip(), quirks=im["quirks"]))
+    for ref in sorted(set(pictures)-set(by_ref)): led.skip(pictures[ref], "picture has no row in Info.txt")
     if not images: raise DataError("mini-MIAS: Info.txt found, and no readable mdb*.pgm", root, "put the pictures below the same folder")
     led.warn()
     return make_data("mias", images, lesions, ledger=led, scaling=scaling)

@@ -86,8 +86,10 @@ def client_status(
     return "M" if "malignant" in found else "B" if "benign" in found else "N"
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #42836ca2
-OMI_WRONG_BOXES = tuple("1.2.826.0.1.3680043.9.3218.1.1."+t for t in ("21149576.1882.1552598184295.155.0","423368237.8725.1541832007115.79.0","23278785.1708.1544221170622.213.0","3010695.7588.1512129590473.9978.0",
-    "242205684.1858.1540020381577.17.0","3370786.8916.1512165599585.7373.0","3370786.8916.1512165599585.7403.0","3860076.2252.1511393629935.6737.0","296436949.3318.1540562694227.83.0"))
+OMI_WRONG_BOXES = tuple("1.2.826.0.1.3680043.9.3218.1.1."+t for t in ("21149576.1882.1552598184295.155.0","423368237.8725.1541832007115.79.0",
+    "23278785.1708.1544221170622.213.0","3010695.7588.1512129590473.9978.0",
+    "242205684.1858.1540020381577.17.0","3370786.8916.1512165599585.7373.0","3370786.8916.1512165599585.7403.0","3860076.2252.1511393629935.6737.0",
+    "296436949.3318.1540562694227.83.0"))
 
 def mark_set(
     value, # Cell of a mark
@@ -144,8 +146,11 @@ def _omi_client(client, files, locate, want, ledger):
         h = _omi_head(path, want, ledger)
         if h is None: continue
         quirks = [f"client {status}"] + (["MONOCHROME1"] if h["photometric"].upper()=="MONOCHROME1" else []) + (["implant"] if h["implant"].upper()=="YES" else [])
-        im = dict(image_id=f"omidb:{sop}", subset=word(imagedb.get("Site")) or np.nan, patient_id=f"omidb:{client}", study_id=study, path=str(path.resolve()), laterality=side_of(h["side"][:1] or h["view"][:1]), view=view_of(h["view"]),
-            rows=h["rows"], cols=h["cols"], bits=h["bits"], spacing_mm=h["spacing_mm"], device=" ".join(t for t in (h["manufacturer"],h["model"]) if t) or "digital", quirks=quirks, has_lesion=bool(marks), normal=not marks and status=="N")
+        im = dict(image_id=f"omidb:{sop}", subset=word(imagedb.get("Site")) or np.nan, patient_id=f"omidb:{client}", study_id=study,
+            path=str(path.resolve()), laterality=side_of(h["side"][:1] or h["view"][:1]), view=view_of(h["view"]),
+            rows=h["rows"], cols=h["cols"], bits=h["bits"], spacing_mm=h["spacing_mm"],
+            device=" ".join(t for t in (h["manufacturer"],h["model"]) if t) or "digital", quirks=quirks, has_lesion=bool(marks),
+            normal=not marks and status=="N")
         images.append(im)
         if marks and sop in OMI_WRONG_BOXES: ledger.skip(path, "image is on the list of wrong boxes", len(marks)); continue
         episode = _dict(_dict(nbss).get(word(s.get("EpisodeID"))))
@@ -153,7 +158,8 @@ def _omi_client(client, files, locate, want, ledger):
             box = mark_box(m, rows=h["rows"], cols=h["cols"])
             if box is None: ledger.skip(path, "mark has no box inside the image"); continue
             label, source, raw = mark_label(episode, im["laterality"], re.findall(r"\d+", word(m.get("LinkedNBSSLesionNumber"))))
-            lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=word(m.get("MarkID")) or str(key), lesion_type=mark_type(m), label=label, label_source=source, label_raw=raw, quirks=quirks))
+            lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=word(m.get("MarkID")) or str(key),
+                lesion_type=mark_type(m), label=label, label_source=source, label_raw=raw, quirks=quirks))
     return images, lesions
 
 def read_omidb(
@@ -173,13 +179,14 @@ def read_omidb(
         if m: clients.setdefault(m[2].lower(), {}).setdefault(m[1].lower(), p)
     clients = {c:f for c,f in clients.items() if "imagedb" in f}
     if not clients: raise DataError("OMI-DB: no imagedb_<client>.json", root, "point data_dir at the folder that holds data/ and images/")
-    by_stem = {p.stem: p for p in reversed(find_files(root, ".dcm"))}
-    locate = lambda client, study, sop: by_stem.get(sop)
+    by_stem, named = {p.stem: p for p in reversed(find_files(root, ".dcm"))}, set()
+    def locate(client, study, sop): named.add(sop); return by_stem.get(sop)
     want = dict(manufacturer=manufacturer, model=model, current=current, magnification=magnification)
     for c,files in sorted(clients.items()):
         try: im, le = _omi_client(c, files, locate, want, led)
         except DataError as e: led.skip(files["imagedb"], e.what); continue
         images += im; lesions += le
+    if set(by_stem)-named: led.note(root, "images on disk that no client file names", len(set(by_stem)-named))
     if not images: raise DataError("OMI-DB: client files found, and no usable image", root, "; ".join(led.frame().reason.head(3)) or "put images/ beside data/")
     led.warn()
     images = list({im["image_id"]:im for im in reversed(images)}.values())
@@ -213,24 +220,30 @@ def read_omidb_sheets(
     sheet, marks = _sheet(images_csv, SHEET_NEED), _sheet(lesions_csv, SHEET_LESIONS)
     marked = set(marks.imagesopiuid)
     def passes(r):
-        words = (("manufacturer","manufacturer",manufacturer), ("manufacturersmodelname","model",model), ("presentationintenttype","presentation","FOR PRESENTATION"))
+        words = (("manufacturer","manufacturer",manufacturer), ("manufacturersmodelname","model",model),
+            ("presentationintenttype","presentation","FOR PRESENTATION"))
         if any(v is not None and c in r and word(r[c]).casefold()!=str(v).casefold() for c,_,v in words): return False
-        return not any(v is not None and c in r and not abs(number_of(r[c])-v)<1e-6 for c,v in (("xraytubecurrent",current),("estimatedradiographicmagnificationfactor",magnification)))
+        return not any(v is not None and c in r and not abs(number_of(r[c])-v)<1e-6 for c,
+            v in (("xraytubecurrent",current),("estimatedradiographicmagnificationfactor",magnification)))
     for _,r in sheet.iterrows():
         if not passes(r): led.note(images_csv, "image left out by the filters"); continue
         path = inside(root, "/".join(t for t in (word(r.get("batchid")),r["clientid"],r["studyiuid"],r["imagesopiuid"]+".dcm") if t))
         if path is None or not path.is_file(): led.skip(images_csv, f"image {r['imagesopiuid'][:80]} is not on disk"); continue
         try: h = read_header(path)
         except DataError as e: led.skip(path, e.what); continue
-        images[r["imagesopiuid"]] = dict(image_id=f"omidb:{r['imagesopiuid']}", subset=word(r.get("batchid")) or np.nan, patient_id=f"omidb:{r['clientid']}", study_id=r["studyiuid"], path=str(path), laterality=side_of(h["side"][:1]), view=view_of(h["view"]),
-            rows=h["rows"], cols=h["cols"], bits=h["bits"], spacing_mm=h["spacing_mm"], device=" ".join(t for t in (h["manufacturer"],h["model"]) if t) or "digital", has_lesion=r["imagesopiuid"] in marked, normal=r["imagesopiuid"] not in marked)
+        images[r["imagesopiuid"]] = dict(image_id=f"omidb:{r['imagesopiuid']}", subset=word(r.get("batchid")) or np.nan,
+            patient_id=f"omidb:{r['clientid']}", study_id=r["studyiuid"], path=str(path), laterality=side_of(h["side"][:1]), view=view_of(h["view"]),
+            rows=h["rows"], cols=h["cols"], bits=h["bits"], spacing_mm=h["spacing_mm"],
+            device=" ".join(t for t in (h["manufacturer"],h["model"]) if t) or "digital", has_lesion=r["imagesopiuid"] in marked,
+            normal=r["imagesopiuid"] not in marked)
     for k,(_,m) in enumerate(marks.iterrows()):
         im = images.get(m["imagesopiuid"])
         if im is None: led.note(lesions_csv, "lesion of an image that is filtered or missing"); continue
         box = mark_box(m.to_dict(), rows=im["rows"], cols=im["cols"])
         if box is None: led.skip(lesions_csv, f"line {k+2}: no box inside the image"); continue
         status = word(m.get("status"))
-        lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=f"{word(m.get('lesionid')) or 'line'}_{k}", lesion_type=mark_type(m.to_dict()), label=opinion_label(status) or "unknown", label_source="biopsy", label_raw=status))
+        lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=f"{word(m.get('lesionid')) or 'line'}_{k}",
+            lesion_type=mark_type(m.to_dict()), label=opinion_label(status) or "unknown", label_source="biopsy", label_raw=status))
     if not images: raise DataError("no image passes the filters and is on disk", images_csv, "; ".join(led.frame().reason.head(3)))
     led.warn()
     return make_data("omidb", list(images.values()), lesions, ledger=led, scaling=scaling)

@@ -128,6 +128,15 @@ def _head(path):
     try: return read_dicom(path, pixels=False, most=1<<20)
     except DataError: return read_dicom(path, pixels=False)
 
+_RAW = ("1.2.840.10008.1.2","1.2.840.10008.1.2.1","1.2.840.10008.1.2.2")
+
+def _check_whole(ds, path):
+    "An interrupted download shows in the size of an uncompressed file, without decoding it."
+    try: need = int(ds.Rows)*int(ds.Columns)*int(ds.get("SamplesPerPixel") or 1)*int(ds.get("NumberOfFrames") or 1)*int(ds.get("BitsAllocated") or 8)//8
+    except Exception as e: raise DataError(f"broken DICOM header ({_reason(e)})", path, "download it again") from e
+    if str(ds.file_meta.TransferSyntaxUID) in _RAW and Path(path).stat().st_size<need:
+        raise DataError(f"file ends before its pixels: {Path(path).stat().st_size:,} bytes for {need:,} of pixels", path, "download it again")
+
 def read_header(
     path:Path, # DICOM or picture
 ) -> dict: # rows, cols, bits, allocated, spacing_mm, magnification, current and the words of `HEADER_WORDS`
@@ -135,11 +144,14 @@ def read_header(
     if not is_dicom(path):
         im = _raster(path, pixels=False)
         bits = dict(L=8, P=8, RGB=8, RGBA=8, LA=8).get(im.mode, 1 if im.mode=="1" else 32 if im.mode in "IF" else 16)
-        return dict(rows=im.height, cols=im.width, bits=bits, allocated=max(bits,8), spacing_mm=np.nan, magnification=np.nan, current=np.nan, **{k:"" for k in HEADER_WORDS})
+        return dict(rows=im.height, cols=im.width, bits=bits, allocated=max(bits,8), spacing_mm=np.nan, magnification=np.nan, current=np.nan,
+            **{k:"" for k in HEADER_WORDS})
     ds = _head(path)
+    _check_whole(ds, path)
     try:
         words = {k: next((t for key in keys if (t:=_text(ds,key))), "") for k,keys in HEADER_WORDS.items()}
-        return dict(rows=int(ds.Rows), cols=int(ds.Columns), bits=_number(ds.get("BitsStored")), allocated=_number(ds.get("BitsAllocated")), spacing_mm=_spacing(ds),
+        return dict(rows=int(ds.Rows), cols=int(ds.Columns), bits=_number(ds.get("BitsStored")), allocated=_number(ds.get("BitsAllocated")),
+            spacing_mm=_spacing(ds),
             magnification=_number(ds.get("EstimatedRadiographicMagnificationFactor")), current=_number(ds.get("XRayTubeCurrent")), **words)
     except Exception as e: raise DataError(f"broken DICOM header ({_reason(e)})", path, "download it again") from e
 
@@ -157,7 +169,8 @@ def _decode(ds, path):
         raise DataError(f"pixels cannot be decoded ({text})", path, fix) from e
     if x.ndim==3 and ds.get("SamplesPerPixel",1)==1: x = x[0]
     if x.ndim==3: x = x[...,:3].mean(-1)
-    if x.ndim!=2 or x.shape!=(ds.Rows, ds.Columns): raise DataError(f"decodes to shape {x.shape}, header says {(ds.Rows, ds.Columns)}", path, "the file is broken")
+    if x.ndim!=2 or x.shape!=(ds.Rows, ds.Columns): raise DataError(f"decodes to shape {x.shape}, header says {(ds.Rows, ds.Columns)}", path,
+            "the file is broken")
     return x
 
 def _padding(ds, x):

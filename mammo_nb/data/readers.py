@@ -18,7 +18,8 @@ from .mias import read_mias
 from .omidb import read_omidb
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #1ff6ffce
-READERS = dict(inbreast=read_inbreast, bcdr=read_bcdr, cbis=read_cbis, omidb=read_omidb, mias=read_mias, cbis_patches=read_cbis_patches, four_views=read_four_views, folder=read_folder)
+READERS = dict(inbreast=read_inbreast, bcdr=read_bcdr, cbis=read_cbis, omidb=read_omidb, mias=read_mias, cbis_patches=read_cbis_patches,
+    four_views=read_four_views, folder=read_folder)
 
 def _labels_of_cbis(path):
     with open(path, "rb") as f: head = f.readline(4000).decode("utf-8","replace")
@@ -105,7 +106,8 @@ def read_any(
 ) -> dict: # name -> MammoData
     "Every data set below a folder, read by the reader of its layout."
     found = _found(root)
-    if not found: raise DataError("no data set of a known layout", root, "expected INbreast.csv, BCDR-…_dataset, CBIS-DDSM tables with images, OMI-DB's data/ and images/, Info.txt of mini-MIAS, or images.csv / patches.csv of the plain layout (nbs/lib/22a_data.folder.ipynb); `mammo_doctor` says more")
+    if not found: raise DataError("no data set of a known layout", root,
+            "expected INbreast.csv, BCDR-…_dataset, CBIS-DDSM tables with images, OMI-DB's data/ and images/, Info.txt of mini-MIAS, or images.csv / patches.csv of the plain layout (nbs/lib/22a_data.folder.ipynb); `mammo_doctor` says more")
     for n in names or ():
         if n not in found: raise ParameterError(f"no data set '{n}' in {root}", "names", nearest(n, list(found)))
     out = {}

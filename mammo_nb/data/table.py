@@ -146,7 +146,8 @@ def check_data(
     "Raise `DataError` naming the first row that breaks an invariant of the common table."
     im, le = data.images, data.lesions
     def need(bad, df, what):
-        if bad.any(): raise DataError(what, f"{data.name}, image {df.image_id[bad].iloc[0]}", f"{int(bad.sum())} row(s); this is a fault of the reader or of the tables it read")
+        if bad.any(): raise DataError(what, f"{data.name}, image {df.image_id[bad].iloc[0]}",
+                f"{int(bad.sum())} row(s); this is a fault of the reader or of the tables it read")
     for df,cols in ((im,IMAGE_COLUMNS),(le,LESION_COLUMNS)):
         missing = [c for c in cols if c not in df.columns]
         if missing: raise DataError(f"column '{missing[0]}' is missing", data.name, "build the tables with make_data")
@@ -247,9 +248,12 @@ def read_table(
         if path.stat().st_size>MAX_TABLE: raise DataError(f"table has more than {MAX_TABLE:,} bytes", path, "this is no table of a known data set")
         df = pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
     except (ValueError, OSError, OverflowError, pd.errors.ParserError) as e: raise DataError(f"not a readable table ({type(e).__name__}: {str(e)[:120]})", path, "download it again") from e
+    if not isinstance(df.index, pd.RangeIndex): raise DataError("first row has more cells than the header line", path, f"expected a table separated by '{sep}'")
+    if df.shape[1]>500: raise DataError(f"header line has {df.shape[1]} columns", path, "the header line is damaged")
     df.columns = [str(c).strip() for c in df.columns]
     missing = [c for c in need if c not in df.columns]
-    if missing: raise DataError(f"column '{missing[0]}' is missing, found {list(df.columns)[:8]}", path, f"expected a table separated by '{sep}' with " + ", ".join(need))
+    if missing: raise DataError(f"column '{missing[0]}' is missing, found {list(df.columns)[:8]}", path,
+            f"expected a table separated by '{sep}' with " + ", ".join(need))
     if df.columns.duplicated().any(): raise DataError(f"column '{df.columns[df.columns.duplicated()][0]}' occurs twice", path, "repair the header line")
     return df.astype(object).map(word)
 
@@ -258,7 +262,9 @@ def inside(
     name:str, # Path in a cell of the table
 ) -> Path: # Absolute path below `root`, or None when it would leave it
     "A path from a table, refused when it is absolute or climbs out of its folder."
-    if not name or "\0" in name or len(name)>2000: return None
+    name = name.replace("\\","/")
+    if not name or "\0" in name or len(name)>1000 or any(len(part.encode("utf-8","replace"))>255 for part in name.split("/")): return None
     root = Path(root).resolve()
-    p = (root/name.replace("\\","/")).resolve()
+    try: p = (root/name).resolve()
+    except (OSError, RuntimeError): return None          # a loop of links
     return p if p!=root and p.is_relative_to(root) else None

@@ -12,8 +12,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import ParameterError, nearest, torch_rng
-from .blocks import DCGANDiscriminator, DCGANGenerator, n_params, widths_for
+from ..core import ParameterError, torch_rng
+from .blocks import DCGANDiscriminator, DCGANGenerator, widths_for
 from .losses import bce_d, bce_g, smooth_labels
 from .train import RECIPES, Game, Recipe, frozen
 
@@ -37,7 +37,8 @@ class ConvGAN(Recipe):
         G = DCGANGenerator(self.nz, self.widths_g, act=self.act, slope=self.slope, std=self.std, rng=torch_rng(seed, "weights of G"))
         D = DCGANDiscriminator(self.widths_d, kernel=self.kernel, first_kernel=self.first_kernel, last_kernel=self.last_kernel, slope=self.slope,
                                norm=self.norm, std=self.std, rng=torch_rng(seed, "weights of D"))
-        if {G.size, D.size} != {self.size}: raise ParameterError(f"widths make {G.size} px (G) and {D.size} px (D), size is {self.size}", "recipe", "use small() or widths_for()")
+        if {G.size, D.size} != {self.size}:
+            raise ParameterError(f"widths make {G.size} px (G) and {D.size} px (D), size is {self.size}", "recipe", "use small() or widths_for()")
         return G, D
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ __all__ = ['FORMAT', 'output_to_uint8', 'patient_card', 'seen_patients', 'save_g
            'generator_id', 'sample_generator']
 
 # %% ../../nbs/lib/48_gans.share.ipynb #c9fbe57f
-import json
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +76,8 @@ def _tensors(folder, info):
     data = path.read_bytes()
     try: state = load_bytes(data)
     except (SafetensorError, ValueError, KeyError) as e: raise WeightsError(f"cut off, or no safetensors file ({e})", path, "fetch it again") from e
-    if "sha256" in info and file_hash(path) != info["sha256"]: raise WeightsError("these are not the weights generator.json was written for", path, "fetch both files again")
+    if "sha256" in info and file_hash(path) != info["sha256"]:
+        raise WeightsError("these are not the weights generator.json was written for", path, "fetch both files again")
     return state
 
 def _fits(state, want, path):
@@ -85,7 +85,8 @@ def _fits(state, want, path):
     for k in sorted({*state, *want}):
         if k not in want: raise WeightsError(f"has a tensor '{k}' ({show(state[k])}) the network does not have", path, "check `config` in generator.json")
         if k not in state: raise WeightsError(f"lacks the tensor '{k}' ({show(want[k])})", path, "check `config` in generator.json")
-        if state[k].shape != want[k].shape: raise WeightsError(f"'{k}' is {show(state[k])}, the network needs {show(want[k])}", path, "check `config` in generator.json")
+        if state[k].shape != want[k].shape:
+            raise WeightsError(f"'{k}' is {show(state[k])}, the network needs {show(want[k])}", path, "check `config` in generator.json")
         if not torch.isfinite(state[k]).all(): raise WeightsError(f"'{k}' holds values that are not finite", path, "use another snapshot")
 
 def load_generator(
@@ -98,7 +99,8 @@ def load_generator(
     if not (folder/"generator.json").exists(): raise WeightsError("no generator.json here", folder, "point at a snapshot folder, e.g. snapshots/epoch-00500")
     try: info = read_json(folder/"generator.json")
     except RunError as e: raise WeightsError("generator.json cannot be read", folder, "fetch it again") from e
-    if not isinstance(info, dict) or not isinstance(info.get("config"), dict): raise WeightsError("generator.json does not say how to build the network", folder, "`config` is missing")
+    if not isinstance(info, dict) or not isinstance(info.get("config"), dict):
+        raise WeightsError("generator.json does not say how to build the network", folder, "`config` is missing")
     G, state = build_generator(info["config"]), _tensors(folder, info)
     _fits(state, G.state_dict(), folder/"G.safetensors")
     G.load_state_dict(state); G.card = info
@@ -144,5 +146,6 @@ def sample_generator(
     for f,k in zip(folders, spread_counts(n, len(folders))):
         if not k: continue
         x, card = _sample(f, k, seed, device, bs, size); parts.append(x)
-        rows += [dict(generator=generator_id(card), snapshot=f.name, epoch=card.get("training", {}).get("epoch"), number=i, patients_hash=card.get("patients_hash")) for i in range(k)]
+        told = dict(generator=generator_id(card), snapshot=f.name, epoch=card.get("training", {}).get("epoch"), patients_hash=card.get("patients_hash"))
+        rows += [{**told, "number": i} for i in range(k)]
     return np.concatenate(parts), pd.DataFrame(rows)

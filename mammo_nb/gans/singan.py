@@ -8,7 +8,7 @@ __all__ = ['singan_recipes', 'cubic', 'cubic_matrix', 'to_tanh', 'to_uint8', 're
            'g_steps', 'SinGAN', 'SinGANFit', 'check_singan_image', 'fit_singans']
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #1f61fed0
-import contextlib, functools, math
+import contextlib, functools, json, math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import nn, Tensor
 
 from ..core import (DataError, ParameterError, RunError, WeightsError, global_seed, hash_of, locked, pick_device, read_json, torch_rng,
                            write_csv, write_json, write_whole)
-from .train import Checkpoint, fill
+from .train import Checkpoint, differs, fill
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #cb235d01
 def cubic(
@@ -587,13 +587,18 @@ def fit_singans(
             for i,net in zip(who, nets): out[i] = net
     return out
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #c0be112f
 def _fit_one_size(images, *, recipe, folder, name, seed, dev, merge, log, every_s, cards):
     keys = []
     for i in images: keys.append(f"{hash_of(i)}-{sum(k.startswith(hash_of(i)) for k in keys)}")
     identity = dict(recipe=asdict(recipe), seed=seed, images=keys, device=dev.type, merge_width=merge)
     homes = [folder/f"singan_{name}_{j:02d}" for j in range(len(images))]
     finished = folder/f"history_{name}.json"
-    if finished.exists() and read_json(finished).get("identity") == identity: return [SinGAN.load(h, dev) for h in homes]
+    if finished.exists():
+        old = read_json(finished).get("identity", {})
+        if old != json.loads(json.dumps(identity)):
+            raise RunError(f"other SinGANs are in this folder; {differs(old, identity)}", finished, "choose another folder, or remove this one")
+        return [SinGAN.load(h, dev) for h in homes]
     fit = SinGANFit(to_tanh(np.stack(images), dev), keys=keys, recipe=recipe, seed=seed, merge_width=merge)
     ck = Checkpoint(folder, f"singan_{name}", identity=identity, every_s=every_s, log=log)
     kept = ck.load()

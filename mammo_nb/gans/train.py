@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'COLLAPSED', 'pack', 'unpack', 'fill', 'Checkpoint', 'diff
 
 # %% ../../nbs/lib/42_gans.train.ipynb #a3713d3f
 import contextlib, copy, hashlib, json, math, re, signal, threading, time, warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from ..core import (DataError, ParameterError, RunError, WeightsError, file_hash, hash_of, locked, progress, read_json, rng, torch_rng,
                            write_csv, write_json, write_whole)
-from .blocks import n_params
 from .share import save_generator, output_to_uint8
 
 # %% ../../nbs/lib/42_gans.train.ipynb #8afe7475
@@ -246,13 +245,15 @@ def as_pixels(
 ) -> Tensor: # `(n,views,s,s)` uint8
     "Patches as one tensor; what a GAN cannot be trained on is refused here."
     if getattr(pixels, "ndim", 0) not in (3, 4) or str(pixels.dtype) != "uint8":
-        raise DataError(f"patches must be uint8 (n,s,s) or (n,views,s,s), got {getattr(pixels, 'dtype', type(pixels).__name__)} {tuple(getattr(pixels, 'shape', ()))}",
-                        "pixels", "take PatchSet.pixels")
+        got = f"{getattr(pixels, 'dtype', type(pixels).__name__)} {tuple(getattr(pixels, 'shape', ()))}"
+        raise DataError(f"patches must be uint8 (n,s,s) or (n,views,s,s), got {got}", "pixels", "take PatchSet.pixels")
     x = torch.from_numpy(np.array(pixels))
     x = x[:,None] if x.ndim == 3 else x
-    if tuple(x.shape[2:]) != (size, size): raise DataError(f"patches are {tuple(x.shape[2:])}, the generator makes ({size}, {size})", "pixels", "cut them at this size, or change the recipe's")
+    if tuple(x.shape[2:]) != (size, size):
+        raise DataError(f"patches are {tuple(x.shape[2:])}, the generator makes ({size}, {size})", "pixels", "cut them at this size, or change the recipe's")
     if len(x) < 2: raise DataError(f"a GAN needs at least 2 patches, got {len(x)}", "pixels", "widen the scope or add patients")
-    if (x.amax((2,3)) == x.amin((2,3))).all(): raise DataError(f"each of the {len(x)} patches has one gray value only", "pixels", "check the scaling of the images")
+    if (x.amax((2,3)) == x.amin((2,3))).all():
+        raise DataError(f"each of the {len(x)} patches has one gray value only", "pixels", "check the scaling of the images")
     return x
 
 def real_batch(
@@ -417,7 +418,8 @@ class Trained:
 def _finished(folder, identity): # The result of a finished run, or None
     if not (folder/"done.json").exists(): return
     info = read_json(folder/"done.json")
-    if info["identity"] != identity: raise RunError(f"another training is in this folder; {differs(info['identity'], identity)}", folder, "choose another folder, or remove this one")
+    if info["identity"] != identity:
+        raise RunError(f"another training is in this folder; {differs(info['identity'], identity)}", folder, "choose another folder, or remove this one")
     if any(not (folder/f).exists() or file_hash(folder/f) != h for f,h in info["files"].items()):
         warnings.warn(f"{folder}: a finished training was changed; it is done again")
         (folder/"done.json").unlink(); Checkpoint(folder).prune(keep=0); return
@@ -464,8 +466,8 @@ class Training:
     def fail(self, why):
         "Stop, and say what is left."
         left = self.store.steps()
-        raise RunError(f"the training broke down in epoch {self.epoch+1}: {why}", self.folder,
-                       (f"the checkpoint of epoch {left[-1]//10_000} is whole" if left else "there is no earlier checkpoint") + "; lower the learning rates or change the seed")
+        kept = f"the checkpoint of epoch {left[-1]//10_000} is whole" if left else "there is no earlier checkpoint"
+        raise RunError(f"the training broke down in epoch {self.epoch+1}: {why}", self.folder, f"{kept}; lower the learning rates or change the seed")
 
 # %% ../../nbs/lib/42_gans.train.ipynb #5a9113ff
 @patch
@@ -505,8 +507,10 @@ def value_range(self:Training) -> tuple:
 @patch
 def keep(self:Training) -> None:
     "Keep the generator as it is now."
-    training = {"recipe": asdict(self.recipe), "epoch": self.epoch, "epochs": self.epochs, "seed": self.game.seed, "patches": len(self.data), "images_seen": self.epoch*len(self.data)}
-    try: save_generator(self.folder/"snapshots"/f"epoch-{self.epoch:05d}", self.game.shared, card={**self.card, "value_range": self.value_range, "training": training})
+    training = {"recipe": asdict(self.recipe), "epoch": self.epoch, "epochs": self.epochs, "seed": self.game.seed,
+                "patches": len(self.data), "images_seen": self.epoch*len(self.data)}
+    card = {**self.card, "value_range": self.value_range, "training": training}
+    try: save_generator(self.folder/"snapshots"/f"epoch-{self.epoch:05d}", self.game.shared, card=card)
     except WeightsError as e: self.fail(e.what)
 
 # %% ../../nbs/lib/42_gans.train.ipynb #6b8a7cb6
@@ -537,7 +541,8 @@ def train_gan(
         t.resume()
         try: t.run()
         except torch.OutOfMemoryError as e:
-            raise RunError(f"a batch of {recipe.batch} patches of {recipe.size} px does not fit the device's memory", folder, "use a smaller batch or width") from e
+            raise RunError(f"a batch of {recipe.batch} patches of {recipe.size} px does not fit the device's memory", folder,
+                           "use a smaller batch or width") from e
         return t.finish()
 
 # %% ../../nbs/lib/42_gans.train.ipynb #6479bc29

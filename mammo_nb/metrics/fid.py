@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.spatial.distance import cdist
 
 from ..core import *
@@ -37,15 +38,20 @@ def _moments(x):
     m = x.mean(0); a = (x-m)/np.sqrt(len(x)-1)
     return m, (np.linalg.qr(a, mode="r") if len(a) > a.shape[1] else a)
 
+def _nuclear(m, device): # Sum of the singular values; in float64 on either kind of device
+    if torch.device(device).type == "cpu": return np.linalg.svd(m, compute_uv=False).sum()
+    return float(torch.linalg.svdvals(torch.from_numpy(m).to(device)).sum())
+
 def fid(
     real:np.ndarray, # Features of real patches `(n, dim)`
     fake:np.ndarray, # Features of generated patches `(m, dim)`
+    *,
+    device = "cpu", # Where the singular values are found; a GPU pays from some 1000 patches on
 ) -> float: # Squared Fréchet distance
     "Exact Fréchet distance of two sets of features (Heusel 2017, eq. 6), for any n and dim."
     real, fake = _check_features(real, fake)
     (m1,a1),(m2,a2) = _moments(real), _moments(fake)
-    root = np.linalg.svd(a1 @ a2.T, compute_uv=False).sum()
-    return max(0., float(((m1-m2)**2).sum() + (a1*a1).sum() + (a2*a2).sum() - 2*root))
+    return max(0., float(((m1-m2)**2).sum() + (a1*a1).sum() + (a2*a2).sum() - 2*_nuclear(a1 @ a2.T, device)))
 
 # %% ../../nbs/lib/31_metrics.fid.ipynb #cc221268
 def fid_inf(

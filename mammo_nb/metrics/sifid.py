@@ -44,6 +44,7 @@ def find_published(
     weights:str="", # File or folder; empty = torch's hub cache, then this package's cache
     *,
     what:str="weights", # Named in the error
+    or_else:str="", # What could be done instead
 ) -> Path:
     "Where a published weights file lies; an absent one is an error that says what to put where. Nothing is downloaded."
     hub = Path(torch.hub.get_dir())/"checkpoints"
@@ -51,7 +52,7 @@ def find_published(
     for p in places:
         for q in ([p] if p.is_file() else [p/n for n in names]):
             if q.is_file(): return q
-    raise WeightsError(f"{what} not found", " or ".join(map(str, places)), f"put {names[0]} there (torchvision downloads it into its cache on a machine with a network)")
+    raise WeightsError(f"{what} not found", " or ".join(map(str, places)), f"put {names[0]} there (torchvision downloads it into its cache on a machine with a network)" + (f", or {or_else}" if or_else else ""))
 
 # %% ../../nbs/lib/32_metrics.sifid.ipynb #5f79bb29
 TORCHVISION_INCEPTION = ("inception_v3_google-0cc3c7bd.pth", "inception_v3_google-1a9a5a14.pth")
@@ -116,7 +117,7 @@ def place_extractor(
         else: name = "embedded"
     if name not in (*files, "embedded"): raise ParameterError(f"unknown extractor '{name}'", "extractor", nearest(name, [*files, "embedded", "auto"]))
     if name == "embedded": net = EmbeddedStem(); dim, key = 33, hash_of(name, net.w1, net.w2)
-    else: path = find_published(files[name], weights, what=f"Inception weights ({name})"); net, dim, key = _stem(path), 64, hash_of(name, file_hash(path))
+    else: path = find_published(files[name], weights, what=f"Inception weights ({name})", or_else="ask for extractor='embedded'"); net, dim, key = _stem(path), 64, hash_of(name, file_hash(path))
     return PlaceExtractor(name, dim, key, net.eval().requires_grad_(False))
 
 def places(

@@ -12,6 +12,7 @@ __all__ = ['SCOPES', 'MODELS', 'REGIMES', 'ARMS', 'GENERATORS', 'SWITCHES', 'PRE
            'arm_sources', 'train_classifiers']
 
 # %% ../../nbs/lib/84_papers.sharing.ipynb #3c8ddcc2
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -118,10 +119,10 @@ class Setup:
     positive:str = "healthy"     # Class whose AUPRC chooses the best epoch (authors: the last class, healthy)
 
 PRESETS = dict(
-    demo=Setup(patients=dict(a=60,b=30,c=30), phantom_scale=0.25, size=64, swin_size=64, views=4,
-        counts=dict(lesions=Counts(96,64,60), masses=Counts(48,64,40)), gan_width=1/8,
+    demo=Setup(patients=dict(a=80,b=36,c=30), phantom_scale=0.25, size=64, swin_size=64, views=4,
+        counts=dict(lesions=Counts(96,72,48), masses=Counts(48,64,44)), gan_width=1/8,
         epochs={"sharing_dcgan/lesions":30, "sharing_dcgan/masses":30, "sharing_wgangp/lesions":30, "sharing_wgangp/masses":30, "thesis_dcgan/masses":30},
-        clf_epochs=8, clf_batch=12, cnn=dict(widths=(8,16,32,64), hidden=64), swin=dict(patch=8, embed=24, depths=(2,2), heads=(2,4), window=4), boots=500),
+        clf_epochs=12, clf_batch=12, lr=3e-3, cnn=dict(widths=(8,16,32,64), hidden=64), swin=dict(patch=8, embed=24, depths=(2,2), heads=(2,4), window=4), boots=500),
     paper=Setup(patients=dict(a=115,b=1010,c=740), phantom_scale=0.5, size=128, swin_size=224, views=20,
         counts=dict(lesions=Counts(1374,1200,1148), masses=Counts(70,1200,500)), gan_width=1.,
         epochs={"sharing_dcgan/lesions":3000, "sharing_dcgan/masses":3000, "sharing_wgangp/lesions":2700, "sharing_wgangp/masses":10000, "thesis_dcgan/masses":1000},
@@ -170,7 +171,8 @@ def phantom_centres(
     from mammo_nb.data.lookalike import phantom_tree
     from mammo_nb.data.readers import read_any
     layout = dict(a="inbreast", b="bcdr", c="folder")
-    tree = {c: phantom_tree(l, centre=c, n_patients=S.patients[c], seed=seed, scale=S.phantom_scale) for c,l in layout.items()}
+    with ThreadPoolExecutor(3) as pool: # NumPy leaves the interpreter free, so the centres are drawn side by side
+        tree = dict(zip(layout, pool.map(lambda c: phantom_tree(layout[c], centre=c, n_patients=S.patients[c], seed=seed, scale=S.phantom_scale), layout)))
     return {c: Centre(c, list(read_any(t, scaling=scaling).values())) for c,t in tree.items()}
 
 # %% ../../nbs/lib/84_papers.sharing.ipynb #119c3849
@@ -441,7 +443,7 @@ def fit_cell(
     size = S.swin_size if cell.model=="swin" else S.size
     sets = cut.sets[size]
     model = build_classifier(dict(kind=cell.model, size=size, **getattr(S, cell.model)), seed=R.seeds["seed"])
-    say = (lambda **kw: log(**{**cell._asdict(), **kw})) if log else None
+    say = (lambda **kw: log(**{**vars(cell), **kw})) if log else None
     fit_classifier(model, cell_training_set(cell, cut, added, R, size), patch_arrays(sets["val"]), seed=R.seeds["seed"], recipe=SHARING, device=device, folder=folder, log=say,
                    epochs=S.clf_epochs, bs=S.clf_batch, lr=S.lr, momentum=S.momentum, positive=S.positive, skip_synthetic=proto.skip_synthetic,
                    eval_after_first_val=proto.eval_after_first_val, score=proto.score)
@@ -571,14 +573,14 @@ def train_generators(
     c:dict, # Centre C's masses: {size: PatchSet}
 ) -> dict: # (name, scope) -> stage folder or None
     "Train every generator the cells need, or take it from the cache."
-    out = {}
-    for name,scope in plan_generators(R.cells):
+    jobs, keys = [], plan_generators(R.cells)
+    for name,scope in keys:
         ps = (b[scope] if GENERATORS[name][0]=="b" else c)[R.setup.size]
         inputs = dict(name=name, scope=scope, patches=set_key(ps), recipe=asdict(gan_recipe(name, R)), seed=R.seeds["gan"],
                       epochs=R.setup.epochs[f"{GENERATORS[name][1]}/{scope}"], device=run.device.type)
-        out[name,scope] = run.stage(f"gan-{name}-{scope}", partial(fit_generator, name=name, scope=scope, patches=ps, R=R, device=run.device, log=run.log),
-                                    inputs=inputs, group="generators", shared=True)
-    return out
+        jobs.append(dict(name=f"gan-{name}-{scope}", fn=partial(fit_generator, name=name, scope=scope, patches=ps, R=R, device=run.device, log=run.log),
+                         inputs=inputs, group="generators", shared=True))
+    return dict(zip(keys, run.stages(jobs, label="generators")))
 
 def draw_all(
     run, # Run
@@ -612,15 +614,15 @@ def train_classifiers(
     b:dict, # Centre B's lesions
 ) -> pd.DataFrame: # The cells with a column `folder`, None where left out
     "Train and test the classifier of every cell."
-    from mammo_nb.core import progress
-    folders = []
-    for cell in progress(list(R.cells.itertuples(index=False)), "classifiers"):
+    jobs = []
+    for cell in R.cells.itertuples(index=False, name=None):
+        cell = SimpleNamespace(**dict(zip(R.cells.columns, cell)))
         cut, size = cuts[cell.scope], R.setup.swin_size if cell.model=="swin" else R.setup.size
         added = arm_sources(cell.arm, cell.scope, synthetic, b)
         missing = any(v is None for v in added.values())
         added = {} if missing else {k:v[size] for k,v in added.items()}
-        inputs = dict(cell=cell._asdict(), cut={k:set_key(v) for k,v in cut.sets[size].items()}, counts=asdict(cut.counts), added=None if missing else {k:set_key(v) for k,v in added.items()},
+        inputs = dict(cell=vars(cell), cut={k:set_key(v) for k,v in cut.sets[size].items()}, counts=asdict(cut.counts), added=None if missing else {k:set_key(v) for k,v in added.items()},
                       settings={k:getattr(R.setup,k) for k in ("clf_epochs","clf_batch","lr","momentum","positive",cell.model)}, protocol=asdict(R.protocol), seeds=R.seeds, device=run.device.type)
-        folders.append(run.stage(f"clf-{cell.scope}-{cell.model}-{cell.regime}-{cell.arm}", partial(fit_cell, cell=cell, cut=cut, added=added, R=R, device=run.device, log=run.log),
-                                 inputs=inputs, group="classifiers"))
-    return R.cells.assign(folder=pd.Series(folders, dtype=object).to_numpy())
+        jobs.append(dict(name=f"clf-{cell.scope}-{cell.model}-{cell.regime}-{cell.arm}", inputs=inputs, group="classifiers",
+                         fn=partial(fit_cell, cell=cell, cut=replace(cut, sets={size:cut.sets[size]}), added=added, R=R, device=run.device, log=run.log)))
+    return R.cells.assign(folder=pd.Series(run.stages(jobs, label="classifiers"), dtype=object).to_numpy())

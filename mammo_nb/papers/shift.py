@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'ZOOMS', 'ALL', 'TABLE1', 'TABLE2', 'SINGANS', 'TABLE3', 'TABLE4', 'ARMS', 'SWITCHES', 'PRESETS', 'CHEAP',
-           'plan_cells', 'Protocol', 'protocol_of', 'Setup', 'resolve', 'shift_style', 'load_sets', 'labelled',
-           'check_sets', 'count_sets', 'lesion_plan', 'text_healthy', 'matched_healthy', 'some', 'joined', 'cut_groups',
-           'class_of', 'pick_sources', 'make_folds', 'patient_key', 'check_folds', 'samples_needed', 'fold_counts',
-           'check_counts', 'singan_images', 'train_singans', 'draw_singans', 'shares', 'random_resized_crop', 'Rows',
-           'gather_rows', 'train_rows', 'plan_jobs', 'compute_features', 'load_features', 'train_heads', 'train_whole',
-           'all_probabilities', 'test_cells', 'binary_view', 'cell_names', 'means_over', 'score_cells', 'weigh_claims',
-           'departure_effects', 'sifid_table', 'figure_zooms', 'figure_samples', 'figure_auroc', 'figure_sifid',
-           'figure_departures', 'set_key', 'cut_and_check', 'confound', 'learn_singans', 'check_sources', 'train_all',
-           'try_departures', 'predictions_table', 'write_page']
+           'TEXTS', 'plan_cells', 'Protocol', 'protocol_of', 'Setup', 'head_for', 'resolve', 'check_weights',
+           'shift_style', 'load_sets', 'labelled', 'check_sets', 'count_sets', 'lesion_plan', 'text_healthy',
+           'matched_healthy', 'some', 'joined', 'cut_groups', 'class_of', 'pick_sources', 'make_folds', 'patient_key',
+           'check_folds', 'samples_needed', 'fold_counts', 'check_counts', 'singan_images', 'train_singans',
+           'draw_singans', 'shares', 'random_resized_crop', 'Rows', 'gather_rows', 'train_rows', 'plan_jobs',
+           'compute_features', 'load_features', 'train_heads', 'train_whole', 'all_probabilities', 'test_cells',
+           'binary_view', 'cell_names', 'means_over', 'score_cells', 'weigh_claims', 'departure_effects', 'sifid_table',
+           'figure_zooms', 'figure_samples', 'figure_auroc', 'figure_sifid', 'figure_departures', 'set_key',
+           'cut_and_check', 'confound', 'learn_singans', 'check_sources', 'train_all', 'try_departures',
+           'predictions_table', 'matched_table', 'page_intro', 'page_sections', 'write_page']
 
 # %% ../../nbs/lib/80_papers.shift.ipynb #b241d382
 import copy
@@ -103,6 +104,11 @@ PRESETS = dict(
                singan=SinGANRecipe(steps=10, min_size=16, factor=.5, width=8, max_width=8)),
     paper=Setup(patients=473, phantom_scale=.5, size=224, test=.1, val=.3, weights="imagenet_v2", depth="50", head=HeadRecipe(), crops=10, samples=50, boots=2000, singan=singan_recipes["paper"]))
 
+def head_for(head:HeadRecipe, proto:Protocol) -> HeadRecipe:
+    "The training of the last layer under a protocol."
+    return replace(head, lr_every=0 if proto.lr_constant else head.lr_every, keep="last" if proto.keep_last else head.keep,
+                   valid="sampled" if proto.sampled_valid else head.valid)
+
 def resolve(
     P:SimpleNamespace, # Checked parameters of the notebook; 0, "" and -1 mean `as the preset or protocol says`
 ) -> SimpleNamespace: # setup, protocol, seeds, scale
@@ -116,10 +122,22 @@ def resolve(
     S = replace(S, patients=P.patients or S.patients, size=P.size or S.size, crops=P.crops if P.crops >= 0 else S.crops, boots=P.boots or S.boots, weights=P.weights or S.weights)
     if P.weights and P.weights != "none": S = replace(S, depth="50")
     if proto.bn_train and S.weights == "none": S = replace(S, head=replace(S.head, epochs=min(S.head.epochs, P.clf_epochs or 3)))      # every epoch goes through the network
-    S = replace(S, head=replace(S.head, lr_every=0 if proto.lr_constant else S.head.lr_every, keep="last" if proto.keep_last else "best", valid="sampled" if proto.sampled_valid else "balanced"))
+    S = replace(S, head=head_for(S.head, proto))
     fixed = lambda given: given if given >= 0 else P.seed if proto.seed_all else 0
     return SimpleNamespace(setup=S, protocol=proto, scale=1. if P.data_dir else S.phantom_scale,
                            seeds=dict(seed=P.seed, split=fixed(P.split_seed), gan=fixed(P.gan_seed), phantom=P.phantom_seed))
+
+# %% ../../nbs/lib/80_papers.shift.ipynb #75b9318a
+def check_weights(
+    R:SimpleNamespace, # From `resolve`
+    only:list, # Groups of stages that will run; empty for all
+    sifid:str="auto", # See `metrics.sifid.place_extractor`
+) -> None:
+    "Raise a `WeightsError` now if a later stage would."
+    from mammo_nb.clf.resnet import resnet_file
+    from mammo_nb.metrics.sifid import place_extractor
+    if R.setup.weights != "none" and (not only or "features" in only or "classifiers" in only): resnet_file(R.setup.weights)
+    if not only or "generators" in only: place_extractor(sifid)
 
 # %% ../../nbs/lib/80_papers.shift.ipynb #08e24ed6
 def shift_style():
@@ -142,8 +160,9 @@ def load_sets(
     for n in names:
         if n not in sets: raise ParameterError(f"no data set '{n}'", "dataset", nearest(n, list(sets)))
     if not names: names = [n for n in sets if n.startswith("bcdr")] or [n for n,s in sets.items() if labelled(s).any()]
-    if len(names) != 1 and not P.dataset and not all(n.startswith("bcdr") for n in names):
-        raise DataError(f"found {', '.join(sets) or 'nothing'} and none or several with labelled lesions", P.data_dir, "name one: -p dataset NAME")
+    if not names: check_sets(list(sets.values()))                       # says why none of them can be used
+    if len(names) > 1 and not P.dataset and not all(n.startswith("bcdr") for n in names):
+        raise DataError(f"several data sets with labelled lesions: {', '.join(names)}", P.data_dir, "name one: -p dataset NAME")
     return check_sets([sets[n] for n in names]), " + ".join(names)
 
 def labelled(data) -> pd.Series: # Boolean, one a lesion
@@ -155,7 +174,8 @@ def check_sets(sets:list) -> list:
     n = sum(int((labelled(s) & (s.lesions.label == l)).sum()) for s in sets for l in ("benign","malignant"))
     if not n:
         ready = any(s.patches is not None and len(s.patches) for s in sets)
-        raise DataError("ready patches have no tissue around them, so they have no zooms" if ready else "no lesion with an outline and a label", " + ".join(s.name for s in sets), "give whole mammograms with outlined lesions, e.g. BCDR")
+        raise DataError("ready patches have no tissue around them, so they have no zooms" if ready else "no lesion with an outline and a label",
+                        " + ".join(s.name for s in sets), "give whole mammograms with outlined lesions, e.g. BCDR")
     for l in ("benign","malignant"):
         if not any((s.lesions.label == l).any() for s in sets): raise DataError(f"no {l} lesion", " + ".join(s.name for s in sets), "this paper needs both classes")
     return sets
@@ -163,8 +183,11 @@ def check_sets(sets:list) -> list:
 def count_sets(sets:list) -> pd.DataFrame:
     "Patients, images and lesions by device, beside the published counts of section 3."
     im, le = (pd.concat([getattr(s,k).assign(film=getattr(s,k).device.eq("film")) for s in sets]) for k in ("images","lesions"))
-    rows = [dict(device="film" if f else "digital", patients=i.patient_id.nunique(), images=len(i), normal=int(i.normal.sum()), lesions=int((le.film==f).sum()),
-                 benign=int((le[le.film==f].label=="benign").sum()), malignant=int((le[le.film==f].label=="malignant").sum()), left_out=int((le[le.film==f].label=="unknown").sum())) for f,i in im.groupby("film")]
+    rows = []
+    for f,i in im.groupby("film"):
+        label = le[le.film==f].label.value_counts()
+        rows.append(dict(device="film" if f else "digital", patients=i.patient_id.nunique(), images=len(i), normal=int(i.normal.sum()), lesions=int(label.sum()),
+                         **{k: int(label.get(k,0)) for k in ("benign","malignant")}, left_out=int(label.get("unknown",0))))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/80_papers.shift.ipynb #f82109fd
@@ -233,8 +256,8 @@ def cut_groups(
         if found is not None and n: healthy.append(some(found, n, seed, f"healthy film={film}"))
     out["healthy"] = joined(healthy)
     if out["healthy"] is None: raise DataError("no healthy window was found", " + ".join(s.name for s in sets), "the images need tissue without lesions")
-    n = len(out["healthy"])
-    for z in (1,2,3): out[f"matched{z}"] = joined([cut(matched_healthy(s, round(n*len(s.lesions)/sum(len(t.lesions) for t in sets)), z, seed=seed)) for s in sets if len(s.lesions)])
+    n, lesions = len(out["healthy"]), sum(len(s.lesions) for s in sets)
+    for z in (1,2,3): out[f"matched{z}"] = joined([cut(matched_healthy(s, round(n*len(s.lesions)/lesions), z, seed=seed)) for s in sets if len(s.lesions)])
     return out
 
 def _one_view(ps):
@@ -287,8 +310,8 @@ def make_folds(
         else: few = who
     if few and pools: pools[-1] |= few
     elif few: pools = [few]
-    cut = lambda i, who: folds(rest[rest.patient_id.isin(who)], seed=seed_of(R.seeds["split"], "pool", i) % 2**31, n=3, test=R.setup.test, val=R.setup.val, rotating=R.protocol.test_sets=="rotating", by=("label","film"))
-    f = pd.concat([cut(i, who) for i,who in enumerate(pools)])
+    rule = dict(n=3, test=R.setup.test, val=R.setup.val, rotating=R.protocol.test_sets=="rotating", by=("label","film"))
+    f = pd.concat([folds(rest[rest.patient_id.isin(who)], seed=seed_of(R.seeds["split"], "pool", i) % 2**31, **rule) for i,who in enumerate(pools)])
     for p in pinned: f.loc[p] = "train"
     return f.sort_index()
 
@@ -334,7 +357,8 @@ def check_counts(counts:pd.DataFrame) -> pd.DataFrame:
     "Every class on every side of every fold, or no number can be had."
     for r in counts.to_dict("records"):
         for c in CLASSES:
-            if not r[c]: raise DataError(f"no {c} patch on the {r['side']} side of {r['fold']} ({r['patients']} patients)", "folds", "use more patients, another split_seed, or a larger test share")
+            if not r[c]: raise DataError(f"no {c} patch on the {r['side']} side of {r['fold']} ({r['patients']} patients)", "folds",
+                                         "use more patients, another split_seed, or a larger test share")
     return counts
 
 # %% ../../nbs/lib/80_papers.shift.ipynb #f210be5a
@@ -348,7 +372,8 @@ def singan_images(groups:dict, sources:list, R) -> tuple: # Images `(8,h,w)`, ta
             j = int(np.flatnonzero(groups[zoom].table.patch_id.map(lambda p: p.rsplit(":x",1)[0] == lesion))[0])
             x = np.asarray(groups[zoom].pixels[j,0])
             if R.protocol.geometry: x = area_resize(area_resize(x, 256), (380, 572))                  # the published code's detour
-            images.append(x); rows.append(dict(source=k, zoom=zoom, device="film" if t.device=="film" else "digital", patch_id=groups[zoom].table.patch_id.iloc[j], patient_id=t.patient_id, row=j))
+            images.append(x)
+            rows.append(dict(source=k, zoom=zoom, device="film" if t.device=="film" else "digital", patch_id=groups[zoom].table.patch_id.iloc[j], patient_id=t.patient_id, row=j))
     return images, pd.DataFrame(rows)
 
 def train_singans(
@@ -362,7 +387,7 @@ def train_singans(
 ) -> None:
     "One SinGAN for each image."
     from mammo_nb.gans.singan import fit_singans
-    cards = [dict(patient_id=r.patient_id, patch_id=r.patch_id, zoom=r.zoom, source=int(r.source)) for r in table.itertuples()]
+    cards = [dict(patients=hash_of([r.patient_id]), zoom=r.zoom, source=int(r.source)) for r in table.itertuples()]     # no ids: a folder may be shared
     fit_singans(images, recipe=R.setup.singan, folder=folder, seed=R.seeds["gan"], device=str(device), cards=cards, log=log)
 
 def draw_singans(
@@ -429,18 +454,19 @@ def gather_rows(
     R:SimpleNamespace,
 ) -> Rows:
     "Real patches, SinGAN samples (groups `S0` to `S3`) and crops of test patches (groups `crop0:G1` …)."
-    parts, pixels = [], []
-    def add(group, t, px): parts.append(t.assign(group=group)); pixels.append(np.asarray(px))
+    parts, pixels, real = [], [], {}
+    def add(group, t, px): parts.append(t.assign(group=group)); pixels.append(np.asarray(px)); real[group] = t
     for g,ps in groups.items():
         if ps is not None: add(g, pd.DataFrame(dict(patch_id=ps.table.patch_id, patient_id=patient_key(ps.table, R), cls=class_of(ps.table))), ps.pixels[:,0])
     for k in range(4 if samples else 0):
         x = samples[f"G1-{k}"]
         add(f"S{k}", pd.DataFrame(dict(patch_id=[f"singan{k}:{i}" for i in range(len(x))], patient_id=None, cls=2)), x)
     for k in range(R.setup.crops if R.protocol.test_sets == "fixed" else 0):
-        for g in ("G1","G3","healthy"):
-            t = parts[list(groups).index(g)]; at = np.flatnonzero(t.patient_id.map(f.fold0).eq("test"))
+        for g in ("G1","G3", *(("matched1","matched3") if R.protocol.healthy == "matched" else ("healthy",))):
+            if g not in real: continue
+            t = real[g]; at = np.flatnonzero(t.patient_id.map(f.fold0).eq("test"))
             x = [random_resized_crop(np.asarray(groups[g].pixels[i,0]), rng(R.seeds["seed"], "test crop", k, t.patch_id.iloc[i])) for i in at]
-            if len(at): add(f"crop{k}:{g}", t.iloc[at].drop(columns="group"), np.stack(x))
+            if len(at): add(f"crop{k}:{g}", t.iloc[at], np.stack(x))
     return Rows(pd.concat(parts, ignore_index=True)[["group","patch_id","patient_id","cls"]], np.concatenate(pixels))
 
 # %% ../../nbs/lib/80_papers.shift.ipynb #f1249404
@@ -576,11 +602,11 @@ def test_cells(
         own = {k: probs.get(f"{c.scope}/{c.arm}/{k}") for k in f}
         def add(P, rows, replicate):
             t = T.table.iloc[rows]
-            out.append(dict(scope=c.scope, model=c.model, arm=c.arm, regime=c.regime, replicate=replicate, cls=t.cls.to_numpy(), P=P[rows], patients=t.patient_id.to_numpy(object), patch_id=t.patch_id.to_numpy(object)))
+            out.append(dict(c._asdict(), replicate=replicate, cls=t.cls.to_numpy(), P=P[rows], patients=t.patient_id.to_numpy(object), patch_id=t.patch_id.to_numpy(object)))
         if c.model == "resnet50":
             if any(p is None for p in own.values()) or (c.regime.endswith("crop")): continue
             for k,p in own.items(): add(p, _test_rows(T, c.regime, f[k], healthy)[0], k)
-        elif R.protocol.test_sets == "fixed" and (not c.regime.endswith("crop") or not c.scope.startswith("matched") and R.protocol.healthy != "matched"):
+        elif R.protocol.test_sets == "fixed":
             parts = ["G3+singan4","G3+oversampling"] if c.arm == "G3+singan4+oversampling" else [c.arm]
             members = [probs.get(f"{c.scope}/{a}/{k}") for a in parts for k in f]
             if any(m is None for m in members): continue
@@ -738,7 +764,8 @@ def figure_auroc(results:pd.DataFrame, pairs:list, *, title:str="", name=lambda 
             for v in pub[(pub.arm==a) & (pub.regime==t) & (pub.positive==c) & (pub.model=="resnet50")].value[:1]: ax.plot(x+.07, v, "D", mfc="white", mec=colour("published"), ms=4)
     ax.plot([], [], "D", mfc="white", mec=colour("published"), label="published")
     ax.axhline(.5, color=colour("chance"), lw=1, ls="--"); ax.set_xticks(range(len(pairs)), [name(a,t) for a,t in pairs], fontsize=8)
-    dress(ax, y="AUROC, one against the rest", title=title, legend="lower left")
+    dress(ax, y="AUROC, one against the rest", title=title)
+    ax.legend(loc="center left", bbox_to_anchor=(1,.5), fontsize=8, frameon=False)
     return fig
 
 def figure_sifid(t:pd.DataFrame):
@@ -792,7 +819,8 @@ def confound(groups:dict, seed:int) -> pd.DataFrame: # One row a choice of healt
             if b is None: continue
             x = np.concatenate([a.pixels[:,0], b.pixels[:,0]]); y = np.r_[np.ones(len(a),int), np.zeros(len(b),int)]
             p = probe_auc(x, y, np.concatenate([a.table.patient_id, b.table.patient_id]), seed)
-            rows.append(dict(zoom=f"G{z}", healthy="windows of one size (text)" if name == "healthy" else "matched to lesion sizes", auroc=p.auc, lo=p.lo, hi=p.hi, **{f"{k}_alone":v for k,v in p.cues.items()}, n=p.n, patients=p.patients))
+            what = "windows of one size (text)" if name == "healthy" else "matched to lesion sizes"
+            rows.append(dict(zoom=f"G{z}", healthy=what, auroc=p.auc, lo=p.lo, hi=p.hi, **{f"{k}_alone":v for k,v in p.cues.items()}, n=p.n, patients=p.patients))
     return pd.DataFrame(rows)
 
 def learn_singans(run, groups:dict, sources:list, f:pd.DataFrame, R:SimpleNamespace) -> tuple: # images, table, samples or None
@@ -802,7 +830,8 @@ def learn_singans(run, groups:dict, sources:list, f:pd.DataFrame, R:SimpleNamesp
     n = samples_needed(pd.DataFrame(dict(group="G3", cls=class_of(g3), patient_id=patient_key(g3, R))), f)
     inputs = dict(images=hash_of(images), recipe=asdict(R.setup.singan), seed=R.seeds["gan"], device=run.device.type)
     trained = run.stage("singans", partial(train_singans, images=images, table=table, R=R, device=run.device, log=run.log), inputs=inputs, group="generators", shared=True)
-    drawn = run.stage("samples", partial(draw_singans, trained=trained, images=images, table=table, n=n, R=R, device=run.device), inputs=dict(trained=trained, n=n, samples=R.setup.samples, size=R.setup.size), group="generators", shared=True)
+    drawn = run.stage("samples", partial(draw_singans, trained=trained, images=images, table=table, n=n, R=R, device=run.device),
+                      inputs=dict(trained=trained, n=n, samples=R.setup.samples, size=R.setup.size), group="generators", shared=True)
     if drawn is None: return images, table, None
     with np.load(drawn/"samples.npz") as z: samples = dict(z)
     check_sources(groups, table, samples, f, R)
@@ -834,12 +863,13 @@ def train_all(
     "One pass through the network, then every training of the paper."
     jobs, cls = plan_jobs(T, f, R, source_ids, arms=arms, scopes=scopes), T.table.cls.to_numpy()
     told = {k: [(j.name, j.train, j.valid, j.balanced, j.seed) for j in v] for k,v in jobs.items()}
-    if R.protocol.bn_train:
-        inputs = dict(pixels=hash_of(T.pixels), weights=R.setup.weights, depth=R.setup.depth, norm=R.protocol.norm, size=R.setup.size, jobs=hash_of(told), head=asdict(R.setup.head), device=run.device.type)
-        folder = run.stage("classifiers" + name, partial(train_whole, T=T, jobs=jobs, R=R, device=run.device, log=run.log), inputs=inputs, group="classifiers")
-        return (None if folder is None else all_probabilities(T, whole=folder)), None
     inputs = dict(pixels=hash_of(T.pixels), weights=R.setup.weights, depth=R.setup.depth, norm=R.protocol.norm, size=R.setup.size, device=run.device.type)
-    feats = run.stage("features" + ("" if R.protocol.norm == "imagenet" else "-authors"), partial(compute_features, pixels=T.pixels, R=R, norm=R.protocol.norm, device=run.device), inputs=inputs, group="features", shared=True)
+    if R.protocol.bn_train:
+        folder = run.stage("classifiers" + name, partial(train_whole, T=T, jobs=jobs, R=R, device=run.device, log=run.log),
+                           inputs=inputs | dict(jobs=hash_of(told), head=asdict(R.setup.head)), group="classifiers")
+        return (None if folder is None else all_probabilities(T, whole=folder)), None
+    feats = run.stage("features" + ("" if R.protocol.norm == "imagenet" else "-authors"), partial(compute_features, pixels=T.pixels, R=R, norm=R.protocol.norm, device=run.device),
+                      inputs=inputs, group="features", shared=True)
     heads = run.stage("heads" + name, partial(train_heads, features=feats, cls=cls, jobs=jobs, recipe=R.setup.head, device=run.device, log=run.log),
                       inputs=dict(features=feats, jobs=hash_of(told), head=asdict(R.setup.head)), group="classifiers")
     return (None if heads is None else all_probabilities(T, heads, feats)), feats
@@ -850,8 +880,8 @@ def try_departures(run, T:Rows, f:pd.DataFrame, R:SimpleNamespace, source_ids:li
     for name in CHEAP:
         change = SWITCHES[name]
         proto = replace(R.protocol, **change)
-        if proto == R.protocol or R.protocol.bn_train: continue
-        head = replace(R.setup.head, lr_every=0 if proto.lr_constant else R.setup.head.lr_every, keep="last" if proto.keep_last else R.setup.head.keep, valid="sampled" if proto.sampled_valid else R.setup.head.valid)
+        if proto == R.protocol or R.protocol.bn_train or (name == "duplicate_samples" and not T.table.group.eq("S0").any()): continue
+        head = head_for(R.setup.head, proto)
         R2 = copy.copy(R); R2.protocol, R2.setup = proto, replace(R.setup, head=head)
         dup = name == "duplicate_samples"
         arms = ("G3+singan1","G3+singan2") if dup else ("G1","G3")
@@ -867,10 +897,89 @@ def try_departures(run, T:Rows, f:pd.DataFrame, R:SimpleNamespace, source_ids:li
 
 def predictions_table(replicates:list) -> pd.DataFrame: # One row a patch, cell and replicate
     "What every tested classifier said of every test patch."
-    return pd.concat([pd.DataFrame(dict(scope=r["scope"], model=r["model"], arm=r["arm"], regime=r["regime"], replicate=r["replicate"], patch_id=r["patch_id"], patient_id=r["patients"], y=r["cls"],
-                                        **{f"p_{c.lower()}": r["P"][:,i] for i,c in enumerate(CLASSES if r["P"].shape[1] == 3 else ("healthy","lesion"))})) for r in replicates], ignore_index=True)
+    out = []
+    for r in replicates:
+        names = CLASSES if r["P"].shape[1] == 3 else ("healthy","lesion")
+        out.append(pd.DataFrame({k: r[k] for k in ("scope","model","arm","regime","replicate","patch_id")} | dict(patient_id=r["patients"], y=r["cls"])
+                                | {f"p_{c.lower()}": r["P"][:,i] for i,c in enumerate(names)}))
+    return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/lib/80_papers.shift.ipynb #bc398e3d
+def matched_table(results:pd.DataFrame) -> tuple: # One `Table`, or none
+    "AUROC of healthy (or of lesion) with windows of one size beside scale-matched ones."
+    from mammo_nb.report.html import Table
+    from mammo_nb.report.tables import cell_ours
+    if results is None: return ()
+    r = results[(results.model=="resnet50") & (results.metric=="auroc") & results.positive.isin(["Healthy","lesion"])]
+    r = r.assign(cell=[cell_ours(*c) for c in zip(r.value, r.lo, r.hi)], healthy=np.where(r.scope.str.startswith("matched"), "scale-matched", "as the protocol"),
+                 task=np.where(r.positive=="lesion", "healthy / lesion", "healthy against both classes"))
+    t = r.pivot(index=["task","arm","regime"], columns="healthy", values="cell").dropna().reset_index().rename(columns=dict(arm="trained on", regime="tested on"))
+    return (Table(t, "AUROC with interval over patients", index=False),) if len(t) else ()
+
+# %% ../../nbs/lib/80_papers.shift.ipynb #c8efc8b2
+def page_intro(R:SimpleNamespace) -> str:
+    "What a reader has to know before the verdicts."
+    net = "a shallow residual network" if R.setup.depth == "small" else "ResNet-50"
+    net += (" with **random weights**: these numbers show that the pipeline runs, not what ImageNet features see" if R.setup.weights == "none"
+            else f", weights {R.setup.weights}")
+    loud = [k for k,v in asdict(R.protocol).items() if v != getattr(Protocol(), k) and k != "seed_all"]
+    return (f"Three folds, {R.protocol.test_sets} test set; {net}. SinGANs of {R.setup.singan.steps} steps a scale (the paper's text says 30; the published "
+            "SinGAN 2000, the authors' code 6000)." + (f" Departures from the text: {', '.join(loud)}." if loud else ""))
+
+TEXTS = dict(
+    folds="The published split sizes (344, 2167, 929) are exact percentages of 3440, which a split by patient does not give; these are counted. The women behind the "
+          "SinGANs always train. *synthetic*: patches that SinGANs or oversampling add (benign minus malignant).",
+    scale="A probe that knows the mean, deviation, background and sharpness of a patch, nothing else. Where it tells healthy from lesion, an AUROC of *healthy* says "
+          "little; the matched control removes the size of the window as a cue. The second table repeats classifiers of the paper on it.",
+    samples="Figures 5 and 6. SiFID is 0 for a copy: low values can mean that a SinGAN repeats its source.",
+    table4="Ensembles of three folds (six for both); test patches as they are and randomly cropped.",
+    departures="AUROC of malignant with one departure minus without, same test patches. Not tried here (they change the whole run): bn_train, loose_sources, "
+               "subset_patients, stretched_singan.")
+
+def page_sections(
+    run, # Run
+    P:SimpleNamespace, # Checked parameters
+    R:SimpleNamespace, # From `resolve`
+    *,
+    verdicts:pd.DataFrame,
+    results:pd.DataFrame,
+    figures:dict,
+    confound:pd.DataFrame,
+    sifid:pd.DataFrame,
+    effects:pd.DataFrame,
+) -> list: # `Section`s
+    "The report, part by part; what was left out is said, not hidden."
+    from mammo_nb.report.html import Picture, Section, Table, beside_html
+    from mammo_nb.report.tables import summarise
+    ours = None if results is None else summarise(results.drop(columns=["sd","replicates"]))
+    def pic(name, alt, caption="", real=False): return (Picture(figures[name], alt, caption, real=real and bool(P.data_dir)),) if name in figures else ()
+    def plain(df, caption=""): return () if df is None or not len(df) else (Table(df, caption, index=False),)
+    def beside(table):
+        note = "Above the paper's number, below ours with its interval over patients."
+        return () if ours is None else (Table(beside_html(ours, "00_annotation_shift", table), note=note),)
+    counts, left = pd.read_csv(run.dir/"tables"/"fold_counts.csv"), pd.DataFrame(run.info["skipped"], columns=["stage","why"])
+    columns = ["scope","model","arm","regime","metric","positive","value","sd","lo","hi","n","n_patients"]
+    fixed, warning = R.protocol.test_sets == "fixed", f" **Note: {run.info['warning']}.**" if "warning" in run.info else ""
+    sections = [
+        Section("Verdicts", page_intro(R), verdicts=verdicts),
+        Section("Patches and folds", TEXTS["folds"] + warning, tables=plain(counts),
+                figures=pic("zooms", "Malignant lesions at three zooms and healthy windows", "Rows: G1, G2, G3, healthy.", real=True)),
+        Section("Scale gives healthy tissue away", TEXTS["scale"], tables=plain(confound) + matched_table(results)),
+        Section("Healthy against lesion", tables=beside("section4")),
+        Section("Table 1", "One zoom trained on, all tested on.", tables=beside("table1")),
+        Section("Table 2 and Figure 4", "Annotation shift between training and test.", tables=beside("table2"),
+                figures=pic("shift", "AUROC of each class for seven pairs of training and test zoom", "Bars: 95 % over patients.")),
+        Section("SinGAN samples", TEXTS["samples"], tables=plain(sifid),
+                figures=pic("samples", "Sources and two samples of each SinGAN at G1 and G3", real=True)
+                        + pic("sifid", "SiFID of eight SinGANs between floor and bound", "The paper: 0.14 to 0.50, noise 39.28 (ImageNet features at 224 px).")),
+        Section("Table 3 and Figure 7", "Trained on G3, tested on G1, malignant patches filled up by one, two or four SinGANs.", tables=beside("table3"),
+                figures=pic("singans", "AUROC of each class by number of SinGANs")),
+        Section("Table 4", TEXTS["table4"] + ("" if fixed else " Left out: with a rotating test set an ensemble has no common test."), tables=beside("table4") if fixed else ()),
+        Section("Departures of the published code", TEXTS["departures"], tables=plain(effects), figures=pic("departures", "Differences with intervals")),
+        Section("All numbers", tables=plain(None if results is None else results[columns], "All cells; sd over folds or crops as published (ddof 0)"))]
+    return sections + ([Section("Left out of this run", tables=plain(left))] if len(left) else [])
+
+# %% ../../nbs/lib/80_papers.shift.ipynb #c93d03c8
 def write_page(
     run, # Run
     P:SimpleNamespace, # Checked parameters
@@ -879,40 +988,14 @@ def write_page(
     verdicts:pd.DataFrame, # From `report.claims.verdict_table`
     results:pd.DataFrame=None, # From `score_cells`
     figures:dict=None, # name -> figure
-    confound:pd.DataFrame=None,
-    sifid:pd.DataFrame=None,
-    effects:pd.DataFrame=None,
+    confound:pd.DataFrame=None, # From `confound`
+    sifid:pd.DataFrame=None, # From `sifid_table`
+    effects:pd.DataFrame=None, # From `try_departures`
 ) -> Path: # report.html
-    "The report of one run; what was left out is said, not hidden."
-    from mammo_nb.report.html import Picture, Section, Table, banner_for, beside_html, write_report
-    from mammo_nb.report.tables import summarise
-    figures = figures or {}
-    def pic(name, alt, caption="", real=False): return (Picture(figures[name], alt, caption, real=real and bool(P.data_dir)),) if name in figures else ()
-    ours = None if results is None else summarise(results[[c for c in results if c not in ("sd","replicates")]])
-    def beside(table): return () if ours is None else (Table(beside_html(ours, "00_annotation_shift", table), note="Above the paper's number, below ours with its interval over patients."),)
-    detail = () if results is None else (Table(results[["scope","model","arm","regime","metric","positive","value","sd","lo","hi","n","n_patients"]], "All cells; sd over folds or crops as published (ddof 0)", index=False),)
-    counts, left = pd.read_csv(run.dir/"tables"/"fold_counts.csv"), pd.DataFrame(run.info["skipped"], columns=["stage","why"])
-    loud = [k for k,v in asdict(R.protocol).items() if v != getattr(Protocol(), k) and k != "seed_all"]
-    net = (("a shallow residual network" if R.setup.depth == "small" else "ResNet-50") + " with **random weights**: these numbers show that the pipeline runs, not what ImageNet features see") if R.setup.weights == "none" else f"ResNet-50, weights {R.setup.weights}"
-    sections = [
-        Section("Verdicts", f"Three folds, {R.protocol.test_sets} test set; {net}. SinGANs of {R.setup.singan.steps} steps a scale (the paper's text says 30; the published SinGAN 2000, the authors' code 6000)."
-                + (f" Departures from the text: {', '.join(loud)}." if loud else ""), verdicts=verdicts),
-        Section("Patches and folds", "The published split sizes (344, 2167, 929) are exact percentages of 3440, which a split by patient does not give; these are counted. The women behind the SinGANs always train. *synthetic*: patches that SinGANs or oversampling add (benign minus malignant)."
-                + (f" **Note: {run.info['warning']}.**" if "warning" in run.info else ""), tables=(Table(counts, index=False),),
-                figures=pic("zooms", "Malignant lesions at three zooms and healthy windows", "Rows: G1, G2, G3, healthy.", real=True)),
-        Section("Scale gives healthy tissue away", "A probe that knows the mean, deviation, background and sharpness of a patch, nothing else. Where it tells healthy from lesion, an AUROC of *healthy* says little; the matched control removes the size of the window as a cue. "
-                "In the results the scopes `matched` and `matched_binary` repeat the experiments on it.", tables=() if confound is None else (Table(confound, index=False),)),
-        Section("Healthy against lesion", tables=beside("section4")),
-        Section("Table 1", "One zoom trained on, all tested on.", tables=beside("table1")),
-        Section("Table 2 and Figure 4", "Annotation shift between training and test.", tables=beside("table2"), figures=pic("shift", "AUROC of each class for seven pairs of training and test zoom", "Bars: 95 % over patients.")),
-        Section("SinGAN samples", "Figures 5 and 6. SiFID is 0 for a copy: low values can mean that a SinGAN repeats its source.", figures=pic("samples", "Sources and two samples of each SinGAN at G1 and G3", real=True) + pic("sifid", "SiFID of eight SinGANs between floor and bound", "The paper: 0.14 to 0.50, noise 39.28 (ImageNet features at 224 px)."),
-                tables=() if sifid is None else (Table(sifid, index=False),)),
-        Section("Table 3 and Figure 7", "Trained on G3, tested on G1, malignant patches filled up by one, two or four SinGANs.", tables=beside("table3"), figures=pic("singans", "AUROC of each class by number of SinGANs")),
-        Section("Table 4", "Ensembles of three folds (six for both); test patches as they are and randomly cropped." + ("" if R.protocol.test_sets == "fixed" else " Left out: with a rotating test set there is no common test for an ensemble."), tables=beside("table4") if R.protocol.test_sets == "fixed" else ()),
-        Section("Departures of the published code", "AUROC of malignant with one departure minus without, same test patches. Not tried here (they change the whole run): bn_train, loose_sources, subset_patients, stretched_singan.", figures=pic("departures", "Differences with intervals") ,
-                tables=() if effects is None or not len(effects) else (Table(effects, index=False),)),
-        Section("All numbers", tables=detail)]
-    if len(left): sections.append(Section("Left out of this run", tables=(Table(left, index=False),)))
-    meta = {"run": run.dir.name, "parameters": run.info["parameters"], "versions": run.info["versions"], "commit": run.info["commit"], "device": run.info["device"]}
-    return write_report(run.dir/"report.html", title="Annotation shift and single-image GANs", subtitle="Buetas Arcas et al. 2024, rerun and checked", banner=banner_for("phantom" if not P.data_dir else run.data, P.preset, protocol=P.protocol),
-                        sections=sections, meta=meta, show_real=P.show_real)
+    "The report of one run."
+    from mammo_nb.report.html import banner_for, write_report
+    sections = page_sections(run, P, R, verdicts=verdicts, results=results, figures=figures or {}, confound=confound, sifid=sifid, effects=effects)
+    meta = {"run": run.dir.name, **{k: run.info[k] for k in ("parameters","versions","commit","device")}}
+    banner = banner_for(run.data if P.data_dir else "phantom", P.preset, protocol=P.protocol)
+    return write_report(run.dir/"report.html", title="Annotation shift and single-image GANs", subtitle="Buetas Arcas et al. 2024, rerun and checked",
+                        banner=banner, sections=sections, meta=meta, show_real=P.show_real)

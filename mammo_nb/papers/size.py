@@ -6,13 +6,14 @@
 __all__ = ['SIZES', 'MODES', 'STAGES', 'SWITCHES', 'AUTHORS', 'OPTIMAM_MIX', 'PRESETS', 'TYPES', 'SHOWN', 'METRICS', 'INTERVAL',
            'GAINS', 'MODE_NAMES', 'MODE_COLOURS', 'GROUP_COLOURS', 'GAIN_NAMES', 'READINGS', 'HEADINGS', 'plan_cells',
            'plan_generators', 'Protocol', 'protocol_of', 'Setup', 'resolve', 'optimam_filter', 'load_sets',
-           'count_sets', 'cut_patches', 'study_set', 'Fold', 'make_folds', 'leak_counts', 'possible_sizes',
-           'training_rows', 'WatchedDCGAN', 'dcgan_recipe', 'fit_generator', 'train_generators', 'synthetic_of',
-           'shown_epochs', 'fit_simulation', 'fixed_samples', 'drop_snapshots', 'simulate', 'measure_generator',
-           'measure_all', 'quality_table', 'fit_mode', 'train_classifiers', 'fold_value', 'fold_intervals',
-           'score_cells', 'score_gains', 'probe', 'compare_splits', 'from_folds', 'conflicts', 'embed', 'flipped',
-           'size_curves', 'tsne_scatter', 'results_frame', 'simulation_figures', 'study_figures', 'tsne_figures',
-           'sample_figure', 'copy_figure', 'fid_words', 'gains_wide', 'readings', 'sections']
+           'count_sets', 'cut_patches', 'study_set', 'Fold', 'make_folds', 'leak_counts', 'check_folds',
+           'possible_sizes', 'training_rows', 'WatchedDCGAN', 'dcgan_recipe', 'fit_generator', 'generator_jobs',
+           'synthetic_of', 'shown_epochs', 'fit_simulation', 'fixed_samples', 'drop_snapshots', 'simulation_job',
+           'train_generators', 'measure_generator', 'measure_all', 'quality_table', 'fit_mode', 'classifier_jobs',
+           'other_split', 'train_classifiers', 'fold_value', 'fold_intervals', 'score_cells', 'score_gains', 'probe',
+           'compare_splits', 'from_folds', 'conflicts', 'embed', 'flipped', 'size_curves', 'tsne_scatter',
+           'results_frame', 'simulation_figures', 'study_figures', 'tsne_figures', 'sample_figure', 'copy_figure',
+           'fid_words', 'gains_wide', 'readings', 'sections']
 
 # %% ../../nbs/lib/82_papers.size.ipynb #0992b132
 from dataclasses import asdict, dataclass, fields, replace
@@ -251,6 +252,15 @@ def leak_counts(
                          tissue_of_training_patients=int((known&~mass).sum()), doubles=int(same.sum())))
     return pd.DataFrame(rows)
 
+def check_folds(
+    ps:PatchSet, # Study set
+    F:list, # Folds
+    R:SimpleNamespace, # From `resolve`
+) -> None:
+    "Under `clean` any leak ends the run; under the thesis' split `leak_counts` says how many there are."
+    if R.protocol.unit == "patient" and R.protocol.drop_doubles:
+        for f in F: check_leaks(train=ps.subset(f.train), val=ps.subset(f.val), test=ps.subset(f.test))
+
 # %% ../../nbs/lib/82_papers.size.ipynb #251ad6dc
 def possible_sizes(
     ps:PatchSet, # Study set
@@ -318,22 +328,22 @@ def fit_generator(
     done = train_gan(dcgan_recipe(R), masses.pixels, folder=folder/"gan", seed=seed, device=device, epochs=R.setup.gan_epochs, log=log, card=card, grid_every=max(1, R.setup.gan_epochs//10))
     _save(folder/"synthetic.npy", sample_generator(done.snapshots[-1], n, seed=seed, device=device)[0])
 
-def train_generators(
+def generator_jobs(
     run, # Run
     R:SimpleNamespace, # From `resolve`
     ps:PatchSet, # Study set
     F:list, # Folds
     rows:list, # `training_rows` of each fold
     sizes, # Possible sizes
-) -> dict: # (size, fold) -> stage folder, None where left out
+) -> dict: # (size, fold) -> arguments of `run.stages`
     "One DCGAN for each size and fold (18 in the thesis)."
     out, S = {}, R.setup
     for s,f in product(sizes, range(len(F))):
         P_k = ps.subset(rows[f][s][ps.y[rows[f][s]]==1])
         n = max(round(S.factor*S.k(s)), int(ps.y[F[f].test].sum()), 25)
         seed, say = seed_of(R.seeds["gan"], "generator", s, f), partial(run.log, size=s, fold=f)
-        out[s,f] = run.stage(f"gan-k{s}-fold{f}", partial(fit_generator, masses=P_k, n=n, R=R, seed=seed, device=run.device, log=say), group="generators", shared=True,
-                             inputs=dict(pixels=hash_of(P_k.pixels), patients=hash_of(P_k.table.patient_id.tolist()), recipe=hash_of(asdict(dcgan_recipe(R))), epochs=S.gan_epochs, n=n, seed=seed, device=run.device.type))
+        out[s,f] = dict(name=f"gan-k{s}-fold{f}", fn=partial(fit_generator, masses=P_k, n=n, R=R, seed=seed, device=run.device, log=say), group="generators", shared=True,
+                        inputs=dict(pixels=hash_of(P_k.pixels), patients=hash_of(P_k.table.patient_id.tolist()), recipe=hash_of(asdict(dcgan_recipe(R))), epochs=S.gan_epochs, n=n, seed=seed, device=run.device.type))
     return out
 
 def synthetic_of(
@@ -372,7 +382,7 @@ def fit_simulation(
         at = {int(f.name.split("-")[1]):f for f in done.snapshots}
         real, n = features(lesions.pixels[:,0], e, device=device), S.fid_n
         draw = lambda f, m: sample_generator(f, m, seed=seed_of(seed, "fid"), device=device)[0]
-        curve = pd.DataFrame([dict(epoch=k-1, fid=fid(real, features(draw(f, n), e, device=device))) for k,f in sorted(at.items())])
+        curve = pd.DataFrame([dict(epoch=k-1, fid=fid(real, features(draw(f, n), e, device=device), device=device)) for k,f in sorted(at.items())])
         floor = fid_floor(real, features(draw(at[max(at)], n), e, device=device), seed=seed, groups=lesions.table.patient_id, repeats=10)
         _save(folder/"shown.npy", np.stack([fixed_samples(at[k], 4, seed=seed, device=device) for k in shown_epochs(R)]))
         _save(folder/"synthetic.npy", draw(at[max(at)], max(64, n)))
@@ -395,21 +405,37 @@ def drop_snapshots(folder:Path, keep:list):
         if int(f.name.split("-")[1]) not in keep: shutil.rmtree(f)
     for f in folder.glob("checkpoint*"): f.unlink()
 
-def simulate(
+def simulation_job(
     run, # Run
     R:SimpleNamespace, # From `resolve`
     lesions:PatchSet, # Masses and calcifications
-) -> Path: # Stage folder, None where left out
+) -> dict: # Arguments of `run.stages`
     "Experiment A as a stage."
     seed, S = seed_of(R.seeds["gan"], "simulation"), R.setup
-    return run.stage("simulation", partial(fit_simulation, lesions=lesions, R=R, seed=seed, device=run.device, log=partial(run.log, experiment="a")), group="generators", shared=True,
-                     inputs=dict(pixels=hash_of(lesions.pixels), patients=hash_of(lesions.table.patient_id.tolist()), recipe=hash_of(asdict(dcgan_recipe(R, "a"))), epochs=S.simulation_epochs,
-                                 n=S.fid_n, seed=seed, extractor=R.extractor.hash, device=run.device.type))
+    return dict(name="simulation", fn=partial(fit_simulation, lesions=lesions, R=R, seed=seed, device=run.device, log=partial(run.log, experiment="a")), group="generators", shared=True,
+                inputs=dict(pixels=hash_of(lesions.pixels), patients=hash_of(lesions.table.patient_id.tolist()), recipe=hash_of(asdict(dcgan_recipe(R, "a"))), epochs=S.simulation_epochs,
+                            n=S.fid_n, seed=seed, extractor=R.extractor.hash, device=run.device.type))
+
+def train_generators(
+    run, # Run
+    R:SimpleNamespace, # From `resolve`
+    lesions:PatchSet, # Masses and calcifications, for experiment A
+    ps:PatchSet, # Study set, for experiment B
+    F:list, # Folds
+    rows:list, # `training_rows` of each fold
+    sizes, # Possible sizes
+) -> tuple: # Stage folder of experiment A, and (size, fold) -> stage folder; None where left out
+    "All generators of both experiments, side by side where there are cores for it; the longest first."
+    jobs = generator_jobs(run, R, ps, F, rows, sizes)
+    keys = sorted(jobs, key=lambda k: -k[0])
+    sim, *rest = run.stages([simulation_job(run, R, lesions), *(jobs[k] for k in keys)], label="generators")
+    done = dict(zip(keys, rest))
+    return sim, {k:done[k] for k in jobs}
 
 # %% ../../nbs/lib/82_papers.size.ipynb #a25d71ef
 def measure_generator(
     folder:Path, # Stage folder
-    fake:np.ndarray, # uint8 `(n,s,s)`
+    generator:Path, # Stage folder of `fit_generator`
     train:PatchSet, # P_k
     test:PatchSet, # Masses of the test third
     *,
@@ -417,6 +443,7 @@ def measure_generator(
     device, # Where the extractor runs
 ) -> None:
     "KID, FID, floors, precision, recall and the search for copies, as `quality.csv`."
+    fake = synthetic_of(generator, len(test))
     who = test.table.patient_id if test.table.patient_id.nunique() >= 4 else None
     q = generator_report(test.pixels[:,0], fake, extractor=R.extractor, seed=R.seeds["gan"], groups=who, device=device)
     m = memory_report(fake, train.pixels[:,0], test.pixels[:,0], extractor=make_extractor("pixels"), seed=R.seeds["gan"], held_groups=who, repeats=100)
@@ -431,12 +458,13 @@ def measure_all(
     G:dict, # From `train_generators`
 ) -> pd.DataFrame: # REPORT_COLUMNS with size and fold; empty where left out
     "The quality of every generator."
-    out = []
+    jobs = []
     for (s,f),folder in G.items():
         train, test = ps.subset(rows[f][s][ps.y[rows[f][s]]==1]), ps.subset(F[f].test[ps.y[F[f].test]==1])
-        do = lambda d, s=s, folder=folder, train=train, test=test: measure_generator(d, synthetic_of(folder, len(test)), train, test, R=R, device=run.device)
-        at = run.stage(f"quality-k{s}-fold{f}", do, group="quality", shared=True, inputs=dict(generator=folder, test=hash_of(test.pixels), extractor=R.extractor.hash, seed=R.seeds["gan"]))
-        if at is not None: out.append(pd.read_csv(at/"quality.csv").assign(size=s, fold=f))
+        jobs.append(dict(name=f"quality-k{s}-fold{f}", fn=partial(measure_generator, generator=folder, train=train, test=test, R=R, device=run.device), group="quality", shared=True,
+                         inputs=dict(generator=folder, test=hash_of(test.pixels), extractor=R.extractor.hash, seed=R.seeds["gan"])))
+    done = zip(G, run.stages(jobs, workers=1, label="measuring generators"))
+    out = [pd.read_csv(d/"quality.csv").assign(size=s, fold=f) for (s,f),d in done if d is not None]
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 
 def quality_table(
@@ -457,7 +485,8 @@ def fit_mode(
     test, # PatchArrays
     *,
     mode:str, # Key of `MODES`
-    fake, # uint8 synthetic lesions, or None
+    generator, # Stage folder of `fit_generator`, or empty
+    n:int, # Synthetic lesions to add
     R:SimpleNamespace, # From `resolve`
     seed:int, # Of weights, order and flips
     device, # Where to train
@@ -465,11 +494,48 @@ def fit_mode(
 ) -> None:
     "Train one classifier (section 4.6) and write `predictions.csv` of the test third."
     S, p = R.setup, R.protocol
-    if MODES[mode]["synthetic"]: train = join([train, patch_arrays(fake, 1, synthetic=True)])
+    if MODES[mode]["synthetic"]: train = join([train, patch_arrays(synthetic_of(generator, n), 1, synthetic=True)])
     net = build_classifier(dict(kind="fcn", size=S.size, widths=S.fcn, first=p.first_kernel), seed=seed)
     fit_classifier(net, train, valid, seed=seed, recipe=THESIS, epochs=S.clf_epochs, bs=S.clf_batch, lr=S.clf_lr, weight_decay=p.weight_decay,
                    flips="hv" if MODES[mode]["flips"] else "", device=device, folder=folder/"fit", log=log)
     write_csv(folder/"predictions.csv", pd.DataFrame(dict(y=test.target, p=predict_proba(net, test, device=device)[:,1])))
+
+def classifier_jobs(
+    run, # Run
+    R:SimpleNamespace, # From `resolve`
+    ps:PatchSet, # Study set
+    F:list, # Folds
+    rows:list, # `training_rows` of each fold
+    G:dict, # From `train_generators`
+    *,
+    sizes, # Possible sizes
+    modes:tuple, # Keys of `MODES`
+    tag:str = "clf", # Prefix of the stages
+) -> list: # (arguments of `run.stages`, cell without predictions)
+    "Every mode of every size and fold."
+    arrays, key, S, out = patch_arrays(ps), hash_of(ps.pixels, ps.y), R.setup, []
+    for s,f,m in product(sizes, range(len(F)), modes):
+        n, generator = round(S.factor*S.k(s)), G.get((s,f)) if MODES[m]["synthetic"] else ""
+        seed = seed_of(R.seeds["seed"], "classifier", s, f)
+        fn = partial(fit_mode, train=arrays.subset(rows[f][s]), valid=arrays.subset(F[f].val), test=arrays.subset(F[f].test), mode=m, generator=generator, n=n, R=R, seed=seed,
+                     device=run.device, log=partial(run.log, size=s, fold=f, mode=m))
+        inputs = dict(generator=generator, patches=key, rows=hash_of(rows[f][s], F[f].val, F[f].test), mode=m, seed=seed, device=run.device.type,
+                      fit=hash_of([S.clf_epochs, S.clf_batch, S.clf_lr, R.protocol.weight_decay, S.fcn, R.protocol.first_kernel, n]))
+        out.append((dict(name=f"{tag}-{m}-k{s}-fold{f}", fn=fn, inputs=inputs, group="classifiers"),
+                    dict(scope="masses", model="fcn", arm=m, regime=str(s), fold=f, patients=ps.table.patient_id.iloc[F[f].test].to_numpy())))
+    return out
+
+def other_split(
+    run, # Run
+    R:SimpleNamespace, # From `resolve`
+    ps:PatchSet, # Study set
+    size:int, # Size to compare at
+) -> list: # As `classifier_jobs`; empty where the data do not allow it, with a note in run.json
+    "ORG at one size with folds by the unit that this protocol does not use."
+    unit = {"patch":"patient", "patient":"patch"}[R.protocol.unit]
+    try: F = make_folds(ps, R, unit); possible_sizes(ps, F, R, (size,))
+    except DataError as e: run.note(split_comparison=f"not possible: {e.what}"); return []
+    return classifier_jobs(run, R, ps, F, [training_rows(ps, f, R, (size,)) for f in F], {}, sizes=(size,), modes=("org",), tag=f"clf-by-{unit}")
 
 def train_classifiers(
     run, # Run
@@ -477,25 +543,18 @@ def train_classifiers(
     ps:PatchSet, # Study set
     F:list, # Folds
     rows:list, # `training_rows` of each fold
-    G:dict, # From `train_generators`; empty for the split comparison
+    G:dict, # From `train_generators`
     *,
     sizes, # Possible sizes
     modes:tuple, # Keys of `MODES`
-    tag:str = "clf", # Prefix of the stages
-) -> list: # One dict a training: scope, model, arm, regime, fold, y, p, patients
-    "Train every mode of every size and fold; what `only` leaves out is missing from the list."
-    arrays, key, S, out = patch_arrays(ps), hash_of(ps.pixels, ps.y), R.setup, []
-    for s,f,m in product(sizes, range(len(F)), modes):
-        n, folder = round(S.factor*S.k(s)), G.get((s,f)) if MODES[m]["synthetic"] else ""
-        seed = seed_of(R.seeds["seed"], "classifier", s, f)
-        def do(d, s=s, f=f, m=m, n=n, folder=folder, seed=seed):
-            fit_mode(d, arrays.subset(rows[f][s]), arrays.subset(F[f].val), arrays.subset(F[f].test), mode=m, fake=synthetic_of(folder, n) if folder else None, R=R,
-                     seed=seed, device=run.device, log=partial(run.log, size=s, fold=f, mode=m))
-        at = run.stage(f"{tag}-{m}-k{s}-fold{f}", do, group="classifiers", inputs=dict(generator=folder, patches=key, rows=hash_of(rows[f][s], F[f].val, F[f].test), mode=m, seed=seed,
-                       fit=hash_of([S.clf_epochs, S.clf_batch, S.clf_lr, R.protocol.weight_decay, S.fcn, R.protocol.first_kernel, n]), device=run.device.type))
+) -> tuple: # Two lists of cells (scope, model, arm, regime, fold, y, p, patients): of the study, of the other split; without what `only` left out
+    "All classifiers side by side, and ORG at the largest size once more with the other unit of splitting."
+    main, other = classifier_jobs(run, R, ps, F, rows, G, sizes=sizes, modes=modes), other_split(run, R, ps, max(sizes)) if "org" in modes else []
+    folders, out = run.stages([j for j,_ in main+other], label="classifiers"), ([], [])
+    for i,(at,(_,cell)) in enumerate(zip(folders, main+other)):
         if at is None: continue
         d = pd.read_csv(at/"predictions.csv")
-        out.append(dict(scope="masses", model="fcn", arm=m, regime=str(s), fold=f, y=d.y.to_numpy(), p=d.p.to_numpy(), patients=ps.table.patient_id.iloc[F[f].test].to_numpy()))
+        out[i >= len(main)].append(dict(cell, y=d.y.to_numpy(), p=d.p.to_numpy()))
     return out
 
 # %% ../../nbs/lib/82_papers.size.ipynb #92e11adc
@@ -582,21 +641,16 @@ def probe(
     return pd.DataFrame([dict(auroc=a.auc, lo=a.lo, hi=a.hi, **{f"{k}_alone":v for k,v in a.cues.items()}, n=a.n, groups=a.patients, split=note)])
 
 def compare_splits(
-    run, # Run
+    cells:list, # Of the study
+    other:list, # Of the other split, see `train_classifiers`
+    *,
     R:SimpleNamespace, # From `resolve`
-    ps:PatchSet, # Study set
-    cells:list, # From `train_classifiers`
-    size:int, # Size to compare at
-) -> pd.DataFrame: # unit, arm, regime, metric, value, lo, hi; empty where it cannot be done
-    "ORG at one size with the protocol's unit of splitting and with the other one."
-    other = {"patch":"patient", "patient":"patch"}[R.protocol.unit]
-    try:
-        F = make_folds(ps, R, other); ok = possible_sizes(ps, F, R, (size,)).possible.any()
-    except DataError as e: run.note(split_comparison=f"not possible: {e.what}"); return pd.DataFrame()
-    theirs = train_classifiers(run, R, ps, F, [training_rows(ps, f, R, (size,)) for f in F], {}, sizes=(size,), modes=("org",), tag=f"clf-by-{other}") if ok else []
-    ours = [c for c in cells if c["arm"]=="org" and c["regime"]==str(size)]
-    both = [score_cells(c, n_boot=R.setup.boots, seed=R.seeds["seed"]).assign(unit=u) for c,u in ((ours, R.protocol.unit), (theirs, other)) if c]
-    return pd.concat(both, ignore_index=True)[["unit","arm","regime","metric","value","lo","hi","sd_folds","n","n_patients"]] if len(both) == 2 else pd.DataFrame()
+) -> pd.DataFrame: # unit, arm, regime, metric, value, lo, hi; empty where it was not possible
+    "ORG at the largest size with the protocol's unit of splitting and with the other one."
+    ours = [c for c in cells if other and c["arm"]=="org" and c["regime"]==other[0]["regime"]]
+    if not ours: return pd.DataFrame()
+    both = [score_cells(c, n_boot=R.setup.boots, seed=R.seeds["seed"]).assign(unit=u) for c,u in zip((ours, other), sorted(("patch","patient"), key=lambda u: u != R.protocol.unit))]
+    return pd.concat(both, ignore_index=True)[["unit","arm","regime","metric","value","lo","hi","sd_folds","n","n_patients"]]
 
 # %% ../../nbs/lib/82_papers.size.ipynb #978fd1de
 def from_folds(
@@ -880,7 +934,7 @@ def sections(
         if "gains" in T and len(T["gains"]): t.append(Table(gains_wide(T["gains"], R), caption="All gains, in pairs", note="Interval: the wider of patients and folds. tables/gains.csv holds both.", index=False))
         t += _table(T, "splits", "ORG at the largest size, by unit of splitting", "The difference between the two rows of a metric is what a split by patch adds.", drop=("n",))
         out.append(Section("Experiment B: augmentation against training size", "The thesis' numbers are of OPTIMAM; ours are of the data named at the top of this page.", tables=t, figures=pics.get("study", ())))
-    if "quality" in T: out.append(Section("The generators", "Means over folds, against the masses of the test third, with as many fakes. KID is unbiased and may be below 0. Floor / FID is 1 where the fakes are as near as other real patches. "
+    if "quality" in T or pics.get("samples"): out.append(Section("The generators", "Means over folds, against the masses of the test third, with as many fakes. KID is unbiased and may be below 0. Floor / FID is 1 where the fakes are as near as other real patches. "
         "Nearer than held-out: the chance that a fake is nearer to the training masses than a test mass is, 0.5 if nothing is remembered; a blurred fake is near to everything, so the share of copies, calibrated for that, is what counts (0.01 is none; with fewer than some 20 training masses it says little).",
         tables=_table(T, "quality", f"Quality of each generator, {R.extractor.recipe}"), figures=pics.get("samples", ())))
     if pics.get("tsne"): out.append(Section("t-SNE", "Distances between clusters of such maps carry no meaning; precision and recall above ask the same question with numbers.", figures=pics["tsne"]))
