@@ -36,14 +36,16 @@ def count_table(
     rows = [(k, have[k], want.get(k)) for k in keys]
     if layout=="bcdr":
         for s,im in data.images.groupby("subset"):
-            rows += [(f"{s} {k}", im.patient_id.nunique() if k=="patients" else int((data.lesions.subset==s).sum()), v) for k,v in BCDR_PUBLISHED.get(s,{}).items()]
+            rows += [(f"{s} {k}", im.patient_id.nunique() if k=="patients" else int((data.lesions.subset==s).sum()), v) for k,
+                v in BCDR_PUBLISHED.get(s,{}).items()]
     return pd.DataFrame(rows, columns=["what","found","published"])
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #fb411dba
 def _has(d):
     patches = d.patches if d.patches is not None else pd.DataFrame(columns=["target","label"])
     labels = set(d.lesions.label) | set(patches.label)
-    return dict(lesions=len(d.lesions)>0, cut=bool((patches.target==1).any()), healthy=bool(d.images.normal.any() or (patches.target==0).any()), classes={"benign","malignant"} <= labels, boxed_classes={"benign","malignant"} <= set(d.lesions.label))
+    return dict(lesions=len(d.lesions)>0, cut=bool((patches.target==1).any()), healthy=bool(d.images.normal.any() or (patches.target==0).any()),
+        classes={"benign","malignant"} <= labels, boxed_classes={"benign","malignant"} <= set(d.lesions.label))
 
 def paper_lines(
     root:Path, # data_dir
@@ -105,7 +107,8 @@ def examine(
         broken[name] = decode_some(sets[name], check=check)
     good = {n:d for n,d in sets.items() if broken[n].attrs["tried"]>len(broken[n])}
     seen = Counter(p.suffix.lower() or p.name for p in find_files(root)) if not found else {}
-    return dict(root=root, found=found, sets=sets, errors=errors, broken=broken, usable=bool(good), lines=paper_lines(root, good) if good else {}, seen=seen, tables_only=not found and _tables_only(root))
+    return dict(root=root, found=found, sets=sets, errors=errors, broken=broken, usable=bool(good), lines=paper_lines(root, good) if good else {},
+        seen=seen, tables_only=not found and _tables_only(root))
 
 def _tables_only(root):
     return has_cbis_tables(root, 2)
@@ -140,7 +143,8 @@ def report_text(
     if e["lines"]:
         out += ["", "papers this data can run:"]
         lines = [(n, _notebook(n), l) for n,l in sorted(e["lines"].items())]
-        out += [f"    papermill {nb.relative_to(repo_root())} out.ipynb {l} -p preset paper" if l.startswith("-p") else f"    {nb.stem}: {l}" for n,nb,l in lines if nb is not None]
+        out += [f"    papermill {nb.relative_to(repo_root())} out.ipynb {l} -p preset paper" if l.startswith("-p") else f"    {nb.stem}: {l}" for n,
+            nb,l in lines if nb is not None]
     out += ["", "usable" if e["usable"] else "not usable"]
     return "\n".join(out)
 

@@ -70,13 +70,15 @@ def read_mias(
         try: head = read_header(pictures[ref])
         except DataError as e: led.skip(pictures[ref], e.what); continue
         n, marked = int(ref[3:]), [r for r in rows if r["kind"]!="NORM"]
-        im = dict(image_id=f"mias:{ref}", subset="mini-mias", patient_id=f"mias:{(n+1)//2:03d}", path=str(pictures[ref].resolve()), laterality="R" if n%2 else "L", view="MLO", rows=head["rows"], cols=head["cols"], bits=head["bits"],
+        im = dict(image_id=f"mias:{ref}", subset="mini-mias", patient_id=f"mias:{(n+1)//2:03d}", path=str(pictures[ref].resolve()),
+            laterality="R" if n%2 else "L", view="MLO", rows=head["rows"], cols=head["cols"], bits=head["bits"],
             spacing_mm=MIAS_SPACING*1024/head["rows"], device="film", quirks=[f"tissue {rows[0]['tissue']}"], has_lesion=bool(marked), normal=not marked)
         images.append(im)
         for k,r in enumerate(marked):
             box = circle_box(r["circle"], rows=head["rows"], cols=head["cols"]) if r["circle"] else None
             if box is None: led.skip(info, f"lesion of {ref} has no circle inside the image"); continue
-            lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=str(k+1), lesion_type=MIAS_TYPES.get(r["kind"],"other"), label=dict(B="benign",M="malignant").get(r["severity"],"unknown"),
+            lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=str(k+1),
+                lesion_type=MIAS_TYPES.get(r["kind"],"other"), label=dict(B="benign",M="malignant").get(r["severity"],"unknown"),
                 label_source="pathology", label_raw=f"{r['kind']} {r['severity']}".strip(), quirks=im["quirks"]))
     for ref in sorted(set(pictures)-set(by_ref)): led.skip(pictures[ref], "picture has no row in Info.txt")
     if not images: raise DataError("mini-MIAS: Info.txt found, and no readable mdb*.pgm", root, "put the pictures below the same folder")

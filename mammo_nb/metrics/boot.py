@@ -130,10 +130,12 @@ def boot_contrasts(
     jack = (_values(fs, parts, k) if k<=1000 else np.zeros((0,len(used))))@C.T      # beyond 1000 patients the skew is negligible
     union = lambda on, cls=None: len(np.unique(np.concatenate([c if cls is None else c[y==cls] for y,c,i in zip(ys,parts,on) if i])))
     rows = []
-    for v,d,j,on in zip(value, draws.T, jack.T, C!=0):
-        d, j = d[np.isfinite(d)], j[np.isfinite(j)]
+    for v,d,j,c in zip(value, draws.T, jack.T, C):
+        d, j, on = d[np.isfinite(d)], j[np.isfinite(j)], c!=0
         if len(d) < .5*n_boot: raise DataError(f"only {len(d)} of {n_boot} resamples held both classes", "bootstrap", "the test set has too few patients of one class for an interval")
-        rows.append(dict(value=float(v), **bca(float(v), d, j, n=min(union(on,True), union(on,False)), level=level), n_boot=len(d), n_patients=union(on)))
+        r = bca(float(v), d, j, n=min(union(on,True), union(on,False)), level=level)
+        r |= {k:float(np.clip(r[k], c[c<0].sum(), c[c>0].sum())) for k in ("lo","hi")}   # every metric lies in [0,1]
+        rows.append(dict(value=float(v), **r, n_boot=len(d), n_patients=union(on)))
     return pd.DataFrame(rows)
 
 def _score(cell, metric):

@@ -101,7 +101,7 @@ def features(
     _check_patches(pixels, "pixels")
     if isinstance(extractor.net, nn.Module): extractor.net.to(device)
     with torch.inference_mode():
-        out = [extractor.net(resize(torch.from_numpy(np.ascontiguousarray(pixels[i:i+bs])).to(device), extractor.size, rule=extractor.rule)).double().cpu()
+        out = [extractor.net(resize(torch.from_numpy(np.array(pixels[i:i+bs])).to(device), extractor.size, rule=extractor.rule)).double().cpu()
                for i in range(0, len(pixels), bs)]
     return torch.cat(out).numpy()
 

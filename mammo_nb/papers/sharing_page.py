@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import MammoError, repo_root, write_csv
-from .sharing import ARMS, GENERATORS, generator_folders
+from .sharing import FEWEST, few_patients
 from ..report.claims import claims, from_predictions, from_seeds, gains, gains_over_seeds, verdict_table
 from ..report.figures import forest, loss_curves, ours_vs_published, patch_grid, pr_curves, roc_curves, save_figure, sheet
 from ..report.html import Picture, Section, Table, banner_for, beside_html, write_report
@@ -120,14 +120,16 @@ def headline(verdicts:pd.DataFrame) -> str:
     n = verdicts.verdict.value_counts()
     return f"Of {len(verdicts)} claims {n.get('holds',0)} hold, {n.get('differs',0)} differ, and {n.get('cannot tell',0)} cannot be told from this run."
 
-def data_section(run, how:str, T:dict, pics:list) -> Section:
+def data_section(run, how:str, T:dict, pics:list, cells:pd.DataFrame) -> Section:
     "Where the data come from and whether they can be trusted."
     warn = "" if "pseudo-centres" not in how else "\n\n**One data set plays all three centres.** What follows proves the pipeline on these pixels; it says nothing about sharing between hospitals."
     warn += "" if "images of lesion-free sets" not in how else "\n\n**The healthy tissue comes from lesion-free images that are split by image, not by woman, and from another scanner than the lesions.** The classifier can tell the scanners apart, so the task is easy and its numbers are no measure of lesion detection."
+    few = sorted({w for f in cells.folder.dropna() for t in [pd.read_csv(Path(f)/"predictions.csv").query("side=='test'")] for w in few_patients(t)})
+    warn += "" if not few else f"\n\n**The {' and '.join(few)} test patches come from fewer than {FEWEST} patients, so the bootstrap drew patches of that class instead of patients. These intervals are too narrow.**"
     return Section("Data", f"Source: {how}.{warn}\n\n{probe_words(T['probe'])}", tables=[Table(T["centres"], "The three centres (section 2.1)", index=False), Table(T["balance"], "The split of centre A", "Shares of patients by breast density on each side.", index=False, digits=2),
                                                                                        Table(T["probe"], "Confound probe", "0.5 is nothing; a cue above 0.5 is larger in lesions.", index=False, digits=2)], figures=pics)
 
-def write_page(run, R, *, how:str, T:dict, C:dict, G:dict, S:dict, cuts:dict, test:list, results:pd.DataFrame, verdicts:pd.DataFrame) -> Path:
+def write_page(run, R, *, how:str, T:dict, G:dict, S:dict, cuts:dict, cells:pd.DataFrame, test:list, results:pd.DataFrame, verdicts:pd.DataFrame) -> Path:
     "The report of one run: verdicts first, then tables, curves, generators, data."
     size, rec = R.setup.size, paper_record(PAPER)
     parts = [Section("What holds", headline(verdicts) + " A verdict needs a 95 % interval that lies wholly on one side; one seed gives an interval over test patients only.", verdicts=verdicts)]
@@ -138,7 +140,7 @@ def write_page(run, R, *, how:str, T:dict, C:dict, G:dict, S:dict, cuts:dict, te
         parts.append(Section("Curves", figures=[p for s in cuts for p in curve_figures(run, test, s)]))
     if any(f is not None for f in G.values()):
         parts.append(Section("Generators", "Every generator is trained on another centre's lesions; centre A sees only what it draws from them.", figures=([sample_figure(run, S, size)] if any(v is not None for v in S.values()) else []) + [loss_figure(run, G)]))
-    if cuts: parts.append(data_section(run, how, T, [real_figure(run, cuts, size)]))
+    if cuts: parts.append(data_section(run, how, T, [real_figure(run, cuts, size)], cells))
     parts.append(Section("What the published numbers say about themselves", "Accuracy and F1 together bound the share of the positive class; all rows of a table were tested on the same patches and must agree.\n\n" + check_words()))
     skipped = ", ".join(sorted({n for n,_ in run.info["skipped"]})) or "nothing"
     meta = {"Parameters":vars(run.params), "Protocol":R.protocol.__dict__, "Left out":skipped, "Seeds":R.seeds, "Commit":run.info["commit"], "Versions":run.info["versions"], "Device":run.info["device"], "Started":run.info["started"]}

@@ -126,8 +126,8 @@ class Setup:
 OPTIMAM_MIX = (("mass",.42),("calcification",.44),("distortion",.07),("asymmetry",.07)) # About 2215 pure masses and 4536 of 5351 with mass or calcification
 
 PRESETS = dict(
-    demo=Setup(patients=92, phantom_scale=.2, affected=1., types=(("mass",.8),("calcification",.2)), size=32, width=1/8, fcn=(9,18,36), shrink=13., gan_epochs=36, gan_batch=16, gan_lr=5., simulation_lr=1.5,
-        simulation_epochs=26, fid_every=2, fid_n=160, clf_epochs=5, clf_batch=64, clf_lr=2e-3, boots=400, tsne_iter=500, tsne_tissue=384, perplexity=250., extractor="embedded"),
+    demo=Setup(patients=92, phantom_scale=.2, affected=1., types=(("mass",.8),("calcification",.2)), size=32, width=1/8, fcn=(9,18,36), shrink=13., gan_epochs=32, gan_batch=16, gan_lr=5., simulation_lr=1.,
+        simulation_epochs=30, fid_every=2, fid_n=160, clf_epochs=5, clf_batch=64, clf_lr=2e-3, boots=400, tsne_iter=500, tsne_tissue=384, perplexity=250., extractor="embedded"),
     paper=Setup(patients=2400, phantom_scale=.5, affected=.9, types=OPTIMAM_MIX, size=128, width=1., fcn=(9,18,36,72,90), shrink=1., gan_epochs=1000, gan_batch=64, gan_lr=1., simulation_lr=1.,
         simulation_epochs=1000, fid_every=10, fid_n=2000, clf_epochs=20, clf_batch=64, clf_lr=2e-4, boots=2000, tsne_iter=4000, tsne_tissue=5000, perplexity=250., extractor="inception"))
 
@@ -574,7 +574,7 @@ def fold_intervals(
     seed:int, # Of the resamples
     level:float = .95, # Of the interval
 ) -> pd.DataFrame: # q rows: value, lo, hi (the wider), lo_patients, hi_patients, lo_folds, hi_folds, p (the larger), sd_folds, n, n_patients
-    "Means over folds with an interval over patients and over folds."
+    "Means over folds with an interval over patients and over folds, within what a metric or a difference can be."
     b = boot_contrasts(cells, C, metric=metric, positive="lesion", n_boot=n_boot, seed=seed, level=level).rename(columns=dict(lo="lo_patients", hi="hi_patients", p="p_patients"))
     each, fold, rows = np.array([fold_value(c, metric) for c in cells]), np.array([c["fold"] for c in cells]), []
     for row in C:
@@ -583,7 +583,7 @@ def fold_intervals(
         rows.append(dict(lo_folds=t["lo"], hi_folds=t["hi"], p_folds=t["p"], sd_folds=float(np.std(d, ddof=1)) if len(d) > 1 else np.nan,
                          n=int(sum(len(cells[i]["y"]) for i in {fold[j]:j for j in np.flatnonzero(row)}.values()))))
     b = b.join(pd.DataFrame(rows))
-    return b.assign(lo=b[["lo_patients","lo_folds"]].min(axis=1), hi=b[["hi_patients","hi_folds"]].max(axis=1), p=b[["p_patients","p_folds"]].max(axis=1))
+    return b.assign(lo=b[["lo_patients","lo_folds"]].min(axis=1).clip(-1, 1), hi=b[["hi_patients","hi_folds"]].max(axis=1).clip(-1, 1), p=b[["p_patients","p_folds"]].max(axis=1))
 
 def _fold_means(cells): # Unique (arm, regime) and the matrix of their means over folds
     keys = list(dict.fromkeys((c["arm"], c["regime"]) for c in cells))
