@@ -670,7 +670,7 @@ def weigh_claims(
 ) -> dict: # Claim id -> Evidence
     "What this run says about each claim of the paper, with an interval over patients."
     from mammo_nb.metrics.boot import boot_contrasts
-    from mammo_nb.report.claims import Evidence, _collect, claims, contrasts
+    from mammo_nb.report.claims import Evidence, evidence_of, claims, contrasts
     some = [r for r in replicates if r["P"].shape[1] == 3]
     if not some: return {}
     cells = cell_names(some); M, out = means_over(some, cells), {}
@@ -679,7 +679,7 @@ def weigh_claims(
         if not len(used): out[c.id] = Evidence(of=of); continue
         W = (C.mean(0, keepdims=True) if c.kind == "mean" else C) @ M
         b = boot_contrasts([binary_view(r, c.metric, c.positive) for r in some], W, metric=c.metric, n_boot=boots, level=1-.05/len(W), seed=seed)
-        out[c.id] = _collect(c, b, how=f"bootstrap of {b.n_patients.iloc[0]} patients, mean of folds", used=len(used), of=of, seeds=1, n_patients=int(b.n_patients.iloc[0]))
+        out[c.id] = evidence_of(c, b, how=f"bootstrap of {b.n_patients.iloc[0]} patients, mean of folds", used=len(used), of=of, seeds=1, n_patients=int(b.n_patients.iloc[0]))
     return out
 
 # %% ../../nbs/lib/80_papers.shift.ipynb #ce4729e7

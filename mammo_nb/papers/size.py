@@ -661,14 +661,14 @@ def from_folds(
     seed:int, # Of the resamples
 ): # report.claims.Evidence
     "What the folds of one run say about a claim."
-    from mammo_nb.report.claims import Evidence, _collect, contrasts
+    from mammo_nb.report.claims import Evidence, evidence_of, contrasts
     keys, M = _fold_means(cells)
     frame = pd.DataFrame([dict(scope="masses", model="fcn", arm=a, regime=r) for a,r in keys], columns=["scope","model","arm","regime"])
     C, used, of = contrasts(claim, frame)
     if not len(used): return Evidence(of=of)
     C = C.mean(0, keepdims=True) if claim.kind == "mean" else C
     b = fold_intervals(cells, C@M, metric=claim.metric, n_boot=n_boot, seed=seed, level=1-.05/len(C))
-    return _collect(claim, b, how=f"{len({c['fold'] for c in cells})} folds and {b.n_patients.iloc[0]} patients, the wider interval", used=len(used), of=of, seeds=1, n_patients=int(b.n_patients.iloc[0]))
+    return evidence_of(claim, b, how=f"{len({c['fold'] for c in cells})} folds and {b.n_patients.iloc[0]} patients, the wider interval", used=len(used), of=of, seeds=1, n_patients=int(b.n_patients.iloc[0]))
 
 # %% ../../nbs/lib/82_papers.size.ipynb #185c5fd3
 def conflicts(

@@ -149,7 +149,6 @@ def evidence_of(
     p = np.nan if claim.side in ("no more","no less") else rows.p.max() if on.all() else min(1., len(rows)*rows.p.iloc[worst])
     return Evidence(float(v[worst]), float(pick(rows.lo)), float(pick(rows.hi)), float(p), holds=int(on.sum()), **kw)
 
-_collect = evidence_of # Earlier name
 
 def from_seeds(
     claim:Claim, # What is claimed
