@@ -20,7 +20,8 @@ paper: run   ## make paper P=04_sharing SEED=1 ARGS="-p preset paper"
 test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg
 test: install
-	$(BIN)/nbdev_test --n_workers 2 --timing
+	@# each notebook in a process of its own: nbdev_test reuses its workers, and one notebook's imports would colour the next
+	ls nbs/lib/*.ipynb nbs/*.ipynb | xargs -P 2 -n 1 sh -c '$(BIN)/nbdev_test --path "$$0" --n_workers 0 --do_print || exit 255'
 	$(BIN)/pytest
 
 sync: install ## export and clean must leave the tree as it is

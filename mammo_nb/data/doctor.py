@@ -60,7 +60,7 @@ def paper_lines(
     pick = lambda names, first: next((n for n in names if n.startswith(first)), names[0]) if names else None
     out["00"] = f"-p data_dir {where} -p dataset {pick(labelled,'bcdr')}" if labelled else "needs outlined lesions that are called benign and malignant"
     out["01"] = (no_healthy if not healthy else f"-p data_dir {where}") if boxed else "needs lesions with a box in a whole image"
-    out["02"] = f"-p data_dir {where}" if boxed else "needs lesions with a box in a whole image"
+    out["02"] = f"-p data_dir {where}" if ill and healthy else no_healthy if ill else no_ill # boxes in images or ready patches
     masses = [n for n,h in has.items() if h["classes"]]
     out["03"] = f"-p data_dir {where}" if masses else "needs lesions that are called benign and malignant"
     women = {p for d in sets.values() for p in d.images.patient_id[d.images.normal]}

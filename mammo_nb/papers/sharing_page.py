@@ -160,7 +160,7 @@ def gather_seeds(
     data, preset, protocol = kinds.iloc[0]
     ours, seeds = summarise(raw), sorted(raw.seed.unique())
     verdicts = verdict_table(claims(PAPER), {c.id:from_seeds(c, raw) for c in claims(PAPER)}, data=data, preset=preset, protocol=protocol)
-    for name,t in (("summary",ours), ("claims",verdicts), ("all_runs",raw)): write_csv(out/"tables"/f"{name}.csv", t)
+    for name,t in (("summary",ours), ("claims",verdicts)): write_csv(out/"tables"/f"{name}.csv", t)
     g = {m:gains_over_seeds(raw, PAPER, metric=m, positive="healthy") for m in ("auroc","f1")}
     parts = [Section("What holds", headline(verdicts) + f" Intervals are t over {len(seeds)} seeds ({', '.join(map(str,seeds))}).", verdicts=verdicts), *published_sections(ours)]
     parts.append(Section("What each augmentation adds", figures=[gain_figure(out, t, m, f"mean and 95 % t-interval over {len(seeds)} seeds") for m,t in g.items() if len(t)]))
