@@ -123,7 +123,7 @@ PRESETS = dict(
     demo=Setup(patients=dict(a=72,b=30,c=24), phantom_scale=0.25, size=64, swin_size=64, views=4,
         counts=dict(lesions=Counts(80,48,32), masses=Counts(40,40,28)), gan_width=1/8,
         epochs={"sharing_dcgan/lesions":60, "sharing_dcgan/masses":60, "sharing_wgangp/lesions":90, "sharing_wgangp/masses":90, "thesis_dcgan/masses":60},
-        clf_epochs=12, clf_batch=12, lr=3e-3, cnn=dict(widths=(8,16,32,64), hidden=64), swin=dict(patch=8, embed=24, depths=(2,2), heads=(2,4), window=4), boots=500),
+        clf_epochs=9, clf_batch=12, lr=3e-3, cnn=dict(widths=(8,16,32,64), hidden=64), swin=dict(patch=8, embed=24, depths=(2,2), heads=(2,4), window=4), boots=500),
     paper=Setup(patients=dict(a=115,b=1010,c=740), phantom_scale=0.5, size=128, swin_size=224, views=20,
         counts=dict(lesions=Counts(1374,1200,1148), masses=Counts(70,1200,500)), gan_width=1.,
         epochs={"sharing_dcgan/lesions":3000, "sharing_dcgan/masses":3000, "sharing_wgangp/lesions":2700, "sharing_wgangp/masses":10000, "thesis_dcgan/masses":1000},
