@@ -8,8 +8,8 @@ __all__ = ['SCOPES', 'MODELS', 'REGIMES', 'ARMS', 'GENERATORS', 'SWITCHES', 'PRE
            'phantom_centres', 'assign_roles', 'images_as_patients', 'load_centres', 'crop_options', 'lesion_plan',
            'healthy_plan', 'split_centre_a', 'scope_table', 'Cut', 'cut_centre_a', 'cut_lesions', 'gan_recipe',
            'fit_generator', 'generator_folders', 'draw_synthetic', 'in_line', 'cell_training_set', 'fit_cell',
-           'load_predictions', 'few_patients', 'resampling_units', 'score_cells', 'compare_arms', 'set_key', 'cut_all',
-           'balance', 'probe', 'train_generators', 'draw_all', 'arm_sources', 'train_classifiers']
+           'load_predictions', 'few_patients', 'resampling_units', 'score_cells', 'set_key', 'cut_all', 'balance',
+           'probe', 'train_generators', 'draw_all', 'arm_sources', 'train_classifiers']
 
 # %% ../../nbs/lib/84_papers.sharing.ipynb #3c8ddcc2
 from concurrent.futures import ThreadPoolExecutor
@@ -508,28 +508,6 @@ def score_cells(
                 rows.append(t.assign(**{k:c[k] for k in ("scope","model","arm","regime")}))
     t = pd.concat(rows, ignore_index=True).assign(**(tags or {}))
     return t[[k for k in ("paper","run","seed","data","preset","protocol","scope","model","arm","regime","metric","positive","value","lo","hi","n","n_patients","split") if k in t]]
-
-def compare_arms(
-    predictions:list, # From `load_predictions`
-    *,
-    boots:int, # Bootstrap resamples of patients
-    seed:int, # Seed of the resamples
-    positive:str="healthy", # Positive class, as published
-) -> pd.DataFrame: # scope, model, regime, arm, metric, value (arm - none), lo, hi, p, p_holm
-    "Each arm against `none` on the same test patches: paired patient bootstrap, Holm over all rows of a metric."
-    from mammo_nb.metrics.boot import boot_diff, holm
-    rows = []
-    for c in predictions:
-        base = [b for b in predictions if b["arm"]=="none" and all(b[k]==c[k] for k in ("scope","model","regime"))]
-        if c["arm"]=="none" or not base: continue
-        for m in METRICS:
-            a, b = _with_scores(c, m), _with_scores(base[0], m)
-            t = boot_diff(c["y"], a["p"], b["p"], patients=c["patients"], metrics=(m,), positive=positive, n_boot=boots, seed=seed)
-            rows.append(t.assign(**{k:c[k] for k in ("scope","model","regime","arm")}))
-    if not rows: return pd.DataFrame(columns=["scope","model","regime","arm","metric","value","lo","hi","p","p_holm"])
-    t = pd.concat(rows, ignore_index=True)
-    t["p_holm"] = t.groupby("metric").p.transform(lambda p: holm(p.to_numpy()))
-    return t[["scope","model","regime","arm","metric","value","lo","hi","p","p_holm","n","n_patients"]]
 
 # %% ../../nbs/lib/84_papers.sharing.ipynb #043d7fd9
 def set_key(ps) -> str: # Content of a patch set

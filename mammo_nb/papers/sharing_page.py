@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'LABEL', 'sample_figure', 'real_figure', 'loss_figure', 'curve_figures', 'gain_figure', 'probe_words',
-           'check_words', 'published_sections', 'judge_run', 'headline', 'data_section', 'write_page', 'gather_seeds',
-           'main']
+           'check_words', 'published_sections', 'judge_run', 'arm_gains', 'headline', 'data_section', 'write_page',
+           'gather_seeds', 'main']
 
 # %% ../../nbs/lib/84a_papers.sharing_page.ipynb #015f6574
 import argparse, sys
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import MammoError, repo_root, write_csv
-from .sharing import FEWEST, few_patients
+from .sharing import FEWEST, METRICS, few_patients
 from ..report.claims import claims, from_predictions, from_seeds, gains, gains_over_seeds, verdict_table
 from ..report.figures import forest, loss_curves, ours_vs_published, patch_grid, pr_curves, roc_curves, save_figure, sheet
 from ..report.html import Picture, Section, Table, banner_for, beside_html, write_report
@@ -115,6 +115,11 @@ def judge_run(run, test:list, boots:int, seed:int) -> pd.DataFrame: # Verdict ta
     ev = {c.id:from_predictions(c, test, n_boot=boots, seed=seed) for c in claims(PAPER)} if test else {}
     return verdict_table(claims(PAPER), ev, data=run.data, preset=run.params.preset, protocol=run.params.protocol)
 
+def arm_gains(test:list, boots:int, seed:int) -> pd.DataFrame: # metric, scope, model, regime, arm, value (arm - none), lo, hi, p, p_holm, published, n_patients
+    "Each arm against `none` on the same test patches, healthy positive: paired patient bootstrap, Holm over the rows of a metric."
+    rows = [gains(test, PAPER, metric=m, positive="healthy", n_boot=boots, seed=seed).assign(metric=m) for m in METRICS] if test else []
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["metric","scope","model","regime","arm","value","lo","hi","p","p_holm","published","n_patients"])
+
 def headline(verdicts:pd.DataFrame) -> str:
     "The verdicts counted, in one sentence."
     n = verdicts.verdict.value_counts()
@@ -129,14 +134,14 @@ def data_section(run, how:str, T:dict, pics:list, cells:pd.DataFrame) -> Section
     return Section("Data", f"Source: {how}.{warn}\n\n{probe_words(T['probe'])}", tables=[Table(T["centres"], "The three centres (section 2.1)", index=False), Table(T["balance"], "The split of centre A", "Shares of patients by breast density on each side.", index=False, digits=2),
                                                                                        Table(T["probe"], "Confound probe", "0.5 is nothing; a cue above 0.5 is larger in lesions.", index=False, digits=2)], figures=pics)
 
-def write_page(run, R, *, how:str, T:dict, G:dict, S:dict, cuts:dict, cells:pd.DataFrame, test:list, results:pd.DataFrame, verdicts:pd.DataFrame) -> Path:
+def write_page(run, R, *, how:str, T:dict, G:dict, S:dict, cuts:dict, cells:pd.DataFrame, test:list, results:pd.DataFrame, gained:pd.DataFrame, verdicts:pd.DataFrame) -> Path:
     "The report of one run: verdicts first, then tables, curves, generators, data."
     size, rec = R.setup.size, paper_record(PAPER)
     parts = [Section("What holds", headline(verdicts) + " A verdict needs a 95 % interval that lies wholly on one side; one seed gives an interval over test patients only.", verdicts=verdicts)]
     if test:
         parts += published_sections(summarise(results))
-        g = pd.concat([gains(test, PAPER, metric=m, positive="healthy", n_boot=R.setup.boots, seed=run.params.seed).assign(metric=m) for m in ("auroc","f1")])
-        parts.append(Section("What each augmentation adds", "Differences on the same test patients; paired bootstrap over patients.", figures=[gain_figure(run.dir, g[g.metric==m], m, "95 % intervals over test patients") for m in ("auroc","f1")]))
+        if len(gained): parts.append(Section("What each augmentation adds", "Differences on the same test patients; paired bootstrap over patients.",
+                                             figures=[gain_figure(run.dir, gained[gained.metric==m], m, "95 % intervals over test patients") for m in ("auroc","f1")]))
         parts.append(Section("Curves", figures=[p for s in cuts for p in curve_figures(run, test, s)]))
     if any(f is not None for f in G.values()):
         parts.append(Section("Generators", "Every generator is trained on another centre's lesions; centre A sees only what it draws from them.", figures=([sample_figure(run, S, size)] if any(v is not None for v in S.values()) else []) + [loss_figure(run, G)]))
