@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['code_hash', 'versions', 'git_commit', 'default_run_dir', 'Run', 'os_truncate', 'stage_folder', 'do_stage',
-           'write_json_into', 'progress_if', 'last_words', 'main']
+           'write_json_into', 'progress_if', 'end_with', 'last_words', 'main']
 
 # %% ../nbs/lib/12_runs.ipynb #3065430a
-import ast, datetime, importlib.metadata, importlib.util, json, os, platform, subprocess, sys, time
+import ast, datetime, importlib.metadata, importlib.util, json, os, platform, subprocess, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -219,13 +219,22 @@ def write_json_into(folder:Path, obj, name:str="result.json"):
 def progress_if(label, items, total): "Go through items, with a progress line if there is a label."; return progress(items, label, total=total) if label else items
 
 # %% ../nbs/lib/12_runs.ipynb #ef8764d2
+def end_with(
+    parent:int, # Process id
+) -> None:
+    "End this worker when its parent is gone, so that `kill -9` of a run leaves no worker and no lock behind."
+    def watch():
+        while os.getppid() == parent: time.sleep(.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
 @patch
 def _each(self:Run, jobs, folders, todo, workers): # Yields (number, seconds) as stages finish
     try:
         if workers < 2:
             for i in todo: yield i, do_stage(folders[i], jobs[i]["name"], jobs[i]["fn"], jobs[i]["inputs"], self.log)
             return
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with, initargs=(os.getpid(),))
         try:
             running = {pool.submit(do_stage, folders[i], jobs[i]["name"], jobs[i]["fn"], jobs[i]["inputs"], self.log): i for i in todo}
             for f in as_completed(running): yield running[f], f.result()
