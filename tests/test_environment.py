@@ -27,13 +27,13 @@ def pins():
 def test_pyproject_repeats_settings():
     s, p = settings(), project()
     assert as_set(p["dependencies"]) == as_set(s["requirements"].split())
-    for extra in ("dicom", "dev"):
+    for extra in ("dicom", "privacy", "cluster", "dev"):
         assert as_set(p["optional-dependencies"][extra]) == as_set(s[f"{extra}_requirements"].split())
     assert p["name"] == s["lib_name"] and p["requires-python"].startswith(f">={s['min_python']}")
 
 def test_constraints_satisfy_settings():
     s, pinned = settings(), pins()
-    for r in map(Requirement, " ".join(s[k] for k in ("requirements","dicom_requirements","dev_requirements")).split()):
+    for r in map(Requirement, " ".join(s[k] for k in ("requirements","dicom_requirements","privacy_requirements","cluster_requirements","dev_requirements")).split()):
         versions = pinned[canonicalize_name(r.name)]
         assert versions and all(spec.startswith("==") for spec,_ in versions)
         assert all(r.specifier.contains(spec[2:].split("+")[0]) for spec,_ in versions), (r, versions)
@@ -48,7 +48,7 @@ def test_one_pin_for_each_python(python):
 
 def test_conda_file_uses_the_same_lists():
     text = (ROOT/"environment.yml").read_text()
-    assert "-c constraints.txt" in text and "-e .[dev,dicom]" in text and "python>=3.10,<3.14" in text
+    assert "-c constraints.txt" in text and "-e .[dev,dicom,privacy,cluster]" in text and "python>=3.10,<3.14" in text
 
 def test_installed_set_fits():
     bad = [f"{r.name} {importlib.metadata.version(r.name)}" for r in map(Requirement, settings()["requirements"].split())
