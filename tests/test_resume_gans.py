@@ -14,7 +14,7 @@ from mammo_nb.gans.train import Checkpoint, Game, train_gan
 from mammo_nb.gans import wgangp  # noqa: F401 - adds its recipe
 
 SMALL = dict(size=8, width=1/16, nz=4, batch=8)
-SETTINGS = {"dcgan": ("sharing_dcgan", dict(ema=.9, jitter=.05)), "thesis": ("thesis_dcgan", {}), "wgangp": ("sharing_wgangp", {})}
+SETTINGS = {"dcgan": ("sharing_dcgan", dict(ema=.9, jitter=.05)), "thesis": ("thesis_dcgan", {}), "wgangp": ("sharing_wgangp", {}), "ahead": ("sharing_wgangp", dict(ahead=True))}
 
 
 def recipe_of(which):

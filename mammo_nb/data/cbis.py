@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import ndimage
 
 from ..core import DataError, ParameterError, cache_dir, hash_of, read_json, write_json
-from .pixels import area_resize, read_header, read_image
+from .pixels import read_header, read_image
 from .folder import patch_frame
 from .table import Ledger, find_files, label_of, make_data, number_of, read_table, side_of, view_of, word
 
@@ -112,9 +112,10 @@ def mask_boxes(
     ys, xs = np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
     y0,y1,x0,x1 = ys[0], ys[-1]+1, xs[0], xs[-1]+1
     sub = on[y0:y1,x0:x1]
-    small = area_resize(sub.astype(np.float32), (max(1,(y1-y0+3)//4), max(1,(x1-x0+3)//4)))>0
+    rows, cols = (np.arange(s)*((s+3)//4)//s for s in sub.shape)    # every pixel has a cell of about 4 by 4
+    starts = [np.flatnonzero(np.diff(i, prepend=-1)) for i in (rows,cols)]
+    small = np.logical_or.reduceat(np.logical_or.reduceat(sub, starts[0], axis=0), starts[1], axis=1)
     part, n = ndimage.label(ndimage.binary_closing(np.pad(small,9), np.ones((9,9)))[9:-9,9:-9], np.ones((3,3)))
-    rows, cols = (np.arange(s)*t//s for s,t in zip(sub.shape, part.shape))
     whole = np.where(sub, part[np.ix_(rows,cols)], 0)
     area = np.bincount(whole.ravel(), minlength=n+1)[1:]
     keep = [k for k in np.argsort(-area, kind="stable") if area[k]>=smallest*area.max() and area[k]>0]

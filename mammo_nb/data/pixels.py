@@ -162,7 +162,8 @@ def _decode(ds, path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             x = ds.pixel_array
-    except Exception as e:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit): raise
+    except BaseException as e: # decoders written in Rust panic past Exception
         text, fix = _reason(e), "download it again"
         if "plugin" in text.lower() or "decoder" in text.lower() or "handler" in text.lower() or "missing" in text.lower():
             fix = "compressed DICOM needs its decoders: pip install 'mammo_nb[dicom]'; if they are installed, the file is broken"

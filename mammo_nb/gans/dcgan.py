@@ -67,7 +67,9 @@ def small(self:ConvGAN,
 @patch
 def start_epoch(self:DCGAN, game:Game, epoch:int) -> None:
     "Draw the label of this epoch, Alyafi 2019 part 4.3."
-    if self.labels_per == "epoch": game.label = smooth_labels(1, *self.labels, torch_rng(game.seed, "epoch label", epoch, device=game.device))
+    if self.labels_per != "epoch": return
+    drawn = smooth_labels(1, *self.labels, torch_rng(game.seed, "epoch label", epoch, device=game.device))
+    game.label = game.label.copy_(drawn) if hasattr(game, "label") else drawn.clone()     # one tensor in one place
 
 @patch
 def target(self:DCGAN, game:Game, n:int) -> Tensor: # `(n,)`
@@ -87,7 +89,7 @@ def step_d(self:DCGAN, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake
 @patch
 def step_g(self:DCGAN, game:Game, real:Tensor) -> dict: # loss_g
     "One step of the generator with the non-saturating loss, on the patches D has just seen."
-    with frozen(game.D): loss = bce_g(game.D(game.fake), target=game.label if self.labels_g else 1.)
+    with frozen(game.D): loss = bce_g(game.D(game.fake), target=game.label if self.labels_g else game.fake.new_ones(()))
     game.descend("g", loss); game.fake = None
     return {"loss_g": loss.detach()}
 

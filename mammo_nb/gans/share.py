@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'output_to_uint8', 'patient_card', 'seen_patients', 'save_generator', 'load_generator', 'spread_counts',
-           'generator_id', 'sample_generator']
+           'generator_id', 'draw', 'sample_generator']
 
 # %% ../../nbs/lib/48_gans.share.ipynb #c9fbe57f
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes, save as save_bytes
 from torch import Tensor
 
-from ..core import DataError, ParameterError, RunError, WeightsError, file_hash, hash_of, read_json, rng, write_json, write_whole
+from ..core import DataError, ParameterError, RunError, WeightsError, file_hash, hash_of, read_json, rng, seed_of, write_json, write_whole
 from ..data.pixels import torch_area_resize
-from .blocks import Generator, build_generator, n_params
+from .blocks import KINDS, Generator, build_generator, n_params
 
 # %% ../../nbs/lib/48_gans.share.ipynb #badfad71
 def output_to_uint8(
@@ -89,6 +90,14 @@ def _fits(state, want, path):
             raise WeightsError(f"'{k}' is {show(state[k])}, the network needs {show(want[k])}", path, "check `config` in generator.json")
         if not torch.isfinite(state[k]).all(): raise WeightsError(f"'{k}' holds values that are not finite", path, "use another snapshot")
 
+def _info(folder): # generator.json, whoever of us wrote it
+    if not (folder/"generator.json").exists(): raise WeightsError("no generator.json here", folder, "point at a snapshot folder, e.g. snapshots/epoch-00500")
+    try: info = read_json(folder/"generator.json")
+    except RunError as e: raise WeightsError("generator.json cannot be read", folder, "fetch it again") from e
+    if not isinstance(info, dict) or not isinstance(info.get("config"), dict):
+        raise WeightsError("generator.json does not say how to build the network", folder, "`config` is missing")
+    return {"value_range": [-1., 1.], "stream": folder.name or folder.resolve().name, **(info.get("card") or {}), **info}
+
 def load_generator(
     folder:Path, # With G.safetensors and generator.json
     *,
@@ -96,14 +105,11 @@ def load_generator(
 ) -> Generator: # In evaluation mode, with its JSON as `card`
     "Read a generator; whatever is wrong with the files is a WeightsError."
     folder = Path(folder)
-    if not (folder/"generator.json").exists(): raise WeightsError("no generator.json here", folder, "point at a snapshot folder, e.g. snapshots/epoch-00500")
-    try: info = read_json(folder/"generator.json")
-    except RunError as e: raise WeightsError("generator.json cannot be read", folder, "fetch it again") from e
-    if not isinstance(info, dict) or not isinstance(info.get("config"), dict):
-        raise WeightsError("generator.json does not say how to build the network", folder, "`config` is missing")
+    info = _info(folder)
+    if info["config"].get("kind") == "singan" and "singan" not in KINDS: KINDS["singan"] = importlib.import_module("mammo_nb.gans.singan").SinGAN
     G, state = build_generator(info["config"]), _tensors(folder, info)
     _fits(state, G.state_dict(), folder/"G.safetensors")
-    G.load_state_dict(state); G.card = info
+    G.load_state_dict(state); G.card = {"sha256": file_hash(folder/"G.safetensors"), **info}
     return G.to(device).eval().requires_grad_(False)
 
 # %% ../../nbs/lib/48_gans.share.ipynb #3c7f94f4
@@ -120,14 +126,31 @@ def generator_id(info:dict) -> str: # Content of generator.json -> 12 hex digits
 
 # %% ../../nbs/lib/48_gans.share.ipynb #91800c17
 @torch.no_grad()
-def _sample(folder, n, seed, device, bs, size):
-    G = load_generator(folder, device=device)
-    latents, out = G.latents(n, rng(seed, "sample", folder.name)), []
+def draw(
+    G:Generator, # From `load_generator`
+    n:int, # Patches wanted
+    *,
+    seed:int, # Seed of the latents
+    first:int = 0, # Number of the first patch; 32 and then `first=32` is what 64 at once are
+    label:int = None, # Class of a conditional generator, default the classes in turn
+    bs:int = 64, # Patches at a time
+    size:int = None, # Side of the patches, px; other than the generator's by area resampling
+) -> np.ndarray: # uint8 `(n,s,s)`
+    "Patches number `first`, `first`+1, … of a seed; a copy of a generator under another name draws the same ones."
+    stream, device, out = G.card["stream"], next(G.parameters()).device, []
+    if G.config["kind"] == "context": raise ParameterError("paints into patches and draws none of its own", "generator", "use gans.paint.synthesize with base patches")
+    if label is not None and not 0 <= label < G.config.get("classes", 0): raise ParameterError(f"{label} is no class of this generator", "label", f"it has {G.config.get('classes', 0)}")
+    if hasattr(G, "sample"): # a pyramid has a noise for each scale and draws by itself
+        x = G.sample(first+n, seed=seed_of(seed, "sample", stream))[first:]
+        if size: x = output_to_uint8(torch_area_resize(torch.from_numpy(x)[:,None].float(), size)[:,0], value_range=(0, 255))
+        return x
+    latents = [z[first:] for z in G.latents(first+n, rng(seed, "sample", stream))]
+    if label is not None: latents[1] = torch.full_like(latents[1], label)
     for i in range(0, n, bs):
         x = G(*(z[i:i+bs].to(device) for z in latents)).float()
         if size not in (None, x.shape[-1]): x = torch_area_resize(x, size)
         out.append(output_to_uint8(x[:,0], value_range=G.card["value_range"]))
-    return np.concatenate(out), G.card
+    return np.concatenate(out) if out else np.zeros((0, size or G.size, size or G.size), np.uint8)
 
 def sample_generator(
     folders, # One snapshot folder or a list of them
@@ -145,7 +168,8 @@ def sample_generator(
     parts, rows = [], []
     for f,k in zip(folders, spread_counts(n, len(folders))):
         if not k: continue
-        x, card = _sample(f, k, seed, device, bs, size); parts.append(x)
+        G = load_generator(f, device=device)
+        x, card = draw(G, k, seed=seed, bs=bs, size=size), G.card; parts.append(x)
         told = dict(generator=generator_id(card), snapshot=f.name, epoch=card.get("training", {}).get("epoch"), patients_hash=card.get("patients_hash"))
         rows += [{**told, "number": i} for i in range(k)]
     return np.concatenate(parts), pd.DataFrame(rows)

@@ -21,6 +21,7 @@ from torch import nn, Tensor
 
 from ..core import (DataError, ParameterError, RunError, WeightsError, global_seed, hash_of, locked, pick_device, read_json, torch_rng,
                            write_csv, write_json, write_whole)
+from .engine import Engine, check_mode, rate_for, set_rate
 from .train import Checkpoint, differs, fill
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #cb235d01
@@ -247,8 +248,12 @@ class StepAdam(torch.optim.Adam):
     "Adam that steps the weights' storage beside autograd's version counter, as torch 1.4 did."
     def __init__(self, net:nn.Module, *, lr:float, beta1:float):
         self.weights = list(net.parameters())
-        dev = self.weights[0].device.type
-        super().__init__([p.data for p in self.weights], lr=lr, betas=(beta1,.999), fused=dev in ("cpu","cuda"))
+        dev = self.weights[0].device
+        super().__init__([p.data for p in self.weights], lr=rate_for(dev, lr), betas=(beta1,.999), fused=dev.type in ("cpu","cuda"), capturable=dev.type == "cuda")
+
+    def restart(self):
+        "Forget all moments, in place: as built anew."
+        for kept in self.state.values(): [t.zero_() for t in kept.values()]
 
     def zero_grad(self, set_to_none=True):
         "Drop the gradients of the network itself."
@@ -400,7 +405,10 @@ class SinGANFit:
         recipe:SinGANRecipe,
         seed:int,
         merge_width:int=0, # Scales up to this width train all images in one grouped network
+        mode:str="exact", # Arithmetic, see gans.engine
+        log=None, # Told why steps are not captured
     ):
+        self.engine = Engine(reals.device, {}, mode=mode, log=log)
         self.recipe,self.seed,self.keys,self.device = recipe, seed, keys, reals.device
         self.plan = pyramid(*reals.shape[2:], recipe=recipe)
         top = resize(reals, self.plan.shapes[-1], eight_bit=recipe.eight_bit) if self.plan.shapes[-1] != reals.shape[2:] else reals
@@ -440,13 +448,14 @@ def begin(self:SinGANFit):
     err = (real-prev_rec).square().view(len(who),-1).mean(1).sqrt()
     amp = r.noise*err if n else torch.ones_like(err)
     self.live = dict(who=who, G=G, D=D, real=real, below=below, prev_rec=prev_rec, amp=amp, z_rec=torch.zeros_like(real),
-                     acc=torch.zeros(5, len(who), device=self.device), block=None)
+                     amps=amp.repeat_interleave(self.channels).view(1,-1,1,1), acc=torch.zeros(5, len(who), device=self.device), block=None)
     self.adam()
 
 @patch
 def adam(self:SinGANFit):
-    "Fresh optimisers for the current networks."
+    "Fresh optimisers for the current networks, and a step not captured yet."
     for k in "GD": self.live["opt_"+k] = StepAdam(self.live[k], lr=self.recipe.lr, beta1=self.recipe.beta1)
+    self.engine.forget()
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #2a5c7b2e
 @patch
@@ -477,26 +486,33 @@ def draw_block(self:SinGANFit, number:int):
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #88cefdd3
 @patch
-def advance(self:SinGANFit):
+def step_once(self:SinGANFit,
+    noise:Tensor, # `(1,models*c,h,w)` of this scale
+    prev:Tensor, # `(d_steps,models*c,h,w)` images from below
+    mix:Tensor, # `(d_steps,models)` of the penalty
+) -> None:
     "One step: three updates of D, each on a new image from below, then G's updates on the last of them."
+    L,r = self.live, self.recipe
+    z = L["amps"]*noise
+    for j in range(r.d_steps):
+        with torch.set_grad_enabled(j == r.d_steps-1): fake = L["G"](z, prev[j][None])
+        loss_d = d_step(L["D"], L["opt_D"], L["real"], fake, mix=mix[j], gp=r.gp)
+    fake, loss_g = g_steps(L["G"], L["D"], L["opt_G"], z=z, prev=prev[-1][None], fake=fake, z_rec=L["amps"]*L["z_rec"], prev_rec=L["prev_rec"],
+                           real=L["real"], recipe=r, models=len(L["who"]))
+    L["acc"] += torch.cat([loss_d, loss_g, torch.ones_like(loss_g[:1])])
+
+@patch
+def advance(self:SinGANFit):
+    "The next step, with its chance and its rate."
     L,r,s = self.live, self.recipe, self.step
     size = self.block_steps()
     if not L["block"] or L["block"]["number"] != s//size: self.draw_block(s//size)
-    if r.restart and s and s % r.restart == 0: self.adam()
+    if r.restart and s and s % r.restart == 0: [L[k].restart() for k in ("opt_G","opt_D")]
     B,at = L["block"], s % size
     since = s % r.restart if r.restart else s
-    for o in (L["opt_G"], L["opt_D"]):
-        for g in o.param_groups: g["lr"] = r.lr*(.1 if since+1 >= r.lr_drop else 1)
-    amp = L["amp"].repeat_interleave(self.channels).view(1,-1,1,1)
-    z = amp*B["noise"][at:at+1]
-    if B["z_rec"] is not None and (r.z_rec == "redrawn" or s == 0): L["z_rec"] = B["z_rec"][at:at+1].clone()
-    for j in range(r.d_steps):
-        prev = B["prev"][at,j][None]
-        with torch.set_grad_enabled(j == r.d_steps-1): fake = L["G"](z, prev)
-        loss_d = d_step(L["D"], L["opt_D"], L["real"], fake, mix=B["mix"][at,j], gp=r.gp)
-    fake, loss_g = g_steps(L["G"], L["D"], L["opt_G"], z=z, prev=prev, fake=fake, z_rec=amp*L["z_rec"], prev_rec=L["prev_rec"], real=L["real"],
-                           recipe=r, models=len(L["who"]))
-    L["acc"] += torch.cat([loss_d, loss_g, torch.ones_like(loss_g[:1])])
+    for o in (L["opt_G"], L["opt_D"]): set_rate(o, r.lr*(.1 if since+1 >= r.lr_drop else 1))
+    if B["z_rec"] is not None and (r.z_rec == "redrawn" or s == 0): L["z_rec"].copy_(B["z_rec"][at:at+1])
+    self.engine("step", self.step_once, noise=B["noise"][at:at+1], prev=B["prev"][at], mix=B["mix"][at])
     self.step += 1; self.count += 1
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #ef0808f6
@@ -567,6 +583,7 @@ def fit_singans(
     seed:int,
     device="auto",
     merge_width:int=None, # Scales up to this width train all images at once, default 64 on a GPU, 8 elsewhere
+    mode:str="exact", # Arithmetic: `exact`, or on a GPU `fast` (TF32)
     cards:list=None, # One dict of plain values an image, kept beside its weights (patient, source patch)
     log=None,
     checkpoint_every_s:float=60.,
@@ -582,16 +599,16 @@ def fit_singans(
         for shape in shapes:
             who = [i for i,image in enumerate(images) if image.shape == shape]
             name = "x".join(map(str, shape))
-            nets = _fit_one_size([images[i] for i in who], recipe=recipe, folder=folder, name=name, seed=seed, dev=dev, merge=merge, log=log,
+            nets = _fit_one_size([images[i] for i in who], recipe=recipe, folder=folder, name=name, seed=seed, dev=dev, merge=merge, mode=check_mode(mode), log=log,
                                  every_s=checkpoint_every_s, cards=[(cards or [{}]*len(images))[i] for i in who])
             for i,net in zip(who, nets): out[i] = net
     return out
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #c0be112f
-def _fit_one_size(images, *, recipe, folder, name, seed, dev, merge, log, every_s, cards):
+def _fit_one_size(images, *, recipe, folder, name, seed, dev, merge, mode, log, every_s, cards):
     keys = []
     for i in images: keys.append(f"{hash_of(i)}-{sum(k.startswith(hash_of(i)) for k in keys)}")
-    identity = dict(recipe=asdict(recipe), seed=seed, images=keys, device=dev.type, merge_width=merge)
+    identity = dict(recipe=asdict(recipe), seed=seed, images=keys, device=dev.type, merge_width=merge, mode=mode)
     homes = [folder/f"singan_{name}_{j:02d}" for j in range(len(images))]
     finished = folder/f"history_{name}.json"
     if finished.exists():
@@ -599,7 +616,7 @@ def _fit_one_size(images, *, recipe, folder, name, seed, dev, merge, log, every_
         if old != json.loads(json.dumps(identity)):
             raise RunError(f"other SinGANs are in this folder; {differs(old, identity)}", finished, "choose another folder, or remove this one")
         return [SinGAN.load(h, dev) for h in homes]
-    fit = SinGANFit(to_tanh(np.stack(images), dev), keys=keys, recipe=recipe, seed=seed, merge_width=merge)
+    fit = SinGANFit(to_tanh(np.stack(images), dev), keys=keys, recipe=recipe, seed=seed, merge_width=merge, mode=mode, log=log)
     ck = Checkpoint(folder, f"singan_{name}", identity=identity, every_s=every_s, log=log)
     kept = ck.load()
     if kept: fit.restore(kept["state"])
@@ -614,7 +631,7 @@ def _run(fit, ck, log):
     every = max(1, fit.recipe.steps//20)
     while not fit.done():
         if fit.live is None: fit.begin()
-        with _threads_for(fit):
+        with _threads_for(fit), fit.engine.ready():
             while fit.step < fit.recipe.steps:
                 fit.advance()
                 if fit.step % every == 0 or fit.step == fit.recipe.steps:

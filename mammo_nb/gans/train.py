@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'COLLAPSED', 'pack', 'unpack', 'fill', 'Checkpoint', 'differs', 'StopFlag', 'stop_asked', 'Recipe',
-           'as_pixels', 'real_batch', 'Game', 'frozen', 'batches', 'train_epoch', 'spread', 'grid', 'Trained',
-           'Training', 'train_gan']
+           'as_pixels', 'real_batch', 'batches', 'as_labels', 'Game', 'frozen', 'train_epoch', 'spread', 'grid',
+           'Trained', 'Training', 'train_gan']
 
 # %% ../../nbs/lib/42_gans.train.ipynb #a3713d3f
 import contextlib, copy, hashlib, json, math, re, signal, threading, time, warnings
@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes, save as save_bytes
 from torch import Tensor, nn
 
-from ..core import (DataError, ParameterError, RunError, WeightsError, file_hash, hash_of, locked, progress, read_json, rng, torch_rng,
+from ..core import (DataError, ParameterError, RunError, WeightsError, file_hash, hash_of, locked, progress, read_json, rng, seed_of, torch_rng,
                            write_csv, write_json, write_whole)
+from .engine import Engine, check_mode, has_bfloat16, narrow, rate_for, set_rate
 from .share import save_generator, output_to_uint8
 
 # %% ../../nbs/lib/42_gans.train.ipynb #8afe7475
@@ -70,7 +71,11 @@ def fill(
     elif isinstance(obj, torch.Tensor):
         if obj.shape != saved.shape: raise ValueError(f"shape {tuple(saved.shape)} where {tuple(obj.shape)} is needed")
         obj.data.copy_(saved)
-    else: obj.load_state_dict(saved)
+    else:
+        rates = [g["lr"] for g in obj.param_groups] if isinstance(obj, torch.optim.Optimizer) else []
+        obj.load_state_dict(saved)
+        for group,lr in zip(obj.param_groups if rates else (), rates):
+            if isinstance(lr, Tensor): group["lr"] = lr.copy_(torch.as_tensor(group["lr"]))     # a rate that is a tensor stays that tensor
     if isinstance(obj, torch.optim.Optimizer):
         for p,kept in obj.state.items():
             for k,t in kept.items():
@@ -213,10 +218,14 @@ class Recipe:
     ema:float = 0.            # Decay of a moving average of the generator that is shared in its place; 0 = none
 
     kind = ""                 # Kind of its generator, see gans.blocks
+    chance = ()               # Further sources of chance, beside those of `Game.CHANCE`
+    graph = True              # Its steps may be captured as CUDA graphs
+    alarm = .25               # Share of the real patches' spread under which an epoch is marked as collapsed; 0 = never
     def nets(self, seed:int): raise NotImplementedError # -> (G, D)
     def step_d(self, game, real:Tensor): raise NotImplementedError # -> dict of scalars on the device
     def step_g(self, game, real:Tensor): raise NotImplementedError # -> dict of scalars on the device
     def start_epoch(self, game, epoch:int): "Called at the start of each epoch."
+    def extra(self, game) -> dict: return {} # Name -> further network, optimiser or tensor that must survive a kill
 
 RECIPES = {} # Name -> published recipe, filled by the notebooks of each kind
 
@@ -275,6 +284,64 @@ def real_batch(
         x = (x*contrast + x.mean((2,3), keepdim=True)*(1-contrast)).clamp(0, 1)
     return x if recipe.real_range == "unit" else x*2 - 1
 
+# %% ../../nbs/lib/42_gans.train.ipynb #822681c4
+def batches(
+    n:int, # Patches
+    batch:int, # Patches in a batch
+    rng:torch.Generator, # Source of the order, on the CPU
+) -> list: # Of index tensors
+    "All patches in a new order; a last batch of a single patch is left out."
+    return [i for i in torch.randperm(n, generator=rng).split(batch) if len(i) > 1]
+
+@patch
+def rows(self:Recipe,
+    n:int, # Patches
+    labels:Tensor, # `(n,)` int64 on the CPU, or None
+    rng:torch.Generator, # Source of chance of this epoch, on the CPU
+) -> list: # LongTensors on the CPU, one a batch; as many in each epoch
+    "The patches of each batch of an epoch: all of them in a new order."
+    return batches(n, self.batch, rng)
+
+@patch
+def real(self:Recipe,
+    game, # Its `data` `(n,views,s,s)` and `labels` `(n,)` or None are on the device
+    rows:Tensor, # Rows of the batch, on the device
+) -> Tensor: # What `step_d` and `step_g` get as `real`
+    "The real patches of a batch."
+    return real_batch(game.data, rows, self, game.rng["real"])
+
+@patch
+def pattern(self:Recipe, game): # Anything hashable
+    "Kind of the next step: steps of one kind and batch size run the same kernels."
+    return game.g_turn
+
+@patch
+def preview(self:Recipe,
+    game, # With the trained networks
+    latents:tuple, # What `G.latents` gave, on the CPU
+) -> Tensor: # `(k,1,s,s)` in the gray values of the recipe
+    "What the pictures and the alarm look at: patches of the shared generator."
+    return game.show(*latents)
+
+@patch
+def reference(self:Recipe,
+    data:Tensor, # `(n,views,s,s)` uint8
+    labels:Tensor, # `(n,)` or None
+) -> Tensor: # `(k,1,s,s)` in steps of the recipe's gray values (only differences count), or None: no alarm
+    "What the previews of a varied generator are as varied as: real patches, view 0."
+    return (data[:, 0][:,None].float()/127.5 - 1) / (2 if self.real_range == "unit" else 1)
+
+def as_labels(
+    labels, # Whole numbers from 0, one a patch, or None
+    n:int, # Patches
+) -> Tensor: # `(n,)` int64, or None
+    "Labels as a tensor; what does not fit the patches is refused."
+    if labels is None: return
+    x = np.asarray(labels)
+    if x.shape != (n,): raise DataError(f"{x.shape} labels for {n} patches", "labels", "give one whole number a patch")
+    if x.dtype.kind not in "iub" or (len(x) and x.min() < 0): raise DataError(f"labels must be whole numbers from 0, got {x.dtype}", "labels", "number the classes")
+    return torch.from_numpy(x.astype(np.int64))
+
 # %% ../../nbs/lib/42_gans.train.ipynb #5b923b3b
 class Game:
     "All that changes while a GAN trains."
@@ -284,26 +351,41 @@ class Game:
         seed:int, # Seed of weights and of all draws
         device, # Where it lives
         channels_last:bool = False, # Memory format; faster where convolutions rule
+        data:Tensor = None, # Patches, `(n,views,s,s)` uint8
+        labels:Tensor = None, # `(n,)` int64
+        mode:str = "exact", # Arithmetic: `exact` or `fast`, see gans.engine
+        log = None, # Told why steps are not captured
     ):
         self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
-        form = torch.channels_last if channels_last else torch.contiguous_format
+        self.data, self.labels = (x if x is None else x.to(self.device) for x in (data, labels))
+        cuda, fast = self.device.type == "cuda", check_mode(mode) == "fast"
+        form = torch.channels_last if channels_last or fast else torch.contiguous_format
         self.G, self.D = (net.to(self.device, memory_format=form).train() for net in recipe.nets(seed))
-        adam = lambda net, lr: torch.optim.Adam(net.parameters(), lr=lr, betas=recipe.betas, fused=self.device.type in ("cpu", "cuda"))
+        adam = lambda net, lr: torch.optim.Adam(net.parameters(), lr=rate_for(device, lr), betas=recipe.betas, fused=self.device.type in ("cpu", "cuda"), capturable=cuda)
         self.opt_g, self.opt_d = adam(self.G, recipe.lr_g), adam(self.D, recipe.lr_d)
-        self.ema = copy.deepcopy(self.G).requires_grad_(False) if recipe.ema else None
-        self.fake, self.g_turn, self.rng = None, True, {}
+        self.ema, self.wide = copy.deepcopy(self.G).requires_grad_(False) if recipe.ema else None, False
+        if fast and has_bfloat16(self.device): [narrow(net, lambda: self.wide, device=self.device.type) for net in (self.G, self.D)]
+        self.fake, self.rows, self.sums, self.drawn = None, None, {}, 0
+        self.clock = torch.zeros((), dtype=torch.int64, device=self.device)  # Finished batches, counted through the epochs
+        self.rng = {k: torch.Generator(self.device) for k in (*self.CHANCE, *recipe.chance)}
+        self.engine = Engine(self.device, self.rng, mode=mode, graph=recipe.graph, log=log)
+        self.place(recipe.g_every - 1)
 
     def objects(self) -> dict: # Name -> what a checkpoint holds
         "Everything a checkpoint needs to go on exactly."
         return {"G": self.G, "D": self.D, "opt_g": self.opt_g, "opt_d": self.opt_d, **({} if self.ema is None else {"ema": self.ema}),
-                **{f"chance_{k}": v for k,v in self.rng.items()}}
+                **{f"extra_{k}": v for k,v in self.recipe.extra(self).items()}, **{f"chance_{k}": v for k,v in self.rng.items()}}
 
     def start_epoch(self, epoch:int): # Finished epochs
         "Sources of chance and Adam's steps of this epoch."
-        self.rng = {k: torch_rng(self.seed, k, epoch, device=self.device) for k in self.CHANCE}
-        for opt,lr in zip((self.opt_g, self.opt_d), self.recipe.rates(epoch)):
-            for group in opt.param_groups: group["lr"] = lr
+        for k,g in self.rng.items(): g.manual_seed(seed_of(self.seed, k, epoch))
+        for opt,lr in zip((self.opt_g, self.opt_d), self.recipe.rates(epoch)): set_rate(opt, lr)
         self.recipe.start_epoch(self, epoch)
+
+    def place(self, batch:int): # Number of a batch, counted through the epochs
+        "Which turn it is: `phase` 0, 1, … of the critic's steps, and the generator's turn in the last."
+        self.phase = batch % self.recipe.g_every
+        self.g_turn = self.phase == self.recipe.g_every - 1
 
 # %% ../../nbs/lib/42_gans.train.ipynb #0a90047f
 @patch
@@ -343,6 +425,19 @@ def show(self:Game,
     try: return G.eval()(*(z.to(self.device) for z in latents))
     finally: G.train(was)
 
+@patch
+@contextlib.contextmanager
+def precise(self:Game):
+    "Both networks stay in float32 inside the block, in `fast` mode too: for gradient penalties."
+    was, self.wide = self.wide, True
+    try: yield
+    finally: self.wide = was
+
+@patch
+def recapture(self:Game) -> None:
+    "The step has changed (another size, a fade has ended): capture it again."
+    self.engine.forget()
+
 @contextlib.contextmanager
 def frozen(net:nn.Module):
     "No gradients for these weights inside the block; gradients still pass through."
@@ -351,38 +446,45 @@ def frozen(net:nn.Module):
     finally: net.requires_grad_(True)
 
 # %% ../../nbs/lib/42_gans.train.ipynb #ece2e840
-def batches(
-    n:int, # Patches
-    batch:int, # Patches in a batch
-    rng:torch.Generator, # Source of the order, on the CPU
-) -> list: # Of index tensors
-    "All patches in a new order; a last batch of a single patch is left out."
-    return [i for i in torch.randperm(n, generator=rng).split(batch) if len(i) > 1]
+@patch
+def step(self:Game, rows:Tensor) -> None:
+    "One batch: D's step, the generator's when it is its turn, sums of what they tell. All on the device; this is what is captured."
+    self.rows, n = rows, len(rows)
+    real = self.recipe.real(self, rows)
+    losses = self.recipe.step_d(self, real)
+    if self.g_turn: losses |= self.recipe.step_g(self, real); self.average()
+    for name,v in losses.items():
+        if name not in self.sums: self.sums[name] = torch.zeros(2, device=self.device)
+        self.sums[name][0] += v.detach()*n; self.sums[name][1] += n
+    self.clock += 1
 
 def train_epoch(
     game:Game, # Changed in place
     data:Tensor, # `(n,views,s,s)` uint8 on the device
     epoch:int, # Finished epochs
-    sums:dict, # Sums of losses so far, changed in place; empty at the start of an epoch
+    sums:dict = None, # Sums of losses to go on from, when resumed
     done:int = 0, # Batches of this epoch that are done
     after=None, # Called with the number of finished batches after each step
 ) -> dict: # Name -> mean over the epoch, floats
     "Algorithm 1 of Goodfellow 2014 and Gulrajani 2017: one step of D a batch, one of G every `g_every` batches."
-    todo, recipe = batches(len(data), game.recipe.batch, torch_rng(game.seed, "order", epoch)), game.recipe
+    if game.data is not data: game.data = data; game.recapture()
+    recipe = game.recipe
+    labels = None if game.labels is None else game.labels.cpu()
+    todo = recipe.rows(len(data), labels, torch_rng(game.seed, "order", epoch))
+    game.drawn = sum(map(len, todo))
+    game.clock.fill_(epoch*len(todo) + done)
+    for t in game.sums.values(): t.zero_()
+    for k,v in (sums or {}).items(): game.sums.setdefault(k, torch.zeros(2, device=data.device)).copy_(v)
     order = torch.cat(todo).to(data.device).split([len(i) for i in todo])
-    for k in range(done, len(todo)):
-        game.g_turn = (epoch*len(todo) + k + 1) % recipe.g_every == 0
-        real = real_batch(data, order[k], recipe, game.rng["real"])
-        losses = recipe.step_d(game, real)
-        if game.g_turn: losses |= recipe.step_g(game, real); game.average()
-        for name,v in losses.items():
-            total = sums.setdefault(name, torch.zeros(2, device=data.device))
-            total[0] += v.detach()*len(real); total[1] += len(real)
-        if after: after(k + 1)
-    names = sorted(sums)
+    with game.engine.ready():
+        for k in range(done, len(todo)):
+            game.place(epoch*len(todo) + k)
+            game.engine((len(order[k]), recipe.pattern(game)), game.step, rows=order[k])
+            if after: after(k + 1)
+    names = sorted(game.sums)
     if not names: return {}
-    read = torch.stack([sums[k] for k in names]).tolist()
-    return {k: s/w for k,(s,w) in zip(names, read)}
+    read = torch.stack([game.sums[k] for k in names]).tolist()
+    return {k: s/w for k,(s,w) in zip(names, read) if w}
 
 # %% ../../nbs/lib/42_gans.train.ipynb #479a9f08
 def spread(
@@ -393,7 +495,7 @@ def spread(
     apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
     return (apart.sum() / (len(flat)*(len(flat)-1)) / math.sqrt(flat.shape[1])).item()
 
-COLLAPSED = .25 # Share of the real patches' spread under which an epoch is marked
+COLLAPSED = Recipe.alarm # Share of the real patches' spread under which an epoch is marked, where the recipe says no other
 
 def grid(
     x:Tensor, # uint8 patches `(n,s,s)`
@@ -434,16 +536,17 @@ def _seal(folder, identity, snapshots, grids):
 # %% ../../nbs/lib/42_gans.train.ipynb #86e774e8
 class Training:
     "A run of `train_gan`: the game, its data, its history and its folder."
-    def __init__(self, recipe, data, *, folder, seed, device, epochs, log, every_s, grid_every, card, channels_last, identity):
+    def __init__(self, recipe, data, *, labels, folder, seed, device, epochs, log, every_s, grid_every, card, channels_last, mode, identity):
         self.recipe, self.folder, self.epochs, self.log, self.card = recipe, folder, epochs, log or (lambda **kw: None), card
-        self.data, self.game = data.to(device), Game(recipe, seed, device, channels_last=channels_last)
+        self.game = Game(recipe, seed, device, channels_last=channels_last, data=data, labels=labels, mode=mode, log=log)
+        self.data = self.game.data
         self.kept, self.grid_every = recipe.snapshot_epochs(epochs), grid_every
         self.store = Checkpoint(folder, identity=identity, every_s=every_s, log=log)
         self.epoch, self.batch, self.sums, self.history = 0, 0, {}, []
-        n = min(64, len(data))
-        pick = torch.from_numpy(rng(seed, "spread").permutation(len(data))[:n])
         self.latents = self.game.G.latents(64, rng(seed, "grid"))
-        self.real_spread = spread(data[pick, 0][:,None].float()/127.5 - 1) / (2 if recipe.real_range == "unit" else 1)
+        pick = torch.from_numpy(rng(seed, "spread").permutation(len(data))[:64])
+        real = recipe.reference(data[pick], None if labels is None else labels[pick])
+        self.real_spread = 0. if real is None else spread(real)
 
     def resume(self):
         "Take up the newest whole checkpoint, if there is one."
@@ -452,14 +555,14 @@ class Training:
         def objects(state): self.game.start_epoch(state["epoch"]); return self.game.objects()
         if not (saved := self.store.load(objects)): return
         self.epoch, self.batch, self.history = (saved["state"][k] for k in ("epoch", "batch", "history"))
-        self.sums = {k: v.to(self.game.device) for k,v in saved["state"]["sums"].items()}
+        self.sums = saved["state"]["sums"]
         self.log(stage="gan", event="resumed", epoch=self.epoch, batch=self.batch)
 
     def save(self):
         "Checkpoint the state between two steps; a state with a NaN never replaces a good one."
         bad = [k for net in (self.game.G, self.game.D) for k,p in net.state_dict().items() if not torch.isfinite(p).all()]
         if bad: self.fail(f"{bad[0]} is not finite")
-        state = {**self.game.objects(), "epoch": self.epoch, "batch": self.batch, "sums": self.sums, "history": self.history}
+        state = {**self.game.objects(), "epoch": self.epoch, "batch": self.batch, "sums": self.game.sums if self.batch else {}, "history": self.history}
         self.store.save(state, step=self.epoch*10_000 + min(self.batch, 9_999), meta={"epoch": self.epoch, "batch": self.batch})
         if self.history: write_csv(self.folder/"history.csv", pd.DataFrame(self.history))
 
@@ -486,11 +589,11 @@ def after_epoch(self:Training, means:dict, seconds:float) -> None:
     bad = [k for k,v in means.items() if not math.isfinite(v)]
     if bad: self.fail(f"{bad[0]} is {means[bad[0]]}")
     self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
-    row = {"epoch": self.epoch, "images": self.epoch*len(self.data), **means}
+    row = {"epoch": self.epoch, "images": self.epoch*self.game.drawn, **means}
     if self.epoch % self.grid_every == 0 or self.epoch in (1, self.epochs):
-        x = self.game.show(*self.latents)
+        x = self.recipe.preview(self.game, self.latents)
         row["spread"] = spread(x) / self.real_spread if self.real_spread else math.nan
-        row["collapsed"] = int(row["spread"] < COLLAPSED)
+        row["collapsed"] = int(row["spread"] < self.recipe.alarm)
         grid(output_to_uint8(x[:,0], value_range=self.value_range), self.folder/"grids"/f"epoch-{self.epoch:05d}.png")
         if row["collapsed"] and self.epoch >= self.kept[0]: self.log(stage="gan", event="collapse", epoch=self.epoch, spread=row["spread"])
     self.history.append(row)
@@ -507,8 +610,8 @@ def value_range(self:Training) -> tuple:
 @patch
 def keep(self:Training) -> None:
     "Keep the generator as it is now."
-    training = {"recipe": asdict(self.recipe), "epoch": self.epoch, "epochs": self.epochs, "seed": self.game.seed,
-                "patches": len(self.data), "images_seen": self.epoch*len(self.data)}
+    training = {"recipe": asdict(self.recipe), "epoch": self.epoch, "epochs": self.epochs, "seed": self.game.seed, "mode": self.game.engine.mode,
+                "patches": len(self.data), "images_seen": self.epoch*self.game.drawn}
     card = {**self.card, "value_range": self.value_range, "training": training}
     try: save_generator(self.folder/"snapshots"/f"epoch-{self.epoch:05d}", self.game.shared, card=card)
     except WeightsError as e: self.fail(e.what)
@@ -518,6 +621,7 @@ def train_gan(
     recipe:Recipe, # What to train and how
     pixels, # Patches, uint8 `(n,s,s)` or `(n,views,s,s)`
     *,
+    labels = None, # A class of each patch, whole numbers from 0, for recipes that use them
     folder:Path, # Where everything goes; a killed run goes on here
     seed:int = 0, # Seed of weights, order, flips, noise and labels
     device = "cpu", # Where to train
@@ -526,18 +630,21 @@ def train_gan(
     checkpoint_every_s:float = 60., # Seconds between two checkpoints
     grid_every:int = None, # Epochs between two pictures of the fixed latents, default 1/60 of the run
     card:dict = None, # More to write beside the weights: data sets, patients (see gans.share.patient_card)
-    channels_last:bool = False, # Memory format of the networks
+    channels_last:bool = False, # Memory format of the networks; always so in `fast` mode
+    mode:str = "exact", # Arithmetic: `exact` (float32, the same bytes again) or `fast`, see gans.engine
 ) -> Trained:
     "Train a GAN from patches in memory; the same call goes on after a kill and ends with the same bytes."
     folder, epochs = Path(folder), recipe.epochs if epochs is None else int(epochs)
     if epochs < 1: raise ParameterError(f"must be at least 1, got {epochs}", "epochs")
     data, kind = as_pixels(pixels, recipe.size), torch.device(device).type
+    labels = as_labels(labels, len(data))
     identity = json.loads(json.dumps({"recipe": {"name": type(recipe).__name__, **asdict(recipe)}, "seed": seed, "epochs": epochs, "data": hash_of(data),
-                                      "device": kind, "channels_last": channels_last, "card": hash_of(card or {})}))
+                                      "device": kind, "channels_last": channels_last, "mode": check_mode(mode), "card": hash_of(card or {}),
+                                      **({} if labels is None else {"labels": hash_of(labels)})}))
     with locked(folder/"training"):
         if done := _finished(folder, identity): return done
-        t = Training(recipe, data, folder=folder, seed=seed, device=device, epochs=epochs, log=log, every_s=checkpoint_every_s,
-                     grid_every=grid_every or math.ceil(epochs/60), card=card or {}, channels_last=channels_last, identity=identity)
+        t = Training(recipe, data, labels=labels, folder=folder, seed=seed, device=device, epochs=epochs, log=log, every_s=checkpoint_every_s,
+                     grid_every=grid_every or math.ceil(epochs/60), card=card or {}, channels_last=channels_last, mode=mode, identity=identity)
         t.resume()
         try: t.run()
         except torch.OutOfMemoryError as e:

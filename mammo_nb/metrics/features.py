@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn, Tensor
-from torch_fidelity import feature_extractor_inceptionv3 as tfi
 
 from ..core import *
 
@@ -164,6 +163,9 @@ class Inception(nn.Module):
     "FID's Inception v3 up to its 2048 pooled activations, on 299 px patches of one channel, 0 to 255."
     def __init__(self):
         super().__init__()
+        try: from torch_fidelity import feature_extractor_inceptionv3 as tfi
+        except ImportError as e:
+            raise WeightsError("the package torch-fidelity is not installed", "extractor='inception'", "pip install torch-fidelity, or ask for extractor='embedded', which needs no package and no file") from e
         A,B,C,D,conv = tfi.InceptionA, tfi.InceptionB, tfi.InceptionC, tfi.InceptionD, tfi.BasicConv2d
         self.layers = nn.Sequential(OrderedDict(
             Conv2d_1a_3x3=conv(3,32,kernel_size=3,stride=2), Conv2d_2a_3x3=conv(32,32,kernel_size=3), Conv2d_2b_3x3=conv(32,64,kernel_size=3,padding=1),
