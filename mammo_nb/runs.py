@@ -78,7 +78,7 @@ class Run:
         self._refuse_foreign()
         for d in ("tables","figures","checkpoints"): self._mkdir(self.dir/d)
         self.info = dict(paper=paper, data=data, parameters=vars(params), resolved=resolved or {}, versions=versions(), commit=git_commit(),
-                         device=_device_name(self.device), started=_now(), status="running", stages={}, skipped=[])
+                         device=_device_name(self.device), mode="exact", started=_now(), status="running", stages={}, skipped=[])
         self._mend_log(); self.save()
 
     def _mkdir(self, d):

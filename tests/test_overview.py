@@ -52,6 +52,11 @@ def test_a_newer_run_of_the_same_name_wins(tmp_path):
     runs, where = find_runs([tmp_path], tmp_path); assert len(runs) == 1 and list(where.values()) == [new]
     assert build_page([tmp_path], tmp_path/"index.html")["verdicts"].query("id=='04.headline'").ours.tolist() == [.3]
 
+def test_a_damaged_run_costs_no_other(tmp_path):
+    run(tmp_path); bad = run(tmp_path, seed=1); (bad/"run.json").write_text('{"paper": "04_sha')
+    with pytest.warns(UserWarning, match="left out"): runs, _ = find_runs([tmp_path], tmp_path)
+    assert list(runs.seed) == [0]
+
 def test_command_line_refuses_a_missing_folder(tmp_path, capsys):
     assert main([str(tmp_path/"nowhere"), "--out", str(tmp_path/"i.html")]) == 1 and "no such folder" in capsys.readouterr().err
     assert not (tmp_path/"i.html").exists()

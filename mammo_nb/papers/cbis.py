@@ -398,7 +398,7 @@ def fit_generator(
     from mammo_nb.gans.train import train_gan
     recipe, ps, n = gan_recipe(R), ps.subset(rows), R.setup.n_synthetic(len(rows))
     done = train_gan(recipe, ps.pixels, labels=labels_of(ps.table), folder=folder/"gan", seed=seed, device=device, epochs=recipe.epochs, log=log,
-                     card=patient_card(ps.table.patient_id, classes=list(NAMES)), grid_every=max(1, recipe.epochs//10))
+                     card=patient_card(ps.table.patient_id, classes=list(NAMES), scope="masses", datasets=sorted(set(ps.table.dataset.dropna()))), grid_every=max(1, recipe.epochs//10))
     parts = []
     for k,name in enumerate(NAMES):
         x, _ = sample_classes(done.snapshots[-1], n//2, seed=seed, label=k, device=device)

@@ -362,7 +362,7 @@ def check_counts(counts:pd.DataFrame) -> pd.DataFrame:
     return counts
 
 # %% ../../nbs/lib/80_papers.shift.ipynb #f210be5a
-def singan_images(groups:dict, sources:list, R) -> tuple: # Images `(8,h,w)`, table: source, zoom, device, patch_id, patient_id
+def singan_images(groups:dict, sources:list, R) -> tuple: # Images `(8,h,w)`, table: source, zoom, device, patch_id, patient_id, dataset
     "The source patches at G1, then at G3."
     from mammo_nb.data.pixels import area_resize
     rows, images = [], []
@@ -373,7 +373,7 @@ def singan_images(groups:dict, sources:list, R) -> tuple: # Images `(8,h,w)`, ta
             x = np.asarray(groups[zoom].pixels[j,0])
             if R.protocol.geometry: x = area_resize(area_resize(x, 256), (380, 572))                  # the published code's detour
             images.append(x)
-            rows.append(dict(source=k, zoom=zoom, device="film" if t.device=="film" else "digital", patch_id=groups[zoom].table.patch_id.iloc[j], patient_id=t.patient_id, row=j))
+            rows.append(dict(source=k, zoom=zoom, device="film" if t.device=="film" else "digital", patch_id=groups[zoom].table.patch_id.iloc[j], patient_id=t.patient_id, dataset=t.dataset, row=j))
     return images, pd.DataFrame(rows)
 
 def train_singans(
@@ -387,7 +387,7 @@ def train_singans(
 ) -> None:
     "One SinGAN for each image."
     from mammo_nb.gans.singan import fit_singans
-    cards = [dict(patients=hash_of([r.patient_id]), zoom=r.zoom, source=int(r.source)) for r in table.itertuples()]     # no ids: a folder may be shared
+    cards = [dict(patients=hash_of([r.patient_id]), zoom=r.zoom, source=int(r.source), datasets=[str(r.dataset)], scope="lesions") for r in table.itertuples()]     # no ids: a folder may be shared
     fit_singans(images, recipe=R.setup.singan, folder=folder, seed=R.seeds["gan"], device=str(device), cards=cards, log=log)
 
 def draw_singans(

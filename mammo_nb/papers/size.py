@@ -324,7 +324,7 @@ def fit_generator(
     log=None, # Told about each epoch
 ) -> None:
     "Train G_k into `folder/gan` and draw `synthetic.npy` from it; goes on where a killed call stopped."
-    card = patient_card(masses.table.patient_id, k=len(masses))
+    card = patient_card(masses.table.patient_id, k=len(masses), scope="masses", datasets=sorted(set(masses.table.dataset.dropna())))
     done = train_gan(dcgan_recipe(R), masses.pixels, folder=folder/"gan", seed=seed, device=device, epochs=R.setup.gan_epochs, log=log, card=card, grid_every=max(1, R.setup.gan_epochs//10))
     _save(folder/"synthetic.npy", sample_generator(done.snapshots[-1], n, seed=seed, device=device)[0])
 
@@ -378,7 +378,7 @@ def fit_simulation(
     if not (folder/"fid.csv").exists():
         S, e = R.setup, R.extractor
         done = train_gan(dcgan_recipe(R, "a"), lesions.pixels, folder=folder/"gan", seed=seed, device=device, epochs=S.simulation_epochs, log=log,
-                         card=patient_card(lesions.table.patient_id), grid_every=max(1, S.simulation_epochs//10))
+                         card=patient_card(lesions.table.patient_id, scope="lesions", datasets=sorted(set(lesions.table.dataset.dropna()))), grid_every=max(1, S.simulation_epochs//10))
         at = {int(f.name.split("-")[1]):f for f in done.snapshots}
         real, n = features(lesions.pixels[:,0], e, device=device), S.fid_n
         draw = lambda f, m: sample_generator(f, m, seed=seed_of(seed, "fid"), device=device)[0]
