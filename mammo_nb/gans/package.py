@@ -432,7 +432,10 @@ def main_export(
     ap.add_argument("--no-check", action="store_true", help="do not prove the package in a process of its own")
     a = ap.parse_args(argv)
     try:
-        if a.list: print(find_generators(a.run)[["name","kind","epoch","folder"]].to_string(index=False)); return 0
+        if a.list:
+            found = find_generators(a.run)
+            if not len(found): raise WeightsError("no generator here", a.run, "a run's generators lie in the cache it was made with: set MAMMO_NB_CACHE as it was then, or name a stage folder")
+            print(found[["name","kind","epoch","folder"]].to_string(index=False)); return 0
         text = Path(a.license_file).read_text(encoding="utf-8") if a.license_file else ""
         metrics = a.metrics or None
         if a.real: metrics = _measured(a.run, a.real, a.only)

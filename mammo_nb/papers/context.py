@@ -185,10 +185,7 @@ def load_sets(
         from mammo_nb.data.lookalike import phantom_tree
         tree = phantom_tree("folder", centre=context_style(), n_patients=R.setup.patients, seed=R.seeds["phantom"], scale=R.setup.phantom_scale)
         return list(read_any(tree, scaling=P.scaling).values()), "phantoms of one hospital, written as a plain folder and read back"
-    sets = read_any(P.data_dir, scaling=P.scaling)
-    for n in split_words(P.dataset):
-        if n not in sets: raise ParameterError(f"no data set '{n}'", "dataset", nearest(n, list(sets)))
-    sets = [s for n,s in sets.items() if not P.dataset or n in split_words(P.dataset)]
+    sets = list(read_any(P.data_dir, split_words(P.dataset) or None, scaling=P.scaling).values())
     whole = [s for s in sets if len(s.images)]
     if not whole: raise DataError("ready patches have no tissue around them, so patches of 256 pixels cannot be cut", " + ".join(s.name for s in sets), "give whole mammograms with outlined lesions")
     return whole, " + ".join(s.name for s in whole)

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from ..clf.resnet import HeadRecipe
-from ..core import DataError, LeakError, ParameterError, hash_of, nearest, read_json, rng, seed_of, write_csv, write_json
+from ..core import DataError, LeakError, ParameterError, hash_of, read_json, rng, seed_of, write_csv, write_json
 from ..gans.singan import SinGANRecipe, singan_recipes
 from ..params import split_words
 
@@ -155,10 +155,8 @@ def load_sets(
         from mammo_nb.data.lookalike import phantom_tree
         tree = phantom_tree("bcdr", centre=shift_style(), n_patients=R.setup.patients, seed=R.seeds["phantom"], scale=R.setup.phantom_scale)
         return list(read_any(tree, scaling=P.scaling).values()), "phantoms, written as BCDR and read back"
-    sets = read_any(P.data_dir, scaling=P.scaling)
     names = split_words(P.dataset)
-    for n in names:
-        if n not in sets: raise ParameterError(f"no data set '{n}'", "dataset", nearest(n, list(sets)))
+    sets = read_any(P.data_dir, names or None, scaling=P.scaling)
     if not names: names = [n for n in sets if n.startswith("bcdr")] or [n for n,s in sets.items() if labelled(s).any()]
     if not names: check_sets(list(sets.values()))                       # says why none of them can be used
     if len(names) > 1 and not P.dataset and not all(n.startswith("bcdr") for n in names):

@@ -117,10 +117,11 @@ def weigh(
     own:pd.DataFrame, # The runs' own claim tables, same group
 ) -> dict: # Claim id -> Evidence
     "All claims of a paper for one group of runs."
-    out, seeds = {}, own.run.nunique()
+    out, seeds = {}, results.seed.nunique() if len(results) else 0
     for c in claims(paper):
-        mine = own[own.id==c.id]
-        out[c.id] = from_seeds(c, results) if c.kind=="every" and seeds>1 else over_runs(c, mine)
+        mine = own[own.id==c.id] if len(own) else own
+        strata = len(results) and (not len(mine) or c.kind=="every" and seeds>1)
+        out[c.id] = from_seeds(c, results) if strata else over_runs(c, mine) if len(mine) else Evidence()
     return out
 
 # %% ../../nbs/lib/64_report.overview.ipynb #6171c652
@@ -142,9 +143,9 @@ def groups(
     if not len(runs): return out
     for key,r in runs[runs.status=="done"].groupby(GROUP, sort=False):
         g = dict(zip(GROUP, key)); mine = lambda t: t[(t.paper==g["paper"]) & (t.preset==g["preset"]) & t.run.isin(r.run)] if len(t) else t
-        own = mine(found["claims"])
-        if not len(own): continue
-        evidence = weigh(g["paper"], mine(found["results"]), own)
+        own, results = mine(found["claims"]), mine(found["results"])
+        if not len(own) and not len(results): continue
+        evidence = weigh(g["paper"], results[results.protocol==g["protocol"]] if len(results) else results, own)
         v = verdict_table(claims(g["paper"]), evidence, data=g["data"], preset=g["preset"], protocol=g["protocol"])
         out.append(g | dict(runs=r, verdicts=v))
     return sorted(out, key=lambda g: (list(papers()).index(g["paper"]), not is_real(g["data"]), g["preset"]!="paper", g["protocol"]!="paper", g["knobs"], g["data"]))
@@ -196,9 +197,9 @@ def tally(
         for g in mine or [None]:
             n = {} if g is None else g["verdicts"].verdict.value_counts()
             rows.append({"Paper":f"{p[:2]} {rec['short']}", "Data":"not run" if g is None else "REAL: "+g["data"] if is_real(g["data"]) else "phantoms", "Size":"" if g is None else g["preset"],
-                         "Protocol":"" if g is None else g["protocol"] + (f" ({g['knobs']})" if g["knobs"] else ""), "Seeds":0 if g is None else g["runs"].seed.nunique(),
+                         "Protocol":"" if g is None else g["protocol"], "Seeds":0 if g is None else g["runs"].seed.nunique(),
                          **{w: "" if g is None else int(n.get(w.lower(), 0)) for w in ("Holds","Differs","Cannot tell")},
-                         "Time":"" if g is None else duration(g["runs"].work_s.sum()), **({"Cost":"" if g is None else f"{price*g['runs'].work_s.sum()/3600:.2f}"} if price else {})})
+                         "Time":"" if g is None else duration(g["runs"].work_s.sum()), **({"Cost":"" if g is None else f"{price*g['runs'].work_s.sum()/3600:.2f}"} if price else {}), "Other settings":"" if g is None else g["knobs"]})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/64_report.overview.ipynb #0810dcc0
