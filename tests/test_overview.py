@@ -42,15 +42,24 @@ def test_every_claim_is_on_the_page_and_every_kind_of_data_is_marked(tmp_path):
     for p in papers(): assert f"nbs/{p}.ipynb" in page, "the command for what is missing"
 
 def test_collected_tables_hold_no_place_of_this_machine(tmp_path):
-    run(tmp_path); build_page([tmp_path], tmp_path/"index.html")
+    (run(tmp_path)/"report.html").write_text("a page"); build_page([tmp_path], tmp_path/"index.html")
     for f in (tmp_path/"collected").glob("*.csv"): assert str(tmp_path) not in f.read_text()
-    runs = pd.read_csv(tmp_path/"collected"/"runs.csv"); assert list(runs) == RUN_COLUMNS
+    runs = pd.read_csv(tmp_path/"collected"/"runs.csv"); assert list(runs) == RUN_COLUMNS and runs.link[0].startswith("demo/04_sharing/")
+    build_page([tmp_path], tmp_path/"elsewhere"/"index.html")
+    assert ".." not in (tmp_path/"elsewhere"/"collected"/"runs.csv").read_text() and 'href=".' not in (tmp_path/"elsewhere"/"index.html").read_text()
 
 def test_a_newer_run_of_the_same_name_wins(tmp_path):
     run(tmp_path/"a", gain=.1); new = run(tmp_path/"b", gain=.3)
     i = json.loads((new/"run.json").read_text()); write_json(new/"run.json", i | dict(finished="2027"))
     runs, where = find_runs([tmp_path], tmp_path); assert len(runs) == 1 and list(where.values()) == [new]
     assert build_page([tmp_path], tmp_path/"index.html")["verdicts"].query("id=='04.headline'").ours.tolist() == [.3]
+
+def test_a_seed_counts_once(tmp_path):
+    run(tmp_path/"a", seed=1, gain=.1); run(tmp_path/"a", seed=2, gain=.1)
+    again = run(tmp_path/"b", seed=1, gain=.4); again.rename(again.parent/"another-name"); again = again.parent/"another-name"
+    i = json.loads((again/"run.json").read_text()); write_json(again/"run.json", i | dict(finished="2027"))
+    v = build_page([tmp_path], tmp_path/"index.html")["verdicts"].query("id=='04.headline'").iloc[0]
+    assert (v.seeds, round(v.ours, 6)) == (2, .25)
 
 def test_a_damaged_run_costs_no_other(tmp_path):
     run(tmp_path); bad = run(tmp_path, seed=1); (bad/"run.json").write_text('{"paper": "04_sha')

@@ -8,7 +8,7 @@ __all__ = ['RUN_COLUMNS', 'GROUP', 'FREE', 'KEPT', 'WANTED', 'GATHERS', 'default
            'tally', 'group_section', 'build_page', 'gather_main', 'main']
 
 # %% ../../nbs/lib/64_report.overview.ipynb #3ecddea9
-import argparse, ast, importlib, os, sys, warnings
+import argparse, ast, importlib, sys, warnings
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -50,7 +50,8 @@ def run_row(
 ) -> dict: # RUN_COLUMNS
     "One run in one row."
     i = read_json(file); p = i["parameters"]; report = file.parent/"report.html"
-    link = os.path.relpath(report, page).replace(os.sep, "/") if report.is_file() else ""
+    below = report.is_file() and report.resolve().is_relative_to(Path(page).resolve())      # no other path of this machine ends in a page
+    link = report.resolve().relative_to(Path(page).resolve()).as_posix() if below else ""
     return dict(paper=i["paper"], run=file.parent.name, seed=int(p["seed"]), data=i["data"], preset=p["preset"], protocol=p["protocol"],
                 knobs=knobs(i["paper"], p), status=i.get("status","unknown"), seconds=i.get("seconds", np.nan),
                 work_s=round(sum(s["seconds"] for s in i["stages"].values()), 1), device=i["device"], commit=i["commit"], finished=i.get("finished",""), link=link)
@@ -142,6 +143,7 @@ def groups(
     out, runs = [], found["runs"]
     if not len(runs): return out
     for key,r in runs[runs.status=="done"].groupby(GROUP, sort=False):
+        r = r.sort_values("finished", kind="stable").drop_duplicates("seed", keep="last")     # a seed that was run twice counts once, as it was run last
         g = dict(zip(GROUP, key)); mine = lambda t: t[(t.paper==g["paper"]) & (t.preset==g["preset"]) & t.run.isin(r.run)] if len(t) else t
         own, results = mine(found["claims"]), mine(found["results"])
         if not len(own) and not len(results): continue
