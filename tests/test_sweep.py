@@ -118,7 +118,7 @@ def test_twelve_rows_two_workers_two_kills(tmp_path):
     assert again.returncode == 0 and "0 rows to do" in again.stdout and before == {f:f.stat().st_mtime_ns for f in (tmp_path/"out").rglob("*.ipynb")}
 
 def test_sweep_killed_whole_then_asked_again(tmp_path):
-    file = sweep_file(tmp_path, "workers: 2\nrows:\n  - {notebook: 90_tiny, seeds: [0, 1], parameters: {steps: 8}}\n")
+    file = sweep_file(tmp_path, "workers: 2\nrows:\n  - {notebook: 90_tiny, seeds: [0, 1], parameters: {steps: 40}}\n")
     p = start(file, start_new_session=True)
     until(lambda: len({l[1] for l in ledger(tmp_path) if l[0] == "step" and int(l[2]) >= 2}) == 2)
     os.kill(p.pid, signal.SIGKILL); p.wait()
@@ -130,7 +130,7 @@ def test_sweep_killed_whole_then_asked_again(tmp_path):
     p = start(file); said, _ = p.communicate(timeout=300)
     assert p.returncode == 0 and "begun" in said, said
     steps = pd.Series([(l[1],l[2]) for l in ledger(tmp_path) if l[0] == "step"]).value_counts()
-    assert len(steps) == 16 and steps.sum() <= 16+4, "two stops of two rows cost at most one interval each"
+    assert len(steps) == 80 and steps.sum() <= 80+4, "two stops of two rows cost at most one interval each"
 
 STAGE = '''
 import os, signal, sys, time
