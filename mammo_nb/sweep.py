@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import (DataError, MammoError, ParameterError, RunError, file_hash, hash_of, locked, nearest, read_json, repo_root,
+from .core import (MammoError, ParameterError, RunError, file_hash, hash_of, locked, nearest, read_json, repo_root,
                            write_csv, write_json)
 from .runs import code_hash, cores, end_with
 

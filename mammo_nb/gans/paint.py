@@ -7,7 +7,7 @@ __all__ = ['Rule', 'disc', 'closed', 'painting_mask', 'Painted', 'paint', 'truth
 
 # %% ../../nbs/lib/46a_gans.paint.ipynb #36e1a249
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from ..core import DataError, ParameterError, rng, seed_of
 from ..data.boxes import Box, put_back
-from .context import TASKS, ContextGenerator, edit, task_of
+from .context import ContextGenerator, edit, task_of
 from .share import load_generator
 
 # %% ../../nbs/lib/46a_gans.paint.ipynb #1b0e7cc1

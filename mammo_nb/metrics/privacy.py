@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..core import DataError, LeakError, ParameterError, WeightsError, read_json, rng, write_json, write_whole
+from ..core import DataError, LeakError, WeightsError, read_json, rng, write_json, write_whole
 from .boot import _steps, _walk, patient_codes, patient_weights
 from .delong import auc_interval, delong
 from .features import make_extractor

@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 
 from ..core import MammoError, read_json, repo_root, write_csv
-from .cbis import (CELL, NAMES, PROTOCOLS, QUESTIONS, claim_evidence, claim_weights, contrast, forensics, labels_of, over_runs, question_weights,
+from .cbis import (NAMES, PROTOCOLS, claim_evidence, claim_weights, contrast, forensics, labels_of, over_runs, question_weights,
                                   synthetic_of, table_rows, units_of)
-from ..report.claims import Evidence, claims, from_seeds, verdict_table
+from ..report.claims import claims, from_seeds, verdict_table
 from ..report.figures import PALETTE, colour, confusion_matrix, dress, forest, loss_curves, patch_grid, roc_curves, save_figure, sheet
 from ..report.html import Picture, Section, Table, banner_for, beside_html, write_report
 from ..report.tables import cell_ours, paper_record, read_results, summarise

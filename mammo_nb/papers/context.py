@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..clf.augment import PatchLoader, join, patch_arrays
 from ..clf.resnet import Preparation, frozen_resnet, start_head
-from ..clf.train import CLASSIFIERS, HISTORY, FitRecipe, FitResult, KeepBest, ScoreEpoch, best_epoch, build_classifier, load_weights, predict_proba, save_weights
+from ..clf.train import CLASSIFIERS, HISTORY, FitRecipe, FitResult, KeepBest, ScoreEpoch, best_epoch, build_classifier, predict_proba, save_weights
 from ..clf.train import _finished, _identity, _learner, _write
 from ..core import DataError, ParameterError, RunError, hash_of, nearest, read_json, rng, seed_of, write_csv, write_json, write_whole
 from ..gans.train import Checkpoint

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from ..core import read_json
-from .context import ARMS, PRESETS, Protocol, contradictions, gan_recipe, implied_errors, layer_table, removal_table
+from .context import Protocol, contradictions, gan_recipe, implied_errors, layer_table, removal_table
 from ..report.claims import claims, from_predictions, verdict_table
-from ..report.figures import CYCLE, colour, dress, forest, loss_curves, patch_grid, roc_curves, save_figure, sheet, tile
+from ..report.figures import colour, dress, forest, loss_curves, patch_grid, roc_curves, save_figure, sheet
 from ..report.html import Picture, Section, Table, banner_for, beside_html, write_report
 from ..report.tables import paper_record, published, summarise
 

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from ..clf.resnet import HeadRecipe
-from ..core import DataError, LeakError, ParameterError, hash_of, read_json, rng, seed_of, write_csv, write_json
+from ..core import DataError, LeakError, ParameterError, hash_of, read_json, rng, seed_of, write_json
 from ..gans.singan import SinGANRecipe, singan_recipes
 from ..params import split_words
 
