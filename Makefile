@@ -7,7 +7,7 @@ SEED  ?= 0
 ARGS  ?=
 OUT    = reports/demo/notebooks/$(P)-seed$(SEED).ipynb
 
-.PHONY: run test paper install sync clean
+.PHONY: run test paper gpu install sync clean
 
 run: install
 	@mkdir -p $(dir $(OUT))
@@ -23,6 +23,13 @@ test: install
 	@# each notebook in a process of its own: nbdev_test reuses its workers, and one notebook's imports would colour the next
 	ls nbs/lib/*.ipynb nbs/*.ipynb | xargs -P 2 -n 1 sh -c '$(BIN)/nbdev_test --path "$$0" --n_workers 0 --do_print || exit 255'
 	$(BIN)/pytest
+
+gpu: install   ## on a machine with a GPU: its tests, the benchmarks, five papers at published size, the page; asked again it goes on
+	$(BIN)/pytest -m gpu
+	@mkdir -p reports/local
+	$(BIN)/papermill nbs/90_benchmarks.ipynb reports/local/90_benchmarks.ipynb -p preset paper -p device cuda -p publish auto --no-progress-bar --log-output
+	$(BIN)/mammo_sweep sweeps/papers_full.yaml --keep
+	$(BIN)/mammo_report
 
 sync: install ## export and clean must leave the tree as it is
 	$(BIN)/nbdev_export

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from .core import ParameterError, nearest
+from .core import MODES, ParameterError, nearest
 
 # %% ../nbs/lib/11_params.ipynb #eaa03e9c
 def one_of(
@@ -69,6 +69,7 @@ COMMON = dict(
     data_dir = AfterValidator(existing_folder),
     run_dir = AfterValidator(writable_folder),
     device = AfterValidator(lambda v: v if v.split(":")[0] in ("auto","cpu","cuda","mps") else _no_device(v)),
+    mode = one_of(*MODES),
     only = some_of(),
 )
 
@@ -90,7 +91,7 @@ def check_params(
     "Stop the run, naming every parameter that is unknown, of the wrong type or out of range, and the nearest valid choice."
     types, given = ns.get("__annotations__", {}), _given(ns)
     rules = COMMON | {"only": some_of(*stages)} | rules
-    lost = sorted(set(rules) - set(types))
+    lost = sorted(set(rules) - set(types) - {"mode"})       # a paper without networks has no arithmetic to choose
     if lost: raise ParameterError(f"the parameters cell lacks {', '.join(lost)}", "parameters cell", "declare each as `name:type = default # meaning`")
     errors = [f"{k}: no such parameter – {nearest(k, list(types))}" for k in given if k not in types]
     model = create_model("Params", __config__=ConfigDict(strict=True, extra="ignore"),
@@ -98,7 +99,7 @@ def check_params(
     try: checked = model(**{k:v for k,v in given.items() if k in types})
     except ValidationError as e: errors += [_explain(i, types) for i in e.errors()]
     if errors: raise ParameterError("; ".join(errors), "parameters", "see the parameters cell of the notebook, or `papermill --help-notebook`")
-    return SimpleNamespace(**checked.model_dump())
+    return SimpleNamespace(**{"mode":"exact", **checked.model_dump()})
 
 def _ruled(t, rule): # A type with its rule or rules
     return t if rule is None else Annotated[(t, *rule)] if isinstance(rule, tuple) else Annotated[t, rule]

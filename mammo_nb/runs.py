@@ -7,7 +7,7 @@ __all__ = ['code_hash', 'versions', 'git_commit', 'default_run_dir', 'Run', 'os_
            'write_json_into', 'progress_if', 'end_with', 'last_words', 'main']
 
 # %% ../nbs/lib/12_runs.ipynb #3065430a
-import ast, datetime, importlib.metadata, importlib.util, json, os, platform, subprocess, sys, threading, time
+import ast, contextlib, datetime, importlib.metadata, importlib.util, json, os, platform, subprocess, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -18,16 +18,16 @@ from types import SimpleNamespace
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import (MammoError, RunError, cache_dir, file_hash, hash_of, locked, pick_device, progress, read_json, repo_root,
+from .core import (MammoError, RunError, cache_dir, file_hash, hash_of, kernels, locked, pick_device, progress, read_json, repo_root,
                            write_csv, write_json, write_text)
 from .params import split_words
 
 # %% ../nbs/lib/12_runs.ipynb #9c337dca
 @lru_cache
 def code_hash() -> str: # 16 hex digits
-    "Hash of the package's syntax trees, without comments, `report` and the generated index."
+    "Hash of the package's syntax trees, without comments, `report`, the papers' pages and the generated index."
     root = Path(importlib.util.find_spec("mammo_nb").origin).parent
-    files = sorted(p for p in root.rglob("*.py") if p.name != "_modidx.py" and "report" not in p.relative_to(root).parts)
+    files = sorted(p for p in root.rglob("*.py") if not p.name.endswith(("_modidx.py","_page.py")) and "report" not in p.relative_to(root).parts)
     bytes_ = hash_of(sys.version_info[:2], [(str(p.relative_to(root)), file_hash(p)) for p in files])
     memo = cache_dir("code")/bytes_                                    # parsing takes a second, and every row of a sweep asks
     if memo.is_file() and len(known := memo.read_text(encoding="utf-8")) == 16: return known
@@ -78,7 +78,7 @@ class Run:
         self._refuse_foreign()
         for d in ("tables","figures","checkpoints"): self._mkdir(self.dir/d)
         self.info = dict(paper=paper, data=data, parameters=vars(params), resolved=resolved or {}, versions=versions(), commit=git_commit(),
-                         device=_device_name(self.device), mode="exact", started=_now(), status="running", stages={}, skipped=[])
+                         device=_device_name(self.device), mode=params.mode, started=_now(), status="running", stages={}, skipped=[])
         self._mend_log(); self.save()
 
     def _mkdir(self, d):
@@ -167,19 +167,30 @@ def do_stage(
     fn, # `fn(folder)` fills the folder
     inputs:dict, # For done.json
     log=None, # Told when it starts
+    mode:str="exact", # Arithmetic inside the stage
 ) -> float: # Seconds it took, 0 if another process had done it
     "Do one stage under its lock. On a CPU with one thread, so that the number of cores moves no digit; cores are used by doing stages side by side."
     import torch
     with locked(folder):
         if _complete(folder): return 0.
-        t, threads = time.time(), torch.get_num_threads()
+        threads = torch.get_num_threads()
         if log: log(stage=name, event="start")
         torch.set_num_threads(1)
-        try: folder.mkdir(parents=True, exist_ok=True); fn(folder)
+        try: folder.mkdir(parents=True, exist_ok=True); seconds = _work(fn, folder, mode)
         except OSError as e: raise RunError(e.strerror or str(e), e.filename or folder, "mend this and give the same command again; finished stages are kept") from e
         finally: torch.set_num_threads(threads)
-        _seal(folder, name, time.time()-t, inputs)
-        return time.time()-t
+        _seal(folder, name, seconds, inputs)
+        return seconds
+
+def _work(fn, folder, mode): # Seconds, with those of earlier calls that were stopped
+    note = folder/".seconds.json"
+    before, t = read_json(note) if note.is_file() else 0., time.time()
+    try:
+        with kernels(mode): fn(folder)
+    except BaseException:
+        with contextlib.suppress(OSError): write_json(note, before + time.time()-t)
+        raise
+    return before + time.time()-t
 
 # %% ../nbs/lib/12_runs.ipynb #2fa8afe7
 def cores() -> int: # At least 1
@@ -221,6 +232,7 @@ def stages(self:Run,
 @patch
 def _placed(self:Run, name, inputs, group, shared=False): # Folder of a stage, None when it is left out
     why = "an earlier stage was left out" if any(v is None for v in inputs.values()) else ""
+    if self.params.mode != "exact": inputs = inputs | {"mode": self.params.mode}
     folder = None if why else stage_folder(name, inputs, cache_dir("stages", self.paper) if shared else self.dir/"checkpoints")
     if folder is not None and self.only and group not in self.only and not _complete(folder): why = f"'{group}' is not in only={self.params.only!r}"
     if not why: return folder
@@ -246,11 +258,11 @@ def end_with(
 def _each(self:Run, jobs, folders, todo, workers): # Yields (number, seconds) as stages finish
     try:
         if workers < 2:
-            for i in todo: yield i, do_stage(folders[i], jobs[i]["name"], jobs[i]["fn"], jobs[i]["inputs"], self.log)
+            for i in todo: yield i, do_stage(folders[i], jobs[i]["name"], jobs[i]["fn"], jobs[i]["inputs"], self.log, self.params.mode)
             return
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with, initargs=(os.getpid(),))
         try:
-            running = {pool.submit(do_stage, folders[i], jobs[i]["name"], jobs[i]["fn"], jobs[i]["inputs"], self.log): i for i in todo}
+            running = {pool.submit(do_stage, folders[i], jobs[i]["name"], jobs[i]["fn"], jobs[i]["inputs"], self.log, self.params.mode): i for i in todo}
             for f in as_completed(running): yield running[f], f.result()
         except BaseException:
             for p in list((pool._processes or {}).values()): p.terminate()
@@ -263,7 +275,7 @@ def _each(self:Run, jobs, folders, todo, workers): # Yields (number, seconds) as
 @patch
 def _stage_done(self:Run, job, folder, seconds):
     if folder is None: return
-    self.info["stages"][job["name"]] = dict(folder=folder.name, seconds=read_json(folder/"done.json")["seconds"], reused=not seconds, shared=bool(job.get("shared")))
+    self.info["stages"][job["name"]] = dict(folder=folder.name, seconds=read_json(folder/"done.json")["seconds"], group=job["group"], reused=not seconds, shared=bool(job.get("shared")))
     self.save(); self.log(stage=job["name"], event="done" if seconds else "reused", seconds=round(seconds,2))
 
 @patch

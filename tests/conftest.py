@@ -24,7 +24,7 @@ def cache(tmp_path_factory):
 def papermill(cache):
     "Run a paper notebook as a person would: papermill in a process of its own, from any folder. -> CompletedProcess"
     def run(paper, out, *args, cwd=ROOT, timeout=600, check=True):
-        cmd = [str(Path(sys.executable).parent/"papermill"), str(ROOT/"nbs"/f"{paper}.ipynb"), str(out), "--no-progress-bar"]
+        cmd = [sys.executable, "-m", "papermill", str(ROOT/"nbs"/f"{paper}.ipynb"), str(out), "--no-progress-bar"]
         for k,v in zip(args[::2], args[1::2]): cmd += ["-p", k, str(v)]
         env = os.environ | {"MAMMO_NB_CACHE":str(cache), "MPLBACKEND":"agg"}
         r = subprocess.run(cmd, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)

@@ -215,5 +215,5 @@ def test_no_half_result_after_nan(tmp_path):
 
 @pytest.mark.gpu
 def test_gpu_agrees_with_cpu():
-    a, b = (fit(CNN, device=d)[1].history for d in ("cpu", "cuda"))
+    a, b = (fit({**CNN, "dropout": 0.}, device=d)[1].history for d in ("cpu", "cuda"))         # dropout draws other numbers on a GPU
     assert np.allclose(a.train_loss, b.train_loss, atol=.02)

@@ -2,13 +2,18 @@
 import importlib.metadata as meta, json, os, re, subprocess, sys, textwrap
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = """torch torchvision triton numpy scipy pandas matplotlib seaborn pillow scikit-learn scikit-image statsmodels timm safetensors
     huggingface-hub tqdm filelock jinja2 pyyaml packaging psutil joblib h5py imageio tifffile requests rich typer pytest pytest-timeout numba einops
-    sympy networkx fsspec setuptools wheel pip hypothesis""".split()       # of the image's packages, those this project could touch
+    sympy networkx fsspec setuptools wheel pip hypothesis
+    tabulate xarray pyarrow transformers tensorboard torchmetrics pytorch-lightning lxml opencv-python-headless accelerate regex""".split()       # of the image's packages, those this project could touch
+NOTEBOOKS = sorted(ROOT.glob("nbs/0[0-4]_*.ipynb")) + [ROOT/"nbs"/"90_benchmarks.ipynb"]
 ADDED = ["fastai", "papermill", "pydicom"]
 NEVER = ("torch_fidelity", "optuna", "opacus", "dask", "distributed", "dask_jobqueue", "submitit", "nbdev", "execnb", "jupytext", "jupyterlab",
          "nbconvert", "ipykernel", "IPython", "pylibjpeg", "gdcm")
+HEAVY = ("spacy", "thinc", "blis", "cymem", "preshed", "murmurhash", "srsly")     # fastai's for text, 57 MiB of wheels: not carried to a GPU machine, so not to be imported
 
 
 def plain(name): return re.sub(r"[-_.]+", "-", name).lower()
@@ -29,11 +34,11 @@ def needs(names):
 def blocked():
     "Top modules of every installed package that is not in that environment."
     there = needs(IMAGE + ADDED) | {"mammo-nb"}
-    return sorted({m for m, owners in meta.packages_distributions().items() if not {plain(o) for o in owners} & there} | set(NEVER))
+    return sorted({m for m, owners in meta.packages_distributions().items() if not {plain(o) for o in owners} & there} | set(NEVER + HEAVY))
 
 
 SCRIPT = textwrap.dedent("""
-    import importlib, importlib.abc, json, pkgutil, sys, tempfile
+    import ast, importlib, importlib.abc, json, pkgutil, runpy, sys, tempfile
     from pathlib import Path
     names = set(json.load(sys.stdin))
     class Absent(importlib.abc.MetaPathFinder):
@@ -46,6 +51,19 @@ SCRIPT = textwrap.dedent("""
         try: importlib.import_module(m)
         except ModuleNotFoundError as e: wrong.append(f"{m}: {e}")
     if wrong: sys.exit("\\n".join(wrong))
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+    for path in sys.argv[2:]:
+        nb, ns = parameterize_notebook(load_notebook_node(path), dict(run_dir=tempfile.mkdtemp()), kernel_name="python3", language="python"), {}
+        for c in (c for c in nb.cells if c.cell_type == "code"):
+            tags, tree = c.metadata.get("tags", []), ast.parse(c.source)
+            if not {"parameters", "injected-parameters"} & set(tags) and "check_params(globals()" not in c.source:
+                tree.body = [s for s in tree.body if isinstance(s, (ast.Import, ast.ImportFrom))]
+            exec(compile(tree, path, "exec"), ns)
+        print(Path(path).stem, ns["P"].run_dir != "")
+    sys.argv[1:] = [sys.argv[1]]
+    try: runpy.run_module("mammo_nb.data.doctor", run_name="__main__", alter_sys=True)
+    except SystemExit as e: print("doctor", e.code)
     from mammo_nb.clf.augment import patch_arrays
     from mammo_nb.clf.train import build_classifier, fit_classifier
     from mammo_nb.core import rng
@@ -65,11 +83,24 @@ SCRIPT = textwrap.dedent("""
 def test_the_list_blocks_what_it_should():
     names, there = blocked(), needs(IMAGE + ADDED)
     assert set(NEVER) <= set(names) and not {"torch", "fastai", "pydicom", "papermill", "mammo_nb", "timm", "nbformat"} & set(names)
-    assert {"fastcore", "nbclient", "torch", "spacy"} <= there
+    assert {"fastcore", "nbclient", "torch", "spacy"} <= there and set(HEAVY) <= set(names)
 
 
-def test_every_module_imports_and_a_gan_trains(tmp_path):
-    r = subprocess.run([sys.executable, "-c", SCRIPT], input=json.dumps(blocked()), capture_output=True, text=True, timeout=300, cwd=tmp_path,
-                       env=os.environ | {"PYTHONPATH": str(ROOT), "MAMMO_NB_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"})
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    "What the script prints in that environment, line by line."
+    d = tmp_path_factory.mktemp("minimal"); (d/"nothing").mkdir()
+    r = subprocess.run([sys.executable, "-c", SCRIPT, str(d/"nothing"), *map(str, NOTEBOOKS)], input=json.dumps(blocked()), capture_output=True, text=True, timeout=300, cwd=d,
+                       env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep), "MAMMO_NB_CACHE": str(d), "OMP_NUM_THREADS": "1"})
     assert r.returncode == 0, r.stderr[-3000:]
-    assert r.stdout.split()[-2:] == ["2", "2"]
+    return r.stdout.splitlines()
+
+
+def test_every_module_imports_and_a_gan_trains(said): assert said[-1] == "2 2"
+
+
+def test_every_notebook_checks_its_parameters_and_finds_its_imports(said):
+    assert len(NOTEBOOKS) == 6 and [f"{p.stem} True" for p in NOTEBOOKS] == said[:len(NOTEBOOKS)]
+
+
+def test_the_doctor_answers_without_its_console_command(said): assert "doctor 1" in said

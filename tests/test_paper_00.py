@@ -15,7 +15,7 @@ NOTEBOOK = repo_root()/"nbs"/"00_annotation_shift.ipynb"
 TINY = dict(clf_epochs=3, singan_steps=1, boots=40, crops=1, size=32, sifid="embedded")
 
 def params(**over):
-    P = dict(seed=0, preset="demo", protocol="paper", switches="", data_dir="", test_sets="", healthy="", singan="", singan_steps=0, clf_epochs=0, patients=0, size=0, crops=-1, boots=0,
+    P = dict(seed=0, preset="demo", mode="exact", protocol="paper", switches="", data_dir="", test_sets="", healthy="", singan="", singan_steps=0, clf_epochs=0, patients=0, size=0, crops=-1, boots=0,
              weights="", split_seed=-1, gan_seed=-1, phantom_seed=0, scaling="minmax", dataset="", run_dir="", device="cpu", only="")
     return SimpleNamespace(**{**P, **over})
 
@@ -105,7 +105,7 @@ def folder_set(root, n=24, lesion_box=(10,10,50,50), labels=("benign","malignant
         if i < n: les.append(dict(image_id=f"t:{i}", lesion_id="1", **dict(zip(("x0","y0","x1","y1"), lesion_box)), lesion_type="mass", label=labels[i%4 == 0]))
     return make_data("t", ims, les)
 
-def setup(**kw): return SimpleNamespace(setup=replace(paper.PRESETS["demo"], size=32, crops=1), protocol=paper.Protocol(**kw), scale=.25, seeds=dict(seed=0, split=0, gan=0, phantom=0))
+def setup(**kw): return SimpleNamespace(mode="exact", setup=replace(paper.PRESETS["demo"], size=32, crops=1), protocol=paper.Protocol(**kw), scale=.25, seeds=dict(seed=0, split=0, gan=0, phantom=0))
 
 def test_a_lesion_at_the_border_is_cut_at_every_zoom(tmp_path):
     groups = paper.cut_groups([folder_set(tmp_path, lesion_box=(0,0,30,40))], setup())

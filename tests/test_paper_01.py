@@ -15,7 +15,7 @@ from mammo_nb.report.tables import RESULT_COLUMNS
 
 
 def parameters(**more):
-    P = dict(seed=0, preset="demo", protocol="paper", switches="", data_dir="", arms="", tasks="", patients=0, gan_updates=0, d_mult=0, synthetic=0, clf_samples=0, boots=0, weights="",
+    P = dict(seed=0, preset="demo", mode="exact", protocol="paper", switches="", data_dir="", arms="", tasks="", patients=0, train_share=1., gan_updates=0, d_mult=0, synthetic=0, clf_samples=0, boots=0, weights="",
              min_tissue=.9, scaling="minmax", dataset="", split_seed=-1, gan_seed=-1, phantom_seed=0)
     return SimpleNamespace(**{**P, **more})
 
@@ -77,7 +77,7 @@ def small_run(tmp_path_factory, cache):
     import os
     d = tmp_path_factory.mktemp("paper01")
     args = dict(run_dir=d/"run", patients=24, gan_updates=2, synthetic=8, clf_samples=40, arms="baseline,decay50,baseline_again", boots=60)
-    cmd = [str(Path(sys.executable).parent/"papermill"), str(repo_root()/"nbs"/"01_contextual_gan.ipynb"), str(d/"out.ipynb"), "--no-progress-bar"] + [w for k, v in args.items() for w in ("-p", k, str(v))]
+    cmd = [sys.executable, "-m", "papermill", str(repo_root()/"nbs"/"01_contextual_gan.ipynb"), str(d/"out.ipynb"), "--no-progress-bar"] + [w for k, v in args.items() for w in ("-p", k, str(v))]
     done = subprocess.run(cmd, cwd=d, env=os.environ | {"MAMMO_NB_CACHE": str(cache), "MPLBACKEND": "agg"}, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return d

@@ -35,7 +35,7 @@ def toy(masses=40, tissue=160, patients=20, size=32):
 
 def setting(**more):
     S = replace(paper.PRESETS["demo"], shrink=20., imbalance=4, gan_epochs=2, clf_epochs=2, simulation_epochs=2, fid_every=1, fid_n=12, boots=60)
-    return SimpleNamespace(setup=replace(S, **more), protocol=paper.protocol_of("paper"), seeds=dict(seed=0, split=0, gan=0, phantom=0), modes=tuple(paper.MODES),
+    return SimpleNamespace(setup=replace(S, **more), mode="exact", protocol=paper.protocol_of("paper"), seeds=dict(seed=0, split=0, gan=0, phantom=0), modes=tuple(paper.MODES),
                            scale=1., extractor=make_extractor("embedded"))
 
 
@@ -114,7 +114,7 @@ def test_single_patient_of_tissue():
 
 
 def parameters(**more):
-    P = dict(seed=0, preset="demo", protocol="paper", switches="", data_dir="", patients=0, gan_epochs=0, simulation_epochs=0, clf_epochs=0, boots=0, imbalance=0, tissue_per_image=0,
+    P = dict(seed=0, preset="demo", mode="exact", protocol="paper", switches="", data_dir="", patients=0, gan_epochs=0, simulation_epochs=0, clf_epochs=0, boots=0, imbalance=0, tissue_per_image=0,
              extractor="", weights="", k_shrink=0., fid_n=0, modes="", sizes="", split_seed=-1, gan_seed=-1, phantom_seed=0)
     return SimpleNamespace(**{**P, **more})
 

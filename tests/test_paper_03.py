@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mammo_nb.core import DataError, LeakError, WeightsError, rng, read_json
+from mammo_nb.core import DataError, LeakError, ParameterError, WeightsError, rng, read_json
 from mammo_nb.data.patches import PatchSet, patch_table
 from mammo_nb.papers import cbis as paper, cbis_page as page
 from mammo_nb.report.tables import RESULT_COLUMNS
@@ -36,7 +36,7 @@ def image_set(t, size=32):
 
 
 def parameters(**more):
-    P = dict(seed=0, preset="demo", protocol="paper", data_dir="", protocols="", models="", cgan_models="", image="", size=0, patients=0, updates=0, synthetic=0, trials=0, search_trials=0, clf_epochs=0,
+    P = dict(seed=0, preset="demo", mode="exact", protocol="paper", data_dir="", protocols="", models="", cgan_models="", image="", size=0, patients=0, updates=0, synthetic=0, trials=0, search_trials=0, clf_epochs=0,
              lr=0., weights="", augment=True, leak_test=True, boots=0, split_seed=-1, gan_seed=-1, phantom_seed=0)
     return SimpleNamespace(**{**P, **more})
 
@@ -72,6 +72,7 @@ def test_published_size_is_what_was_published():
     assert n_params(build_classifier(S.nets["cnn"])) == 1_917_698
     c = R.cells[R.cells.regime == ""]
     assert set(c.model) == set(paper.MODELS) and set(c.model[c.arm == "cgan"]) == {"inceptionresnetv2"} and set(R.cells.protocol) == set(paper.PROTOCOLS)
+    with pytest.raises(ParameterError, match="nothing is left of 48 px"): paper.resolve(parameters(preset="paper", size=48))
     with pytest.raises(WeightsError, match="vgg16.safetensors"): paper.resolve(parameters(weights=str(ROOT/"tests")))
 
 
@@ -133,6 +134,22 @@ def test_same_seed_same_answers(studied):
     pd.testing.assert_frame_equal(a, b)
 
 
+def test_three_test_patients_of_a_class_give_no_quality_and_no_end_of_the_run(tmp_path, studied):
+    R, _, sides, G, _, ps = studied[0]
+    side, who, y = sides["clean"].copy(), ps.table.patient_id.to_numpy(), paper.labels_of(ps.table)
+    for c in (0, 1):
+        rest = np.unique(who[(side == "test") & (y == c)])[3:]
+        side[np.isin(who, rest) & (side == "test")] = "val"
+    paper.measure_generator(tmp_path, generator=G["clean", 0], ps=ps, side=side, R=R, device="cpu")
+    assert (side == "test").sum() == 12 and "kid" not in set(pd.read_csv(tmp_path/"quality.csv").metric)
+
+
+def test_an_interval_that_leaves_out_its_value_is_drawn_as_it_is(tmp_path):
+    rows = [dict(scope="masses", regime="", model="cnn", metric=m, protocol=p, arm=a, value=.25, lo=.4, hi=.9) for m in ("accuracy", "auroc") for p in paper.PROTOCOLS for a in page.ARM_ORDER]
+    page.protocol_figure(tmp_path, pd.DataFrame(rows), "cnn", "seven patients")
+    assert any((tmp_path/"figures").glob("protocols_cnn*"))
+
+
 def test_who_is_tested(studied):
     R, run, sides, G, cells, ps = studied[0]
     t = paper.load_answers(cells); test = t[t.side == "test"]
@@ -182,7 +199,7 @@ def test_several_seeds(tmp_path, studied):
 def small_run(tmp_path_factory, cache):
     import os
     d = tmp_path_factory.mktemp("paper03")
-    cmd = [str(Path(sys.executable).parent/"papermill"), str(ROOT/"nbs"/"03_cgan_augmentation.ipynb"), str(d/"out.ipynb"), "--no-progress-bar"]
+    cmd = [sys.executable, "-m", "papermill", str(ROOT/"nbs"/"03_cgan_augmentation.ipynb"), str(d/"out.ipynb"), "--no-progress-bar"]
     for k, v in dict(seed=1, run_dir=d/"run", patients=40, models="cnn", cgan_models="cnn", trials=1, updates=10, clf_epochs=1, boots=40).items(): cmd += ["-p", k, str(v)]
     done = subprocess.run(cmd, cwd=d, env=os.environ | {"MAMMO_NB_CACHE": str(cache), "MPLBACKEND": "agg"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,5 +1,5 @@
 "Paper 04 as a process: refused parameters, same seed same tables, killed and resumed, any folder, left-out stages."
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +21,7 @@ def test_wrong_parameter_is_refused(papermill, tmp_path, paper, name, value, sai
 def whole(tmp_path_factory, cache):
     "One uninterrupted small run, from a folder that is not the repository."
     d = tmp_path_factory.mktemp("whole")
-    cmd = [str(Path(sys.executable).parent/"papermill"), str(ROOT/"nbs"/"04_sharing.ipynb"), "out.ipynb", "--no-progress-bar", "-p", "run_dir", str(d/"run")]
+    cmd = [sys.executable, "-m", "papermill", str(ROOT/"nbs"/"04_sharing.ipynb"), "out.ipynb", "--no-progress-bar", "-p", "run_dir", str(d/"run")]
     for k,v in zip(SMALL[::2], SMALL[1::2]): cmd += ["-p", k, str(v)]
     r = subprocess.run(cmd, cwd=d, env=os.environ | {"MAMMO_NB_CACHE":str(cache)}, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-3000:]
@@ -45,7 +45,7 @@ def test_asked_again_nothing_is_done_twice(whole, papermill, tmp_path):
 def test_killed_and_resumed_run_ends_with_the_same_bytes(whole, cache, tmp_path):
     env = os.environ | {"MAMMO_NB_CACHE":str(tmp_path/"cache")}
     os.makedirs(tmp_path/"cache"); os.symlink(cache/"phantoms", tmp_path/"cache"/"phantoms")     # the phantoms need not be drawn again
-    cmd = [str(Path(sys.executable).parent/"papermill"), str(ROOT/"nbs"/"04_sharing.ipynb"), str(tmp_path/"out.ipynb"), "--no-progress-bar", "-p", "run_dir", str(tmp_path/"run")]
+    cmd = [sys.executable, "-m", "papermill", str(ROOT/"nbs"/"04_sharing.ipynb"), str(tmp_path/"out.ipynb"), "--no-progress-bar", "-p", "run_dir", str(tmp_path/"run")]
     for k,v in zip(SMALL[::2], SMALL[1::2]): cmd += ["-p", k, str(v)]
     for event in ("gan-", "clf-"):
         p = subprocess.Popen(cmd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -60,6 +60,15 @@ def test_killed_and_resumed_run_ends_with_the_same_bytes(whole, cache, tmp_path)
     one, two = tables(whole), tables(tmp_path/"run")
     drop_run = lambda b: b.replace(b"phantom-paper-seed1", b"run")
     assert one.keys() == two.keys() and all(drop_run(one[k]) == drop_run(two[k]) for k in one)
+
+def test_fast_arithmetic_is_stated_and_never_taken_for_exact(whole, papermill, tmp_path):
+    papermill("04_sharing", tmp_path/"out.ipynb", *SMALL, "mode","fast", "run_dir", tmp_path/"run")
+    fast, exact = (json.loads((r/"run.json").read_text()) for r in (tmp_path/"run", whole))
+    assert (fast["mode"], exact["mode"]) == ("fast", "exact")
+    assert not {s["folder"] for s in fast["stages"].values()} & {s["folder"] for s in exact["stages"].values()}
+    assert re.search(r"Arithmetic.{0,200}fast", (tmp_path/"run"/"report.html").read_text(), re.S)
+    r = papermill("04_sharing", tmp_path/"out.ipynb", *SMALL, "mode","fast", "run_dir", whole, check=False)
+    assert r.returncode != 0 and "mode='exact'" in r.stderr
 
 def test_left_out_stages_leave_the_rest_out(papermill, tmp_path):
     papermill("04_sharing", tmp_path/"out.ipynb", *SMALL, "only","data,patches,report", "gan_seed",7, "run_dir", tmp_path/"run")

@@ -5,6 +5,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.spatial.distance import cdist
+
+pytest.importorskip("torch_fidelity", reason="needs torch-fidelity, the reference")
 from torch_fidelity import feature_extractor_inceptionv3 as tfi
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mammo_nb.core import rng, torch_rng
-from mammo_nb.gans.singan import (SinGANFit, SinGANG, SinGANRecipe, StepAdam, fit_singans, g_steps, init_, SinGAND, resize, to_tanh)
+from mammo_nb.gans.singan import (SinGANFit, SinGANG, SinGANRecipe, StepAdam, fit_singans, g_steps, init_, make, SinGAND, resize, to_tanh)
 
 TINY = SinGANRecipe(steps=6, min_size=14, width=4, max_width=8)
 
@@ -104,12 +104,13 @@ def test_steps_equal_the_published_loop(scale):
 
 def test_adversarial_gradient_reaches_G_in_every_step():
     G,D = init_(SinGANG(6), torch_rng(1,"g")), init_(SinGAND(6), torch_rng(1,"d"))
-    z = torch.randn(1,1,16,16, generator=torch_rng(0,"z")); blank = torch.zeros(1,1,16,16)
+    z, blank = torch.randn(2,1,16,16, generator=torch_rng(0,"z")), torch.zeros(2,1,16,16)
     for how in ("reuse","recompute"):
         moved = []
         class Watch(StepAdam):
             def step(self): moved.append(sum(p.grad.abs().sum().item() for p in self.weights if p.grad is not None)); return super().step()
-        g_steps(G, D, Watch(G, lr=1e-3, beta1=.5), z=z, prev=blank, z_rec=blank, prev_rec=blank, real=blank, recipe=SinGANRecipe(alpha=0., g_graph=how))
+        with torch.no_grad(): pair = make(G, z, blank)
+        g_steps(G, D, Watch(G, lr=1e-3, beta1=.5), pair=pair, z=z, prev=blank, real=blank[:1], recipe=SinGANRecipe(alpha=0., g_graph=how))
         assert len(moved) == 3 and min(moved) > 0
 
 def test_many_models_in_one_call_equal_one_by_one(tmp_path):

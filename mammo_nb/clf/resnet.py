@@ -25,6 +25,7 @@ from torchvision.models import resnet50
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from .augment import epoch_order
+from .train import CLASSIFIERS
 from ..core import (DataError, ParameterError, RunError, WeightsError, cache_dir, file_hash, global_seed, hash_of, locked, nearest,
                            pick_device, torch_rng, write_csv, write_whole)
 from ..data.pixels import torch_area_resize
@@ -359,9 +360,11 @@ class ResNetClassifier(nn.Module):
         bn:str="eval", # See `FrozenResNet`
         depth:str="50", # See `frozen_resnet`
         seed:int=0, # Of the first weights of the last layer
+        channels:int=1, # Of the patches, tripled inside
     ):
         super().__init__()
-        self.config = dict(kind="resnet50", weights=weights, size=size, classes=classes, norm=norm, bn=bn, depth=depth, seed=seed, channels=1, value_range="unit")
+        if channels != 1: raise ParameterError(f"{channels} channels asked for", "channels", "give grey patches")
+        self.config = dict(kind="resnet50", weights=weights, size=size, classes=classes, norm=norm, bn=bn, depth=depth, seed=seed, channels=channels, value_range="unit")
         frozen = frozen_resnet(weights, bn=bn, depth=depth)
         self.prepare, self.features = Preparation(size, norm), FrozenResNet(copy.deepcopy(frozen.body), key=frozen.key, bn=bn, scale=frozen.scale)
         self.fc = nn.Linear(2048, classes)
@@ -369,3 +372,5 @@ class ResNetClassifier(nn.Module):
         with torch.no_grad(): self.fc.weight.copy_(w); self.fc.bias.copy_(b)
 
     def forward(self, x:Tensor) -> Tensor: return self.fc(self.features(self.prepare.scale(x)))
+
+CLASSIFIERS["resnet50"] = ResNetClassifier

@@ -39,7 +39,7 @@ from ..gans.train import Checkpoint, differs
 
 # %% ../../nbs/lib/56_clf.train.ipynb #acd85a48
 CLASSIFIERS = {"cnn": SharingCNN, "swin": Swin, "fcn": ThesisFCN, "notebook_cnn": NotebookCNN} # Further kinds are added by their notebooks
-ELSEWHERE = {**dict.fromkeys(("vgg16","densenet169","inceptionresnetv2"), "clf.keras"), "tuned_cnn":"clf.search", "resnet50_tuned":"papers.context"} # Kind -> module that adds it
+ELSEWHERE = {**dict.fromkeys(("vgg16","densenet169","inceptionresnetv2"), "clf.keras"), "tuned_cnn":"clf.search", "resnet50":"clf.resnet", "resnet50_tuned":"papers.context"} # Kind -> module that adds it
 
 def build_classifier(
     config:dict, # `kind` and the arguments of that network, e.g. `dict(kind="cnn", size=64)`

@@ -224,7 +224,7 @@ def context_box(
     min_tissue:float=0.9, # Smallest share of breast
     box:Box=None, # Lesion to show; None for a place anywhere
     polygon:list=None, # Its outline
-    max_offset:int=None, # Largest distance of the lesion pixel from the patch's centre on each axis; half the side
+    max_offset:int=None, # Largest distance of the lesion pixel from the patch's centre on each axis; default: wherever the patch still holds it
     avoid:tuple=(), # Boxes the patch must not touch
     tries:int=500, # Places to try
 ) -> Box: # None when no place is found
@@ -232,10 +232,11 @@ def context_box(
     rows, cols = tissue.shape[0]-1, tissue.shape[1]-1
     if size>min(rows,cols): return None
     reach = size//2 if max_offset is None else max_offset
+    back = min(reach, size-size//2-1)           # a patch of even side has one pixel fewer right of its centre
     for _ in range(tries):
         if box is None: x, y = int(rng.integers(cols-size+1)), int(rng.integers(rows-size+1))
         else:
-            px,py = random_inside(box, rng=rng, polygon=polygon); dx,dy = rng.integers(-reach, reach+1, 2)
+            px,py = random_inside(box, rng=rng, polygon=polygon); dx,dy = rng.integers(-back, reach+1, 2)
             x, y = min(max(0, px+int(dx)-size//2), cols-size), min(max(0, py+int(dy)-size//2), rows-size)
         b = Box(x, y, x+size, y+size)
         if box_share(tissue,b)>=min_tissue and not any(b.meets(a) for a in avoid): return b

@@ -151,7 +151,7 @@ def report_text(
 def main(
     argv=None, # Arguments, default those of the command line
 ) -> int: # 0 when at least one data set is usable, 1 when none is, 2 for a bad call
-    "Console command `mammo_doctor PATH`."
+    "Console command `mammo_doctor PATH`, or `python -m mammo_nb.data.doctor PATH` where only the sources are."
     ap = argparse.ArgumentParser(prog="mammo_doctor", description="Say which data sets lie below a folder, what is missing or broken, and which paper they can run.")
     ap.add_argument("path", help="folder with one or more data sets")
     ap.add_argument("--check", type=int, default=20, help="pictures to decode of each set, 0 = all (default 20)")
@@ -160,3 +160,5 @@ def main(
     except MammoError as err: print(err, file=sys.stderr); return 1
     print(report_text(e))
     return 0 if e["usable"] else 1
+
+if __name__ == "__main__" and "ipykernel" not in sys.modules and sys.argv[0].endswith("doctor.py"): sys.exit(main())

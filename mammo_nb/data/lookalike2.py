@@ -15,7 +15,7 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from ..core import seed_of
-from .lookalike import LAYOUTS, as_uint, write_dicom
+from .lookalike import LAYOUTS, Pictures, as_uint, shape_of, write_dicom
 
 # %% ../../nbs/lib/21b_data.lookalike2.ipynb #fe5c82e5
 _MASS = ["patient_id","breast_density","left or right breast","image view","abnormality id","abnormality type","mass shape","mass margins",
@@ -37,20 +37,28 @@ def _shape_words(l):
     if l["type"]=="asymmetry": return "FOCAL_ASYMMETRIC_DENSITY", "N/A"
     return ("IRREGULAR","SPICULATED") if l["label"]=="malignant" else ("OVAL","CIRCUMSCRIBED")
 
-def _cbis_save(root, form, patient, study, series, n, x, description, kind):
-    "One image of a series, in the folder form asked for; the row of dicom_info.csv for the JPEG form."
+def _cbis_save(root, form, patient, study, series, n, x, description):
+    "One image of a series, in the folder form asked for."
     if form=="jpeg":
-        path = root/"jpeg"/series/f"{1+n}-{seed_of(0,series,n)%900+100}.jpg"; path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((x>>8).astype(np.uint8) if x.dtype==np.uint16 else x).save(path, quality=95)
-        return dict(file_path=f"CBIS-DDSM/dicom/{series}/{path.stem}.dcm", image_path=f"CBIS-DDSM/jpeg/{series}/{path.name}",
-            BitsAllocated=8*x.dtype.itemsize, Columns=x.shape[1], Laterality="", PatientID=patient,
-                    Rows=x.shape[0], SeriesDescription=description, SeriesInstanceUID=series)
+        path = root/"jpeg"/series/_jpeg_name(series, n); path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((x>>8).astype(np.uint8) if x.dtype==np.uint16 else x).save(path, quality=95); return
     folder = root/"CBIS-DDSM"/patient
     folder = folder/study/series if form=="classic" else folder/f"08-29-2017-DDSM-NA-{study[-5:]}"/f"1.000000-{description}-{series[-5:]}"
     name = f"{n:06d}.dcm" if form=="classic" else f"1-{n+1}.dcm"
     write_dicom(folder/name, x, SOPClassUID="1.2.840.10008.5.1.4.1.1.7", PatientID=patient, StudyInstanceUID=study, SeriesInstanceUID=series,
         SeriesDescription=description)
-    return None
+
+def _jpeg_name(series, n): return f"{1+n}-{seed_of(0,series,n)%900+100}.jpg"
+
+def _jpeg_row(patient, series, n, shape, bits, description): # Row of dicom_info.csv
+    name = _jpeg_name(series, n)
+    return dict(file_path=f"CBIS-DDSM/dicom/{series}/{name[:-4]}.dcm", image_path=f"CBIS-DDSM/jpeg/{series}/{name}", BitsAllocated=bits, Columns=shape[1], Laterality="", PatientID=patient,
+                Rows=shape[0], SeriesDescription=description, SeriesInstanceUID=series)
+
+def _cbis_view(root, form, v, files): # All files of a view, from one drawing of it
+    for patient,study,series,n,box,mask,description in files:
+        x = as_uint(v.pixels if box is None else v.pixels[box], 16) if mask is None else mask()
+        _cbis_save(root, form, patient, study, series, n, x, description)
 
 def write_cbis(
     patients, # `(patient, views)` pairs
@@ -62,45 +70,50 @@ def write_cbis(
 ) -> Path:
     "Phantom patients in the layout of CBIS-DDSM; every fourth patient is an official test patient."
     root, tables, info, k = Path(root), {}, [], 0
-    for i,(patient,views) in enumerate(patients):
-        pid = f"P_{90001+i:05d}"
-        for v in views:
-            for kind in ("mass","calc"):
-                group = [l for l in v.lesions if (l["type"]=="calcification")==(kind=="calc")]
-                if not group: continue
-                split = "test" if i%4==3 else "train"
-                if quirks and kind=="calc" and i%4==2: split = "test"                                  # train among the masses, test among the calcifications
-                full = f"{kind.title()}-{'Test' if split=='test' else 'Training'}_{pid}_{'LEFT' if v.side=='L' else 'RIGHT'}_{v.view}"
-                study, series = _uid(seed,full,"study"), _uid(seed,full,"series")
-                info.append(_cbis_save(root, form, full, study, series, 0, as_uint(v.pixels,16), "full mammogram images", kind))
-                for j,l in enumerate(group):
-                    info += _cbis_lesion(tables.setdefault((kind,split),[]), root, form, seed, full, f"{study}/{series}", v, l, j+1, kind, pid,
-                        k if quirks else None)
-                    k += 1
+    with Pictures(root) as later:
+        for i,(patient,views) in enumerate(patients):
+            pid = f"P_{90001+i:05d}"
+            for v in views:
+                for kind in ("mass","calc"):
+                    group = [l for l in v.lesions if (l["type"]=="calcification")==(kind=="calc")]
+                    if not group: continue
+                    split = "test" if i%4==3 else "train"
+                    if quirks and kind=="calc" and i%4==2: split = "test"                              # train among the masses, test among the calcifications
+                    full = f"{kind.title()}-{'Test' if split=='test' else 'Training'}_{pid}_{'LEFT' if v.side=='L' else 'RIGHT'}_{v.view}"
+                    study, series = _uid(seed,full,"study"), _uid(seed,full,"series")
+                    files = [(full, study, series, 0, None, None, "full mammogram images")]; info.append(_jpeg_row(full, series, 0, shape_of(v), 16, files[0][-1]))
+                    for j,l in enumerate(group):
+                        rows = _cbis_lesion(files, tables.setdefault((kind,split),[]), seed=seed, full=full, image=f"{study}/{series}", v=v, l=l, number=j+1, kind=kind, pid=pid, k=k if quirks else None)
+                        info += rows; k += 1
+                    later(full, partial(_cbis_view, root, form, v, files), np.prod(shape_of(v)))
     folder = root/"csv" if form=="jpeg" else root
     folder.mkdir(parents=True, exist_ok=True)
     for kind,columns in (("mass",_MASS),("calc",_CALC)):
         for split in ("train","test"): pd.DataFrame(tables.get((kind,split),[]), columns=columns).to_csv(folder/f"{kind}_case_description_{split}_set.csv", index=False)
     if form=="jpeg":
-        df = pd.DataFrame([r for r in info if r])
+        df = pd.DataFrame(info)
         if quirks: df.loc[df.index[:2],"SeriesDescription"] = ""
         df.to_csv(folder/"dicom_info.csv", index=False)
     return root
 
-def _cbis_lesion(table, root, form, seed, full, image, v, l, number, kind, pid, k):
+def _cbis_lesion(files, table, *, seed, full, image, v, l, number, kind, pid, k):
     "Mask, crop and table row of one lesion; `k` counts lesions when faults are wanted."
-    name, shape = f"{full}_{number}", v.pixels.shape
+    name, shape = f"{full}_{number}", shape_of(v)
     study, series = _uid(seed,name,"study"), _uid(seed,name,"series")
     other = k is not None and k%4==1                                                                   # mask in a series of its own
     mask_study, mask_series = (_uid(seed,name,"study2"), _uid(seed,name,"series2")) if other else (study, series)
     swapped = k is not None and k%4==2
-    mask = _mask(l["polygon"], shape, (round(shape[0]*.87), round(shape[1]*.87)) if k is not None and k%4==3 else None)
-    if k is not None and k%4==0: mask = mask.copy(); mask[2:4,2:4] = 255                              # a speck far from the lesion
+    small = (round(shape[0]*.87), round(shape[1]*.87)) if k is not None and k%4==3 else None
+    def mask():
+        m = _mask(l["polygon"], shape, small)
+        if k is not None and k%4==0: m = m.copy(); m[2:4,2:4] = 255                                   # a speck far from the lesion
+        return m
     x0,y0,x1,y1 = (int(t) for t in l["box"])
-    crop = as_uint(v.pixels[max(y0-4,0):y1+4, max(x0-4,0):x1+4], 16)
+    rows, cols = slice(max(y0-4,0), min(y1+4,shape[0])), slice(max(x0-4,0), min(x1+4,shape[1]))
     crop_n, mask_n = (0, 0) if other else (1, 0) if swapped else (0, 1)
-    out = [_cbis_save(root, form, name, study, series, crop_n, crop, "cropped images" if other else "ROI mask images", kind),
-           _cbis_save(root, form, name, mask_study, mask_series, mask_n, mask, "ROI mask images", kind)]
+    word = "cropped images" if other else "ROI mask images"
+    files += [(name, study, series, crop_n, (rows, cols), None, word), (name, mask_study, mask_series, mask_n, None, mask, "ROI mask images")]
+    out = [_jpeg_row(name, series, crop_n, (rows.stop-rows.start, cols.stop-cols.start), 16, word), _jpeg_row(name, mask_series, mask_n, small or shape, 8, "ROI mask images")]
     a, b = (1, 0) if kind=="calc" else (0, 1)                                                          # what the table claims
     crop_path, mask_path = f"{name}/{study}/{series}/{0 if other else a:06d}.dcm", f"{name}/{mask_study}/{mask_series}/{0 if other else b:06d}.dcm"
     crop_path, mask_path = (crop_path+"\n", mask_path) if kind=="calc" else (crop_path, mask_path+"\n")

@@ -461,7 +461,7 @@ def _one(rule, pic, r, seed, views):
     except DataError as e: return e.what
 
 # %% ../../nbs/lib/28_data.patches.ipynb #d223a0a6
-VERSION = 1 # Raise when a rule changes what it cuts
+VERSION = 2 # Raise when a rule changes what it cuts
 
 def source_hashes(
     paths, # Image files

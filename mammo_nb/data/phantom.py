@@ -7,17 +7,20 @@ __all__ = ['CENTRES', 'GLANDULAR', 'LESION_CONTRAST', 'LESION_SHAPES', 'LESION_E
            'centre_style', 'power_law_field', 'radial_spectrum', 'spectrum_exponent', 'interior_regions',
            'breast_outline', 'breast_shape', 'tissue', 'mass', 'calcifications', 'distortion', 'asymmetry',
            'context_square', 'place_lesion', 'window_of', 'to_grey', 'film_frame', 'PhantomView', 'patient_plan',
-           'phantom_view', 'phantom_patient', 'phantom_patients', 'breast_regions']
+           'draw_view', 'phantom_view', 'phantom_patient', 'ahead', 'phantom_patients', 'breast_regions']
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #a6f8b4c5
-from dataclasses import dataclass
-from functools import lru_cache
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image
 from scipy import fft, ndimage
 
 from ..core import ParameterError, nearest, rng
+from ..runs import cores
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #f5c66ca1
 @dataclass(frozen=True)
@@ -408,8 +411,7 @@ def film_frame(
 @dataclass
 class PhantomView:
     "One view with its truth. Pixels lie as displayed: the chest wall of a left breast at x = 0, of a right one at the last column."
-    pixels:np.ndarray # float32 `(h,w)` in [0,1], 0 = air
-    clean:np.ndarray # The same picture without lesions
+    draw:object # Without arguments: `pixels` and `clean`
     mask:np.ndarray # bool, the breast
     pectoral:np.ndarray # bool, the muscle
     side:str # `L` or `R`
@@ -420,6 +422,17 @@ class PhantomView:
     bits:int # Grey levels of the detector are 2**bits
     device:str # `digital` or `film`
     lesions:list # dicts: number, type, label, polygon [(x,y)], box and x0,y0,x1,y1 (half-open pixels), diameter_mm, contrast
+    drawn:tuple = field(default=None, repr=False) # What `draw` gave
+
+    def _pictures(self):
+        if self.drawn is None: self.drawn = self.draw()
+        return self.drawn
+    @property
+    def pixels(self) -> np.ndarray: return self._pictures()[0] # float32 `(h,w)` in [0,1], 0 = air
+    @property
+    def clean(self) -> np.ndarray: return self._pictures()[1] # The same picture without lesions
+    @property
+    def shape(self) -> tuple: return self.mask.shape # Rows and columns
 
 BIRADS = dict(benign=(("2",.75),("3",.25)), malignant=(("4a",.12),("4b",.10),("4c",.22),("5",.46),("6",.10)))
 
@@ -456,6 +469,33 @@ def _paint(atten, lesion, paint, centre, *, thick, spacing_mm):
     atten[y0:y1,x0:x1] += lesion["contrast"]*paint(x, y, spacing_mm)*thick[y0:y1,x0:x1]
     return slice(y0,y1),slice(x0,x1)
 
+def draw_view(
+    mask:np.ndarray, # bool, the breast; chest wall at x = 0
+    muscle:np.ndarray, # float, the muscle
+    depth:np.ndarray, # Distance from the skin, mm
+    *,
+    found:list, # (finding, paint, centre) of each lesion in this view
+    nipple:tuple, # (x,y), mm
+    share:float, # Share of fibroglandular tissue
+    detector:Detector, # What turns attenuation into grey
+    scale:float, # Size of the picture, 1 = full
+    draws, # Purpose -> source of chance
+    mirror:bool, # A right breast: chest wall at the last column
+) -> tuple: # pixels with and without lesions, float32
+    "The pictures of a view whose geometry is known."
+    det, mm = detector, detector.spacing_mm/scale
+    clean,thick = tissue(mask, muscle, depth, nipple=nipple, share=share, taper_mm=det.taper_mm, spacing_mm=mm, draws=draws("tissue"))
+    noise = draws("noise").standard_normal(mask.shape, dtype=np.float32)
+    if det.blur_mm/mm > .3: clean = ndimage.gaussian_filter(clean, det.blur_mm/mm)
+    grey = dict(window=window_of(clean, mask, contrast=det.contrast), detector=det, scale=scale)
+    base = to_grey(clean, noise, **grey)*mask
+    atten,pixels = clean.copy(),base.copy()
+    touched = [_paint(atten, f, paint, at, thick=thick, spacing_mm=mm) for f,paint,at in found]
+    for box in touched: pixels[box] = to_grey(atten[box], noise[box], **grey)*mask[box]
+    if det.kind=="film":
+        for p in (base,pixels): film_frame(p, mask, scale=scale, draws=draws("film"))
+    return tuple(np.ascontiguousarray(p[:,::-1]) for p in (pixels,base)) if mirror else (pixels,base)
+
 def phantom_view(
     plan:dict, # From `patient_plan`
     side:str, # `L` or `R`
@@ -466,19 +506,14 @@ def phantom_view(
     scale:float, # Size of the picture, 1 = full
     behind:dict=None, # Distance of each finding from the nipple, mm; filled by the first view, used by the second
 ) -> PhantomView:
-    "Draw one view of a patient with and without its lesions."
+    "One view of a patient, drawn with and without its lesions when its pixels are asked for."
     style = centre_style(style); det = style.film if plan["device"]=="film" else style.digital
     shape,mm = (round(det.rows*scale),round(det.cols*scale)), det.spacing_mm/scale
     if min(shape) < 96: raise ParameterError(f"a picture of {shape} pixels is too small for a lesion", "scale", "use a scale of 0.1 or more")
     d = lambda what: rng(seed, "phantom", style.name, plan["index"], side, view, what)
     outline = breast_outline(view, d("outline"), height_mm=shape[0]*mm, width_mm=shape[1]*mm, size=plan["size"])
     mask,muscle,depth = breast_shape(outline, shape, spacing_mm=mm)
-    clean,thick = tissue(mask, muscle, depth, nipple=outline["nipple"], share=plan["share"], taper_mm=det.taper_mm, spacing_mm=mm, draws=d("tissue"))
-    noise = d("noise").standard_normal(shape, dtype=np.float32)
-    if det.blur_mm/mm > .3: clean = ndimage.gaussian_filter(clean, det.blur_mm/mm)
-    grey = dict(window=window_of(clean, mask, contrast=det.contrast), detector=det, scale=scale)
-    base = to_grey(clean, noise, **grey)*mask
-    atten,lesions,touched = clean.copy(),[],[]
+    found,lesions = [],[]
     for f in plan["findings"] if side==plan["affected"] else []:
         for shrink in (1.,.75,.55):                                                            # in a small breast until there is room
             look = d(f"look{f['number']}"); size = f["diameter_mm"]*look.uniform(.9,1.1)*shrink
@@ -489,14 +524,10 @@ def phantom_view(
         else: continue                                                                         # still none: seen in the other view only
         f = dict(f, diameter_mm=size)
         if behind is not None: behind.setdefault(f["number"], float(np.hypot(at[0]*mm-outline["nipple"][0], at[1]*mm-outline["nipple"][1])))
-        touched.append(_paint(atten, f, paint, at, thick=thick, spacing_mm=mm))
-        lesions.append(dict(f, polygon=poly/mm+at, box=_box(poly/mm+at)))
-    pixels = base.copy()
-    for box in touched: pixels[box] = to_grey(atten[box], noise[box], **grey)*mask[box]
-    if det.kind=="film":
-        for p in (base,pixels): film_frame(p, mask, scale=scale, draws=d("film"))
-    if side=="R": base,pixels,mask,muscle = (np.ascontiguousarray(a[:,::-1]) for a in (base,pixels,mask,muscle))
-    return PhantomView(pixels=pixels, clean=base, mask=mask, pectoral=muscle>.5, side=side, view=view, density=plan["density"], birads=plan["birads"] if lesions else "1",
+        found.append((f, paint, at)); lesions.append(dict(f, polygon=poly/mm+at, box=_box(poly/mm+at)))
+    draw = partial(draw_view, mask, muscle, depth, found=found, nipple=outline["nipple"], share=plan["share"], detector=det, scale=scale, draws=d, mirror=side=="R")
+    shown = lambda a: np.ascontiguousarray(a[:,::-1]) if side=="R" else a
+    return PhantomView(draw=draw, mask=shown(mask), pectoral=shown(muscle)>.5, side=side, view=view, density=plan["density"], birads=plan["birads"] if lesions else "1",
                        spacing_mm=mm, bits=det.bits, device=det.kind, lesions=[_as_displayed(l, side, shape[1]) for l in lesions])
 
 def _as_displayed(l, side, cols):
@@ -523,6 +554,22 @@ def phantom_patient(
         plan = dict(plan, affected="", birads="1", findings=[])
     return plan, views
 
+def ahead(
+    fn, # Function of one item
+    items, # What to go through
+    *,
+    threads:int=0, # Items worked on at the same time; 0: one for each core
+): # yields `fn(item)`, in order
+    "Work on the next items while this one is used; at most two for each thread wait."
+    threads = threads or cores(); jobs = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                jobs.append(pool.submit(fn, item))
+                if len(jobs) > 2*threads: yield jobs.popleft().result()
+            while jobs: yield jobs.popleft().result()
+        finally: [j.cancel() for j in jobs]
+
 def phantom_patients(
     n:int, # Number of patients
     *,
@@ -530,9 +577,9 @@ def phantom_patients(
     seed:int=0, # The run's seed
     scale:float=.25, # Size of the pictures, 1 = full
 ): # yields (plan, views), one patient at a time
-    "The first `n` patients of a centre, drawn when asked for."
+    "The first `n` patients of a centre, worked out when asked for."
     centre_style(style)
-    return (phantom_patient(i, style=style, seed=seed, scale=scale) for i in range(n))
+    return ahead(partial(phantom_patient, style=style, seed=seed, scale=scale), range(n), threads=min(2, cores()))
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #a1f75b7b
 def breast_regions(

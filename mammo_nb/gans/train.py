@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes, save as save_bytes
 from torch import Tensor, nn
 
-from ..core import (DataError, ParameterError, RunError, WeightsError, file_hash, hash_of, locked, progress, read_json, rng, seed_of, torch_rng,
+from ..core import (DataError, ParameterError, RunError, WeightsError, check_mode, file_hash, hash_of, locked, progress, read_json, rng, seed_of, torch_rng,
                            write_csv, write_json, write_whole)
-from .engine import Engine, check_mode, has_bfloat16, narrow, rate_for, set_rate
+from .engine import Engine, has_bfloat16, narrow, rate_for, set_rate
 from .share import save_generator, output_to_uint8
 
 # %% ../../nbs/lib/42_gans.train.ipynb #8afe7475

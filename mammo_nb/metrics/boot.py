@@ -84,6 +84,11 @@ def _quantile_z(level, n):
     "Normal quantile of the interval, widened for n patients in the rarer class."
     return np.sqrt(n/(n-1))*stats.t.ppf((1+level)/2, n-1) if n>1 else np.inf
 
+def _bca_end(s, z0, a):
+    "Share of the draws below one end of the interval. Where the correction has its pole (few patients, wide quantiles) the end is the last draw, never beyond the pole on the other side."
+    if not np.isfinite(s) or 1 - a*(z0+s) <= 0: return float(s>0)
+    return stats.norm.cdf(z0 + (z0+s)/(1 - a*(z0+s)))
+
 def bca(
     value:float, # Statistic of the data
     draws:np.ndarray, # Its resamples, `(n_boot,)`
@@ -97,7 +102,7 @@ def bca(
     edge = .5/len(draws); z_of = lambda q: stats.norm.ppf(np.clip(q, edge, 1-edge))
     u = jack.mean() - jack if len(jack) else np.zeros(1); ss = (u**2).sum()
     a, z0, se = ((u**3).sum()/(6*ss**1.5) if ss>1e-24 else 0.), z_of(below(value)), float(draws.std(ddof=1))
-    z = _quantile_z(level, n); ends = [stats.norm.cdf(z0 + (z0+s)/(1 - a*(z0+s))) if np.isfinite(s) else float(s>0) for s in (-z,z)]
+    z = _quantile_z(level, n); ends = [_bca_end(s, z0, a) for s in (-z,z)]
     tail = len(draws)*(1-level)/2 >= 5                                  # are there draws so far out?
     lo, hi = np.quantile(draws, ends) if tail else (value-z*se, value+z*se)
     w = z_of(below(0.)) - z0; zeta = w/(1 + a*w) - z0

@@ -25,6 +25,7 @@ import pandas as pd
 
 from ..core import DataError, WeightsError, hash_of, read_json, rng, write_csv, write_json
 from ..params import split_words
+from ..runs import cores
 
 # %% ../../nbs/lib/83_papers.cbis.ipynb #932bc0ed
 NAMES = ("benign", "malignant")
@@ -101,23 +102,26 @@ def _nets(name, weights):
 PRESETS = dict(
     demo=dict(patients=96, phantom_scale=.2, image="crop", size=64, gan=dict(size=64, width=1/8, channels=1), updates=80, digit_updates=600, trials=2,
               search_trials=3, search_epochs=2, clf_epochs=6, clf_batch=16, lr=2e-3, boots=300, extractor="embedded"),
-    paper=dict(patients=900, phantom_scale=1., image="full", size=224, gan={}, updates=30_000, digit_updates=10_000, trials=5,
+    paper=dict(patients=700, phantom_scale=.5, image="full", size=224, gan={}, updates=30_000, digit_updates=10_000, trials=5,
                search_trials=50, search_epochs=20, clf_epochs=20, clf_batch=16, lr=1e-4, boots=2000, extractor="auto"))
 
 def resolve(
     P:SimpleNamespace, # Checked parameters of the notebook; 0, "" and -1 mean `as the preset says`
 ) -> SimpleNamespace: # setup, cells, seeds, protocols, headline, extractor
     "Everything a run is going to do, spelt out."
+    from mammo_nb.clf.train import build_classifier
     from mammo_nb.metrics.features import make_extractor
     knobs = dict(patients=P.patients, image=P.image, updates=P.updates, trials=P.trials, search_trials=P.search_trials, clf_epochs=P.clf_epochs, lr=P.lr, boots=P.boots, synthetic=P.synthetic)
     S = Setup(**{**PRESETS[P.preset], "nets":_nets(P.preset, P.weights), "augment":P.augment, **{k:v for k,v in knobs.items() if v}})
     if P.size: S = replace(S, size=P.size, gan={**S.gan, "size":P.size}, nets={k:dict(c, size=max(P.size, 75) if k=="inceptionresnetv2" else P.size) for k,c in S.nets.items()})
     models = tuple(m for m in MODELS if m in (split_words(P.models) or MODELS))
+    for m in models:
+        if m.startswith("cnn"): build_classifier(dict(S.nets[m]), seed=0)          # an image too small for its layers ends the run now
     with_gan = tuple(m for m in models if m in (split_words(P.cgan_models) or ("inceptionresnetv2",)))
     protocols = tuple(p for p in PROTOCOLS if p == P.protocol or p in (split_words(P.protocols) or PROTOCOLS))
     cells = plan_cells(models=models, cgan_models=with_gan, protocols=protocols, headline=P.protocol, trials=S.trials, leak=P.leak_test)
     given = lambda v: v if v >= 0 else P.seed
-    return SimpleNamespace(setup=S, cells=cells, protocols=protocols, headline=P.protocol, cgan_models=with_gan, extractor=make_extractor(S.extractor),
+    return SimpleNamespace(setup=S, mode=P.mode, cells=cells, protocols=protocols, headline=P.protocol, cgan_models=with_gan, extractor=make_extractor(S.extractor),
                            seeds=dict(seed=P.seed, split=given(P.split_seed), gan=given(P.gan_seed), phantom=P.phantom_seed))
 
 # %% ../../nbs/lib/83_papers.cbis.ipynb #ef1bde7a
@@ -292,7 +296,7 @@ def cut_masses(
         try: return read_prepared(path, size=size, blur=blur)
         except DataError as e: return e.what
     paths = sorted(set(t.path))
-    with ThreadPoolExecutor(2) as pool: got = dict(zip(paths, pool.map(one, paths)))
+    with ThreadPoolExecutor(min(8, cores())) as pool: got = dict(zip(paths, pool.map(one, paths)))
     bad = {p: x for p,x in got.items() if isinstance(x, str)}
     good = t[~t.path.isin(bad)]
     if not len(good): raise DataError("no image can be read", next(iter(bad)), f"{next(iter(bad.values()))}")
@@ -397,7 +401,7 @@ def fit_generator(
     from mammo_nb.gans.share import patient_card
     from mammo_nb.gans.train import train_gan
     recipe, ps, n = gan_recipe(R), ps.subset(rows), R.setup.n_synthetic(len(rows))
-    done = train_gan(recipe, ps.pixels, labels=labels_of(ps.table), folder=folder/"gan", seed=seed, device=device, epochs=recipe.epochs, log=log,
+    done = train_gan(recipe, ps.pixels, labels=labels_of(ps.table), folder=folder/"gan", seed=seed, device=device, mode=R.mode, epochs=recipe.epochs, log=log,
                      card=patient_card(ps.table.patient_id, classes=list(NAMES), scope="masses", datasets=sorted(set(ps.table.dataset.dropna()))), grid_every=max(1, recipe.epochs//10))
     parts = []
     for k,name in enumerate(NAMES):
@@ -441,6 +445,7 @@ def fit_digits(
     updates:int, # Updates of the cGAN
     seed:int, # Of everything
     device, # Where to train
+    mode:str="exact", # Arithmetic
     log=None, # Told about each epoch
 ) -> None:
     "Train the cGAN on digits into `folder/gan`; `digits.json` says how many of its digits are recognised, `digits.npy` shows ten of each."
@@ -449,7 +454,7 @@ def fit_digits(
     from mammo_nb.gans.train import train_gan
     recipe = digit_recipe(updates)
     x, y = digits(recipe.size, seed=seed)
-    done = train_gan(recipe, x, labels=y, folder=folder/"gan", seed=seed, device=device, epochs=recipe.epochs, log=log, grid_every=recipe.epochs)
+    done = train_gan(recipe, x, labels=y, folder=folder/"gan", seed=seed, device=device, mode=mode, epochs=recipe.epochs, log=log, grid_every=recipe.epochs)
     write_json(folder/"digits.json", digit_check(done.snapshots[-1], seed=seed, device=device) | dict(updates=updates))
     with write_whole(folder/"digits.npy") as tmp: np.save(tmp, sample_classes(done.snapshots[-1], 100, seed=seed, device=device)[0])
 
@@ -459,7 +464,7 @@ def digit_stage(
 ) -> Path: # Stage folder or None
     "The sanity run, the same for all seeds."
     n = R.setup.digit_updates
-    return run.stage("digits", partial(fit_digits, updates=n, seed=0, device=run.device, log=run.log), inputs=dict(recipe=asdict(digit_recipe(n)), updates=n, device=run.device.type), group="generators", shared=True)
+    return run.stage("digits", partial(fit_digits, updates=n, seed=0, device=run.device, mode=R.mode, log=run.log), inputs=dict(recipe=asdict(digit_recipe(n)), updates=n, device=run.device.type), group="generators", shared=True)
 
 # %% ../../nbs/lib/83_papers.cbis.ipynb #039626b9
 def arrays(ps): # -> PatchArrays
@@ -773,7 +778,7 @@ def measure_generator(
         fake, px = np.asarray(made.pixels[(made.table.label==k).to_numpy(),0]), lambda m: np.asarray(ps.pixels[m.to_numpy(),0])
         real = (t.label==k) & (side=="test"); held, train = real & ~t.patient_id.isin(seen), (t.label==k) & (side=="train")
         kw = dict(extractor=R.extractor, seed=R.seeds["seed"], device=device)
-        if min(real.sum(), len(fake)) >= 6: out.append(generator_report(px(real), fake, groups=t.patient_id[real].to_numpy(), **kw).assign(label=k))
+        if min(real.sum(), len(fake)) >= 6 and t.patient_id[real].nunique() >= 4: out.append(generator_report(px(real), fake, groups=t.patient_id[real].to_numpy(), **kw).assign(label=k))
         if min(held.sum(), len(fake)) >= 4 and t.patient_id[held].nunique() > 1: out.append(memory_report(fake, px(train), px(held), held_groups=t.patient_id[held].to_numpy(), **kw).assign(label=k))
     write_csv(folder/"quality.csv", pd.concat(out, ignore_index=True) if out else pd.DataFrame(columns=["metric","value","lo","hi","label"]))
 

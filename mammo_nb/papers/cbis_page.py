@@ -83,7 +83,7 @@ def protocol_figure(folder, ours:pd.DataFrame, model:str, what:str) -> Picture: 
     for ax,(m,name) in zip(axs, (("accuracy","accuracy"),("auroc","AUC"))):
         for j,p in enumerate(PROTOCOLS):
             d = t[(t.metric==m) & (t.protocol==p)].set_index("arm").reindex(ARM_ORDER); x = np.arange(len(d)) + .22*(j-1)
-            ax.errorbar(x, d.value, yerr=[d.value-d.lo, d.hi-d.value], fmt="o", ms=5, color=colour(p, j), lw=1.6, label=p)
+            ax.plot(x, d.value, "o", ms=5, color=colour(p, j), label=p); ax.vlines(x, d.lo, d.hi, color=colour(p, j), lw=1.6)    # as they are: of few patients an interval may leave out its value
         if m == "accuracy": ax.plot([ARM_ORDER.index(a) for a in PUBLISHED_ARMS], list(PUBLISHED_ARMS.values()), "D", mfc="white", mec=colour("published"), ms=6, label="published (InceptionResNetV2)")
         ax.axhline(.5, color=colour("chance"), lw=1, ls="--"); low, high = ax.get_ylim(); ax.set_ylim(low, high + .35*(high-low)*(m=="accuracy")); ax.set_xticks(range(len(ARM_ORDER)), ["none","none,\nbest trial","cGAN,\naverage","cGAN,\nbest trial"], fontsize=8)
         dress(ax, y=name, title=f"{LABEL[model]}", legend="upper left" if m == "accuracy" else "")
@@ -246,7 +246,7 @@ def write_page(run, R, *, how:str, T:dict, t:pd.DataFrame, ps, G:dict, digits:Pa
     if ps is not None: parts.append(Section("Data", f"Source: {how}. {size_words(run.info['sizes'])} {weight_words(R)}", tables=[Table(type_shares(t), caption="Pathology", index=False), Table(assessment_counts(t), caption="Assessment by class")], figures=[data_figures(run.dir, type_shares(t), assessment_counts(t)), real_figure(run, ps)]))
     if "search" in T and len(T["search"]): parts.append(Section("The search over hyper-parameters", "Chosen on validation only.", tables=[Table(T["search"], caption="Trials of Optuna", index=False)]))
     skipped = ", ".join(sorted({n for n,_ in run.info["skipped"]})) or "nothing"
-    meta = {"Parameters":vars(run.params), "Left out":skipped, "Seeds":R.seeds, "Commit":run.info["commit"], "Versions":run.info["versions"], "Device":run.info["device"], "Started":run.info["started"]}
+    meta = {"Parameters":vars(run.params), "Left out":skipped, "Seeds":R.seeds, "Commit":run.info["commit"], "Versions":run.info["versions"], "Device":run.info["device"], "Arithmetic":run.info["mode"], "Started":run.info["started"]}
     return write_report(run.dir/"report.html", title="Is data synthesis useful for data augmentation?", subtitle=f"{rec['cite']}. Rerun with seed {run.params.seed}.",
                         banner=banner_for(run.data, run.params.preset, protocol=R.headline), sections=parts, meta=meta, show_real=run.params.show_real or run.data=="phantom")
 

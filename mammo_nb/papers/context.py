@@ -139,6 +139,7 @@ class Setup:
     resize:tuple = (.8,1.2)    # Range of random resizing
     row:int = 5                # Contiguous patches of Figure 3
     rescued:int = 5            # False negatives of Figures 5 and 6
+    tries:int = 100_000        # Most edits of a task to get its synthetic patches
 
 PRESETS = dict(
     demo=Setup(patients=48, phantom_scale=.25, size=64, train=dict(normal=240, malignant_mass=140, malignant_calc=100, benign_mass=40, benign_calc=40),
@@ -158,10 +159,11 @@ def resolve(
     S, proto = PRESETS[P.preset], protocol_of(P.protocol, P.switches)
     knobs = dict(patients=P.patients, gan_updates=P.gan_updates, d_mult=P.d_mult, synthetic=P.synthetic, boots=P.boots, weights=P.weights)
     S = replace(S, **{k:v for k,v in knobs.items() if v}, min_tissue=P.min_tissue)
+    S = replace(S, train={k: max(1, round(n*P.train_share)) for k,n in S.train.items()})
     if P.clf_samples: S = replace(S, samples=P.clf_samples, every=max(2, P.clf_samples*S.every//S.samples))
     if S.weights != "none": S = replace(S, depth="50")
     fixed = lambda given: given if given >= 0 else P.seed if proto.seed_all else 0
-    return SimpleNamespace(setup=S, protocol=proto, arms=plan_arms(P.arms), tasks=[t for t in TASKS if t in (split_words(P.tasks) or TASKS)], scale=1. if P.data_dir else S.phantom_scale,
+    return SimpleNamespace(setup=S, protocol=proto, mode=P.mode, arms=plan_arms(P.arms), tasks=[t for t in TASKS if t in (split_words(P.tasks) or TASKS)], scale=1. if P.data_dir else S.phantom_scale,
                            seeds=dict(seed=P.seed, split=fixed(P.split_seed), gan=fixed(P.gan_seed), phantom=P.phantom_seed))
 
 def check_weights(R:SimpleNamespace, only:list) -> None:
@@ -361,17 +363,23 @@ def fit_generator(
     recipe = gan_recipe(task, R, benign=bool((y==1).any()))
     card = patient_card(patches.table.patient_id.iloc[use], task=task, datasets=sorted(set(patches.table.dataset.dropna())))
     pixels = patches.pixels if len(use) == len(y) else patches.pixels[use]
-    train_gan(recipe, pixels, labels=y[use], folder=folder/"gan", seed=R.seeds["gan"], device=device, epochs=recipe.epochs, log=(lambda **kw: log(task=task, **kw)) if log else None, card=card, channels_last=True)
+    train_gan(recipe, pixels, labels=y[use], folder=folder/"gan", seed=R.seeds["gan"], device=device, epochs=recipe.epochs, log=(lambda **kw: log(task=task, **kw)) if log else None, card=card, channels_last=True, mode=R.mode)
 
 def generator_of(stage:Path) -> Path: # Folder of the generator
     "The last generator of a trained stage."
     return sorted(p for p in (stage/"gan"/"snapshots").iterdir() if p.is_dir())[-1]
 
 # %% ../../nbs/lib/81_papers.context.ipynb #2ff18da1
-def base_patches(ps, task:str): # PatchSet -> PatchSet
+def base_patches(
+    ps, # PatchSet
+    task:str, # Of `TASKS`
+    *,
+    most:int=0, # At most so many, taken at random; 0: all
+    seed:int=0, # Seed of that choice
+): # PatchSet
     "The patches a task starts from: normal ones, or malignant ones to heal."
-    kinds = kind_of(ps.table)
-    return ps.subset(kinds == "normal" if task != "remove" else np.isin(kinds, ["malignant_mass","malignant_calc"]))
+    kinds = kind_of(ps.table); rows = np.flatnonzero(kinds == "normal" if task != "remove" else np.isin(kinds, ["malignant_mass","malignant_calc"]))
+    return ps.subset(rows if not 0 < most < len(rows) else np.sort(rng(seed, "base", task).permutation(rows)[:most]))
 
 def as_synthetic(
     pixels:np.ndarray, # uint8 `(n,s,s)`
@@ -393,8 +401,8 @@ def draw_synthetic(
 ) -> None:
     "A task's synthetic set in `folder/set`, with the source of each patch and what was dropped."
     from mammo_nb.gans.paint import synthesize
-    base = base_patches(patches, task)
-    painted, made, dropped = synthesize(generator_of(generator), np.asarray(base.pixels[:,0]), R.setup.synthetic, task=task, seed=R.seeds["gan"], device=device, rounds=R.setup.rounds)
+    S, base = R.setup, base_patches(patches, task, most=R.setup.tries, seed=R.seeds["gan"])
+    painted, made, dropped = synthesize(generator_of(generator), np.asarray(base.pixels[:,0]), S.synthetic, task=task, seed=R.seeds["gan"], device=device, rounds=max(1, min(S.rounds, S.tries//len(base))))
     as_synthetic(painted.pixels, task, patches.table.patient_id).save(folder/"set")
     write_csv(folder/"made.csv", made.assign(patch_id=base.table.patch_id.iloc[made.source].to_numpy()))
     write_json(folder/"counts.json", dict(task=task, wanted=R.setup.synthetic, kept=len(painted.pixels), tried=len(painted.pixels)+sum(dropped.values()), dropped=dropped))
@@ -489,15 +497,17 @@ def clean_patches(
     "The same places of the same breasts, drawn without lesions and brought to grey as the image with lesion was."
     import re
     from mammo_nb.data.lookalike import as_uint
-    from mammo_nb.data.phantom import patient_plan, phantom_view
+    from mammo_nb.data.phantom import ahead, patient_plan, phantom_view
     from mammo_nb.data.pixels import area_resize, read_image
     style, path, out = style or context_style(), dict(zip(images.image_id, images.path)), np.zeros((len(table),size,size), np.uint8)
-    for image,rows in table.groupby("image_id").indices.items():
-        n, side, view = re.search(r"p(\d+)_([LR])_(\w+)$", image).groups()
+    def redrawn(item): # All patches of one image
+        image, rows = item; n, side, view = re.search(r"p(\d+)_([LR])_(\w+)$", image).groups()
         v = phantom_view(dict(patient_plan(int(n), style=style, seed=seed), findings=[]), side, view=view, style=style, seed=seed, scale=scale)
         raw = read_image(path[image], scaling="none").astype(float); low, high = raw.min(), raw.max()
         img = np.rint(((as_uint(v.clean, 8)-low)*255/(high-low)).clip(0,255)).astype(np.uint8)
-        for i in rows: r = table.iloc[i]; out[i] = area_resize(img[r.y0:r.y1,r.x0:r.x1], size)
+        return [(i, area_resize(img[r.y0:r.y1,r.x0:r.x1], size)) for i,r in zip(rows, table.iloc[rows].itertuples())]
+    for part in ahead(redrawn, table.groupby("image_id").indices.items()):
+        for i,x in part: out[i] = x
     return out
 
 def measure_removal(
@@ -809,7 +819,7 @@ def learn_and_paint(
     job = lambda name,fn,group,**inputs: dict(name=name, fn=fn, inputs={**on, **inputs}, group=group, **share)
     gans = [job(f"gan-{t}", partial(fit_generator, task=t, patches=train, R=R, device=run.device, log=run.log), "generators", recipe=asdict(gan_recipe(t, R)), patches=key["train"]) for t in R.tasks]
     gans = dict(zip(R.tasks, run.stages(gans, label="generators")))
-    jobs = [job(f"synthetic-{t}", partial(draw_synthetic, task=t, generator=g, patches=train, R=R, device=run.device), "synthesis", generator=g, n=R.setup.synthetic, rounds=R.setup.rounds) for t,g in gans.items()]
+    jobs = [job(f"synthetic-{t}", partial(draw_synthetic, task=t, generator=g, patches=train, R=R, device=run.device), "synthesis", generator=g, n=R.setup.synthetic, rounds=R.setup.rounds, tries=R.setup.tries) for t,g in gans.items()]
     jobs += [job(f"pairs-{t}", partial(edit_pairs, task=t, generator=g, patches=cut.sets["val"], R=R, device=run.device), "synthesis", generator=g, patches=key["val"]) for t,g in gans.items()]
     n, adding, test = len(gans), next((t for t in ("mass","calc") if t in R.tasks), None), set(cut.split.index[cut.split=="test"])
     if adding: jobs.append(job("row", partial(edit_mammogram, task=adding, generator=gans[adding], sets=sets, who=test, R=R, device=run.device), "synthesis", generator=gans[adding], patches=key["test"], row=R.setup.row, min_tissue=R.setup.min_tissue))

@@ -151,12 +151,13 @@ def resolve(
     given = {c:g for c,g in dict(b=P.generator_b, c=P.generator_c).items() if g}
     for c,g in given.items():
         if not Path(g).expanduser().exists(): raise ParameterError(f"there is no {g!r}", f"generator_{c}", "give the folder or file of a generator, see mammo_import")
+    if P.dp_epsilon and P.mode == "fast": raise ParameterError("differentially private training is written for exact arithmetic only", "mode", "use mode exact with dp_epsilon")
     if P.dp_key and not P.dp_epsilon: raise ParameterError("a key without dp_epsilon does nothing", "dp_key", "give both, or none")
     arms = split_words(P.arms) or [a for a,g in ARMS.items() if not ("b" in given and "bcdr_wgangp" in g)] # one generator cannot play two
     cells = plan_cells(split_words(P.scopes) or SCOPES, split_words(P.models) or MODELS, arms, ints(P.regimes) or REGIMES)
     fixed = lambda given: given if given >= 0 else P.seed if proto.seed_all else 0
     seeds = dict(seed=P.seed, split=fixed(P.split_seed), gan=fixed(P.gan_seed), half=42 if proto.half_fixed else P.seed, phantom=P.phantom_seed)
-    return SimpleNamespace(setup=S, protocol=proto, cells=cells, seeds=seeds, scale=1. if P.data_dir else S.phantom_scale, phantom=not P.data_dir,
+    return SimpleNamespace(setup=S, protocol=proto, mode=P.mode, cells=cells, seeds=seeds, scale=1. if P.data_dir else S.phantom_scale, phantom=not P.data_dir,
                            given=given, holdout=P.holdout, privacy=dict(epsilon=P.dp_epsilon, key=P.dp_key))
 
 # %% ../../nbs/lib/84_papers.sharing.ipynb #b924430c
@@ -425,7 +426,7 @@ def fit_generator(
     if R.privacy["epsilon"]:
         from mammo_nb.gans.dp import train_private
         train_private(recipe, patches.pixels, who, **kw)
-    else: train_gan(recipe, patches.pixels, **kw)
+    else: train_gan(recipe, patches.pixels, mode=R.mode, **kw)
 
 def take_generator(
     folder:Path, # Stage folder

@@ -124,7 +124,7 @@ def resolve(
     if proto.bn_train and S.weights == "none": S = replace(S, head=replace(S.head, epochs=min(S.head.epochs, P.clf_epochs or 3)))      # every epoch goes through the network
     S = replace(S, head=head_for(S.head, proto))
     fixed = lambda given: given if given >= 0 else P.seed if proto.seed_all else 0
-    return SimpleNamespace(setup=S, protocol=proto, scale=1. if P.data_dir else S.phantom_scale,
+    return SimpleNamespace(setup=S, protocol=proto, mode=P.mode, scale=1. if P.data_dir else S.phantom_scale,
                            seeds=dict(seed=P.seed, split=fixed(P.split_seed), gan=fixed(P.gan_seed), phantom=P.phantom_seed))
 
 # %% ../../nbs/lib/80_papers.shift.ipynb #75b9318a
@@ -386,7 +386,7 @@ def train_singans(
     "One SinGAN for each image."
     from mammo_nb.gans.singan import fit_singans
     cards = [dict(patients=hash_of([r.patient_id]), zoom=r.zoom, source=int(r.source), datasets=[str(r.dataset)], scope="lesions") for r in table.itertuples()]     # no ids: a folder may be shared
-    fit_singans(images, recipe=R.setup.singan, folder=folder, seed=R.seeds["gan"], device=str(device), cards=cards, log=log)
+    fit_singans(images, recipe=R.setup.singan, folder=folder, seed=R.seeds["gan"], device=str(device), mode=R.mode, cards=cards, log=log)
 
 def draw_singans(
     folder:Path, # Filled with `samples.npz`: one uint8 array `(n,size,size)` a source and zoom
@@ -402,7 +402,7 @@ def draw_singans(
     from mammo_nb.core import write_whole
     from mammo_nb.data.pixels import area_resize
     from mammo_nb.gans.singan import fit_singans
-    nets = fit_singans(images, recipe=R.setup.singan, folder=trained, seed=R.seeds["gan"], device=str(device))         # finished: only loads
+    nets = fit_singans(images, recipe=R.setup.singan, folder=trained, seed=R.seeds["gan"], device=str(device), mode=R.mode)         # finished: only loads
     out = {}
     for net,r in zip(nets, table.itertuples()):
         k = max(R.setup.samples, -(-n//(1,2,4,4)[r.source])) if r.zoom == "G1" else R.setup.samples
@@ -993,7 +993,7 @@ def write_page(
     "The report of one run."
     from mammo_nb.report.html import banner_for, write_report
     sections = page_sections(run, P, R, verdicts=verdicts, results=results, figures=figures or {}, confound=confound, sifid=sifid, effects=effects)
-    meta = {"run": run.dir.name, **{k: run.info[k] for k in ("parameters","versions","commit","device")}}
+    meta = {"run": run.dir.name, **{k: run.info[k] for k in ("parameters","versions","commit","device","mode")}}
     banner = banner_for(run.data if P.data_dir else "phantom", P.preset, protocol=P.protocol)
     return write_report(run.dir/"report.html", title="Annotation shift and single-image GANs", subtitle="Buetas Arcas et al. 2024, rerun and checked",
                         banner=banner, sections=sections, meta=meta, show_real=P.show_real)

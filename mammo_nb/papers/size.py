@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'MODES', 'STAGES', 'SWITCHES', 'AUTHORS', 'OPTIMAM_MIX', 'PRESETS', 'TYPES', 'SHOWN', 'METRICS', 'INTERVAL',
-           'GAINS', 'MODE_NAMES', 'MODE_COLOURS', 'GROUP_COLOURS', 'GAIN_NAMES', 'READINGS', 'HEADINGS', 'plan_cells',
-           'plan_generators', 'Protocol', 'protocol_of', 'Setup', 'resolve', 'optimam_filter', 'load_sets',
-           'count_sets', 'cut_patches', 'study_set', 'Fold', 'make_folds', 'leak_counts', 'check_folds',
-           'possible_sizes', 'training_rows', 'WatchedDCGAN', 'dcgan_recipe', 'fit_generator', 'generator_jobs',
-           'synthetic_of', 'shown_epochs', 'fit_simulation', 'fixed_samples', 'drop_snapshots', 'simulation_job',
-           'train_generators', 'measure_generator', 'measure_all', 'quality_table', 'fit_mode', 'classifier_jobs',
-           'other_split', 'train_classifiers', 'fold_value', 'fold_intervals', 'score_cells', 'score_gains', 'probe',
-           'compare_splits', 'from_folds', 'conflicts', 'embed', 'flipped', 'size_curves', 'tsne_scatter',
-           'results_frame', 'simulation_figures', 'study_figures', 'tsne_figures', 'sample_figure', 'copy_figure',
-           'fid_words', 'gains_wide', 'readings', 'sections']
+           'GAINS', 'MAPS', 'MODE_NAMES', 'MODE_COLOURS', 'GROUP_COLOURS', 'GAIN_NAMES', 'READINGS', 'HEADINGS',
+           'plan_cells', 'plan_generators', 'Protocol', 'protocol_of', 'Setup', 'resolve', 'optimam_filter',
+           'load_sets', 'phantom_style', 'count_sets', 'cut_patches', 'study_set', 'Fold', 'make_folds', 'leak_counts',
+           'check_folds', 'possible_sizes', 'training_rows', 'WatchedDCGAN', 'dcgan_recipe', 'fit_generator',
+           'generator_jobs', 'synthetic_of', 'shown_epochs', 'fid_curve', 'fit_simulation', 'fixed_samples',
+           'drop_snapshots', 'simulation_job', 'train_generators', 'measure_generator', 'measure_all', 'quality_table',
+           'fit_mode', 'classifier_jobs', 'other_split', 'train_classifiers', 'fold_value', 'fold_intervals',
+           'score_cells', 'score_gains', 'probe', 'compare_splits', 'from_folds', 'conflicts', 'embed', 'flipped',
+           'fit_maps', 'map_patches', 'size_curves', 'tsne_scatter', 'results_frame', 'simulation_figures',
+           'study_figures', 'tsne_figures', 'sample_figure', 'copy_figure', 'fid_words', 'gains_wide', 'readings',
+           'sections']
 
 # %% ../../nbs/lib/82_papers.size.ipynb #0992b132
 from dataclasses import asdict, dataclass, fields, replace
@@ -128,7 +129,7 @@ OPTIMAM_MIX = (("mass",.42),("calcification",.44),("distortion",.07),("asymmetry
 PRESETS = dict(
     demo=Setup(patients=92, phantom_scale=.2, affected=1., types=(("mass",.8),("calcification",.2)), size=32, width=1/8, fcn=(9,18,36), shrink=13., gan_epochs=32, gan_batch=16, gan_lr=5., simulation_lr=1.,
         simulation_epochs=30, fid_every=2, fid_n=160, clf_epochs=5, clf_batch=64, clf_lr=2e-3, boots=400, tsne_iter=500, tsne_tissue=384, perplexity=250., extractor="embedded"),
-    paper=Setup(patients=2400, phantom_scale=.5, affected=.9, types=OPTIMAM_MIX, size=128, width=1., fcn=(9,18,36,72,90), shrink=1., gan_epochs=1000, gan_batch=64, gan_lr=1., simulation_lr=1.,
+    paper=Setup(patients=2600, phantom_scale=.5, affected=.9, types=OPTIMAM_MIX, size=128, width=1., fcn=(9,18,36,72,90), shrink=1., gan_epochs=1000, gan_batch=64, gan_lr=1., simulation_lr=1.,
         simulation_epochs=1000, fid_every=10, fid_n=2000, clf_epochs=20, clf_batch=64, clf_lr=2e-4, boots=2000, tsne_iter=4000, tsne_tissue=5000, perplexity=250., extractor="inception"))
 
 # %% ../../nbs/lib/82_papers.size.ipynb #a2b6f2a1
@@ -144,7 +145,7 @@ def resolve(
     modes = tuple(m for m in MODES if m in (split_words(P.modes) or MODES))
     cells = plan_cells(tuple(map(int, split_words(P.sizes))) or SIZES, modes, S.folds)
     fixed = lambda given: given if given >= 0 else P.seed if proto.seed_all else 0
-    R = SimpleNamespace(setup=S, protocol=proto, cells=cells, modes=modes, scale=1. if P.data_dir else S.phantom_scale,
+    R = SimpleNamespace(setup=S, protocol=proto, mode=P.mode, cells=cells, modes=modes, scale=1. if P.data_dir else S.phantom_scale,
                         seeds=dict(seed=P.seed, split=fixed(P.split_seed), gan=fixed(P.gan_seed), phantom=P.phantom_seed))
     R.extractor = make_extractor(S.extractor, weights=P.weights)              # weights that are missing end the run here, not after the training
     return R
@@ -165,9 +166,14 @@ def load_sets(
     "The data sets of this run, phantom or real."
     S = R.setup
     if P.data_dir: return [optimam_filter(d) for d in read_any(P.data_dir).values()], "data sets below the given folder, all used"
-    style = replace(centre_style("c"), name="optimam", affected=S.affected, types=S.types)
-    tree = phantom_tree("folder", centre=style, n_patients=S.patients, seed=R.seeds["phantom"], scale=S.phantom_scale)
+    tree = phantom_tree("folder", centre=phantom_style(S), n_patients=S.patients, seed=R.seeds["phantom"], scale=S.phantom_scale)
     return list(read_any(tree).values()), "phantoms of one centre with masses and calcifications, written as a plain folder and read back"
+
+def phantom_style(
+    S:Setup, # Its share of affected patients and mix of lesions
+): # CentreStyle
+    "The phantom centre that plays OPTIMAM."
+    return replace(centre_style("c"), name="optimam", affected=S.affected, types=S.types)
 
 def count_sets(sets:list) -> pd.DataFrame: # One row a data set
     "What each data set holds, as section 3 gives it."
@@ -325,7 +331,7 @@ def fit_generator(
 ) -> None:
     "Train G_k into `folder/gan` and draw `synthetic.npy` from it; goes on where a killed call stopped."
     card = patient_card(masses.table.patient_id, k=len(masses), scope="masses", datasets=sorted(set(masses.table.dataset.dropna())))
-    done = train_gan(dcgan_recipe(R), masses.pixels, folder=folder/"gan", seed=seed, device=device, epochs=R.setup.gan_epochs, log=log, card=card, grid_every=max(1, R.setup.gan_epochs//10))
+    done = train_gan(dcgan_recipe(R), masses.pixels, folder=folder/"gan", seed=seed, device=device, epochs=R.setup.gan_epochs, mode=R.mode, log=log, card=card, grid_every=max(1, R.setup.gan_epochs//10))
     _save(folder/"synthetic.npy", sample_generator(done.snapshots[-1], n, seed=seed, device=device)[0])
 
 def generator_jobs(
@@ -365,6 +371,16 @@ def shown_epochs(
     S = R.setup; kept = np.array(dcgan_recipe(R, "a").snapshot_epochs(S.simulation_epochs))
     return list(dict.fromkeys(int(kept[np.abs(kept-1-f*S.simulation_epochs).argmin()]) for f in SHOWN))
 
+def fid_curve(
+    folder:Path, # Keeps each value as soon as it is known
+    at:dict, # Finished epochs -> folder of the generator kept then
+    measure, # Folder -> FID
+) -> pd.DataFrame: # epoch (from 0), fid
+    "FID of every kept generator; a killed call goes on with the next one."
+    for k,f in sorted(at.items()):
+        if not (kept := folder/f"{k}.json").exists(): write_json(kept, measure(f))
+    return pd.DataFrame([dict(epoch=k-1, fid=read_json(folder/f"{k}.json")) for k in sorted(at)])
+
 def fit_simulation(
     folder:Path, # Stage folder
     lesions:PatchSet, # Masses and calcifications
@@ -377,12 +393,12 @@ def fit_simulation(
     "Train the generator of section 4.5 and measure it: `fid.csv`, `shown.npy` (epochs of Fig. 14, four fixed latents), `synthetic.npy`, `history.csv`."
     if not (folder/"fid.csv").exists():
         S, e = R.setup, R.extractor
-        done = train_gan(dcgan_recipe(R, "a"), lesions.pixels, folder=folder/"gan", seed=seed, device=device, epochs=S.simulation_epochs, log=log,
+        done = train_gan(dcgan_recipe(R, "a"), lesions.pixels, folder=folder/"gan", seed=seed, device=device, epochs=S.simulation_epochs, mode=R.mode, log=log,
                          card=patient_card(lesions.table.patient_id, scope="lesions", datasets=sorted(set(lesions.table.dataset.dropna()))), grid_every=max(1, S.simulation_epochs//10))
         at = {int(f.name.split("-")[1]):f for f in done.snapshots}
         real, n = features(lesions.pixels[:,0], e, device=device), S.fid_n
         draw = lambda f, m: sample_generator(f, m, seed=seed_of(seed, "fid"), device=device)[0]
-        curve = pd.DataFrame([dict(epoch=k-1, fid=fid(real, features(draw(f, n), e, device=device), device=device)) for k,f in sorted(at.items())])
+        curve = fid_curve(folder/"fids", at, lambda f: fid(real, features(draw(f, n), e, device=device), device=device))
         floor = fid_floor(real, features(draw(at[max(at)], n), e, device=device), seed=seed, groups=lesions.table.patient_id, repeats=10)
         _save(folder/"shown.npy", np.stack([fixed_samples(at[k], 4, seed=seed, device=device) for k in shown_epochs(R)]))
         _save(folder/"synthetic.npy", draw(at[max(at)], max(64, n)))
@@ -717,6 +733,36 @@ def flipped(
     y[h] = y[h][:,:,::-1]; y[v] = y[v][:,::-1]
     return y
 
+MAPS = dict(fig10="Fig. 10: real and synthetic", fig11="Fig. 11: with tissue", fig13="Fig. 13: flips instead")
+
+def fit_maps(
+    folder:Path, # Stage folder
+    maps:dict, # Key of `MAPS` -> groups of `embed`
+    **kw, # Of `embed`
+) -> None:
+    "One table of positions a map; a killed call goes on with the next map."
+    for name,groups in maps.items():
+        if not (folder/f"{name}.csv").exists(): write_csv(folder/f"{name}.csv", embed(groups, **kw))
+
+def map_patches(
+    run, # Run
+    R:SimpleNamespace, # From `resolve`
+    ps:PatchSet, # Study set
+    rows:dict, # `training_rows` of fold 0
+    generator, # Stage folder of `fit_generator` for this size, fold 0; None: left out
+    size:int, # Size shown, 500 in the thesis
+) -> Path: # Stage folder, or None
+    "The maps of Figures 10, 11 and 13 as a stage: at the published size they take minutes, and need no device."
+    S, i = R.setup, rows[size]; take = lambda r: np.asarray(ps.pixels[r])[:,0]
+    kw, inputs = dict(seed=R.seeds["seed"], perplexity=S.perplexity, iterations=S.tsne_iter), dict(generator=generator)
+    maps = {}
+    if generator is not None:
+        real, tissue, fake = take(i[ps.y[i]==1]), take(np.sort(i[ps.y[i]==0][:S.tsne_tissue])), synthetic_of(generator, round(S.factor*S.k(size)))
+        maps = dict(fig10=dict(real=real, synthetic=fake), fig11=dict(real=real, synthetic=fake, tissue=tissue),
+                    fig13=dict(real=real, flipped=flipped(real, len(fake), seed=R.seeds["seed"]), tissue=tissue))
+        inputs |= dict(patches=hash_of(real, tissue), **kw)
+    return run.stage(f"maps-k{size}", partial(fit_maps, maps=maps, **kw), inputs=inputs, group="quality")
+
 # %% ../../nbs/lib/82_papers.size.ipynb #d2a2956a
 MODE_NAMES = dict(org="ORG", gan="GAN", aug_org="Aug ORG", aug_gan="Aug GAN")
 MODE_COLOURS = dict(org="#0072B2", gan="#009E73", aug_org="#E69F00", aug_gan="#D55E00") # blue, green, orange, red as in Fig. 9
@@ -825,21 +871,14 @@ def study_figures(
 def tsne_figures(
     run, # Run
     R:SimpleNamespace, # From `resolve`
-    ps:PatchSet, # Study set
-    rows:dict, # `training_rows` of fold 0
-    fake:np.ndarray, # Synthetic patches of G_size, fold 0
+    maps:Path, # Stage folder of `map_patches`
     size:int, # Size shown, 500 in the thesis
 ) -> list: # Pictures
     "Figures 10, 11 and 13, on fold 0."
     from mammo_nb.report.figures import sheet
-    S, i = R.setup, rows[size]; take = lambda r: np.asarray(ps.pixels[r])[:,0]
-    real, tissue = take(i[ps.y[i]==1]), take(np.sort(i[ps.y[i]==0][:S.tsne_tissue]))
-    kw, k = dict(seed=R.seeds["seed"], perplexity=S.perplexity, iterations=S.tsne_iter), S.k(size)
-    flip = flipped(real, len(fake), seed=R.seeds["seed"])
     fig,axs = sheet(1, 3, size=(12,4))
-    for a,g,t in zip(axs, (dict(real=real, synthetic=fake), dict(real=real, synthetic=fake, tissue=tissue), dict(real=real, flipped=flip, tissue=tissue)), ("Fig. 10: real and synthetic", "Fig. 11: with tissue", "Fig. 13: flips instead")):
-        tsne_scatter(a, embed(g, **kw), title=t)
-    return [_picture(run, "fig10_11_13_tsne", fig, "Three t-SNE maps of real, synthetic and flipped masses and tissue", f"Figs. 10, 11, 13 at k = {k} (size {size} of the thesis), raw pixels.")]
+    for a,(name,t) in zip(axs, MAPS.items()): tsne_scatter(a, pd.read_csv(maps/f"{name}.csv"), title=t)
+    return [_picture(run, "fig10_11_13_tsne", fig, "Three t-SNE maps of real, synthetic and flipped masses and tissue", f"Figs. 10, 11, 13 at k = {R.setup.k(size)} (size {size} of the thesis), raw pixels.")]
 
 def sample_figure(
     run, # Run
