@@ -180,11 +180,12 @@ class PatchLoader:
         sampling:str="all", # See `epoch_order`
         epoch_size:int=None, # See `epoch_order`
         skip_synthetic:bool=False, # See `epoch_order`
+        order=None, # Which patches an epoch shows, instead of `epoch_order`: callable `(loader) -> (n,)` rows; asks `loader.epoch`, `.seed`, `.n`, `.patches`
         augment=None, # Callable `(x, torch.Generator) -> x` on the float batch `(b,s,s)` in [0,1], for other augmentations
         **form, # `size`, `channels`, `value_range` of `to_input`
     ):
         self.patches, self.bs, self.device, self.train, self.seed, self.form, self.epoch = patches, bs, device, train, seed, form, 0
-        self.flips, self.augment = flips, augment
+        self.flips, self.order, self.augment = flips, order, augment
         self.order_args = dict(sampling=sampling, epoch_size=epoch_size, skip_synthetic=skip_synthetic)
         self.n = epoch_size or len(patches) if train else len(patches)
         k = patches.views if train else np.ones_like(patches.views)
@@ -203,7 +204,8 @@ from fastcore.basics import patch
 def draws(self:PatchLoader) -> tuple: # Order (n,), rows of pixels (n,), horizontal and vertical flips (n,)
     "What the current epoch shows: by (seed, epoch) in training, everything once in the order given otherwise."
     if not self.train: return np.arange(self.n), self.start, None, None
-    order, u = epoch_order(self.patches, self.seed, epoch=self.epoch, **self.order_args), rng(self.seed, "augment", self.epoch).random((self.n,3))
+    order = self.order(self) if self.order else epoch_order(self.patches, self.seed, epoch=self.epoch, **self.order_args)
+    u = rng(self.seed, "augment", self.epoch).random((self.n,3))
     views = self.views[order]
     row = self.start[order] + np.where(views > 1, 1 + (u[:,0]*(views-1)).astype(np.int64), 0)
     return order, row, *((torch.from_numpy(u[:,i] < .5).to(self.device) if f in self.flips else None) for i,f in ((1,"h"),(2,"v")))

@@ -320,15 +320,17 @@ def _check(model, train, valid, recipe):
     n = max(model.config["classes"], 2)
     if n != len(recipe.classes): raise ParameterError(f"{len(recipe.classes)} classes for a network that knows {n}", "classes", "build the network with as many outputs")
 
-def _identity(model, train, valid, seed, recipe, augment):
+def _identity(model, train, valid, seed, recipe, augment, order):
     "What makes this training this training, as plain values."
     return json.loads(json.dumps(dict(config=model.config, weights=hash_of(model.state_dict()), train=train.key, valid=valid.key, seed=seed,
-                                      recipe=asdict(recipe), augment=repr(augment) if augment else None)))
+                                      recipe=asdict(recipe), augment=_name(augment), **(dict(order=_name(order)) if order else {}))))
 
-def _learner(model, train, valid, recipe, seed, device, augment):
+def _name(fn): return getattr(fn, "__qualname__", None) or repr(fn) if fn else None    # a function by its name, an object by its settings
+
+def _learner(model, train, valid, recipe, seed, device, augment, order):
     "Learner, loaders and optimiser of one training."
     form, dev = _form(model, recipe.value_range), dict(device=device)
-    dls = DataLoaders(PatchLoader(train, bs=recipe.bs, train=True, seed=seed, flips=recipe.flips, sampling=recipe.sampling, augment=augment,
+    dls = DataLoaders(PatchLoader(train, bs=recipe.bs, train=True, seed=seed, flips=recipe.flips, sampling=recipe.sampling, order=order, augment=augment,
                                   epoch_size=recipe.epoch_size or None, skip_synthetic=recipe.skip_synthetic, **dev, **form),
                       PatchLoader(valid, bs=max(recipe.bs, 128), **dev, **form), **dev)
     kw = dict(weight_decay=recipe.weight_decay, fused=device.type in ("cpu", "cuda"))       # one kernel for all weights, half the time
@@ -350,6 +352,7 @@ def fit_classifier(
     device="cpu", # `auto`, `cpu`, `cuda`
     folder:Path=None, # Where checkpoints and the result go; None keeps nothing
     checkpoint_every_s:float=60., # Seconds between checkpoints
+    order=None, # Own choice of the patches of an epoch, see `PatchLoader`; an object whose `repr` gives its settings
     augment=None, # Further augmentation, see `PatchLoader`
     log=None, # Told about each epoch, with keyword fields
     **changes, # Fields of the recipe to change, e.g. `epochs=8`
@@ -357,15 +360,15 @@ def fit_classifier(
     "Train, keep the epoch that is best on validation, resume where a killed run stopped."
     recipe, device, train, valid = change(recipe, **changes), pick_device(str(device)), patch_arrays(train), patch_arrays(valid)
     _check(model, train, valid, recipe)
-    identity = _identity(model, train, valid, seed, recipe, augment)
+    identity = _identity(model, train, valid, seed, recipe, augment, order)
     if done := _finished(model, folder, identity): model.to(device); return done
     model.to(device)
-    history, best, learn = [], {}, _learner(model, train, valid, recipe, seed, device, augment)
+    history, best, learn = [], {}, _learner(model, train, valid, recipe, seed, device, augment, order)
     ck = Checkpoint(folder, identity=identity, every_s=checkpoint_every_s, log=log) if folder else None
     if ck and (old := ck.load({"net": model, "opt": learn.opt.opt})):
         history += old["state"]["history"]; best |= old["state"]["best"]
     learn.add_cbs([ScoreEpoch(recipe, history), KeepBest(model, recipe, history, best, checkpoint=ck, log=log)])
-    if not out_of_patience(history, recipe.patience): learn.fit(recipe.epochs, start_epoch=len(history))
+    if not out_of_patience(history, recipe.patience): _fit(learn, model, recipe, history=history, best=best, folder=folder)
     learn.remove_cbs(list(learn.cbs))       # they point back at the learner, which would keep the patches in memory
     model.load_state_dict(best); model.eval()
     result = FitResult(best_epoch(history), history[best_epoch(history)]["score"], pd.DataFrame(history, columns=HISTORY), Path(folder) if folder else None)
@@ -373,6 +376,13 @@ def fit_classifier(
     return result
 
 # %% ../../nbs/lib/56_clf.train.ipynb #ca93db34
+def _fit(learn, model, recipe, *, history, best, folder): # What was best is kept when a training breaks down
+    try: learn.fit(recipe.epochs, start_epoch=len(history))
+    except RunError as e:
+        if not best or not folder: raise
+        model.load_state_dict(best); save_weights(model, Path(folder)/"last_good.safetensors")
+        raise RunError(f"{e.what}; the best weights of the {len(history)} epochs before it are in last_good.safetensors", folder, e.fix) from None
+
 def _write(model, result, identity):
     sha256 = save_weights(model, result.path/"classifier.safetensors")
     write_json(result.path/"classifier.json", dict(config=model.config, identity=identity, best_epoch=result.best_epoch, best_score=result.best_score,

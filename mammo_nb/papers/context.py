@@ -8,11 +8,10 @@ __all__ = ['ARMS', 'TASKS', 'STAGES', 'KINDS', 'TYPES', 'SWITCHES', 'PRESETS', '
            'count_sets', 'resize_rows', 'kind_plan', 'large_enough', 'wanted_kinds', 'check_kinds', 'Cut', 'split_sets',
            'cut_side', 'cut_patches', 'count_patches', 'gan_recipe', 'fit_generator', 'generator_of', 'base_patches',
            'as_synthetic', 'draw_synthetic', 'synthesis_table', 'edit_pairs', 'find_row', 'edit_mammogram',
-           'clean_patches', 'measure_removal', 'removal_table', 'quarter_turns', 'DecayLoader', 'TunedResNet',
-           'fit_decaying', 'training_arrays', 'fit_arm', 'load_predictions', 'compare_arms', 'rescued', 'net_features',
-           'neighbours', 'embedding_groups', 'embed_models', 'implied_errors', 'contradictions', 'layer_table',
-           'learn_and_paint', 'check_synthetic', 'train_arms', 'embed', 'augmented_arm', 'rescue', 'score_run', 'probe',
-           'results_frame']
+           'clean_patches', 'measure_removal', 'removal_table', 'quarter_turns', 'DecayOrder', 'TunedResNet',
+           'training_arrays', 'fit_arm', 'load_predictions', 'compare_arms', 'rescued', 'net_features', 'neighbours',
+           'embedding_groups', 'embed_models', 'implied_errors', 'contradictions', 'layer_table', 'learn_and_paint',
+           'check_synthetic', 'train_arms', 'embed', 'augmented_arm', 'rescue', 'score_run', 'probe', 'results_frame']
 
 # %% ../../nbs/lib/81_papers.context.ipynb #9dcc4bfe
 import copy
@@ -26,12 +25,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..clf.augment import PatchLoader, join, patch_arrays
+from ..clf.augment import join, patch_arrays
 from ..clf.resnet import Preparation, frozen_resnet, start_head
-from ..clf.train import CLASSIFIERS, HISTORY, FitRecipe, FitResult, KeepBest, ScoreEpoch, best_epoch, build_classifier, predict_proba, save_weights
-from ..clf.train import _finished, _identity, _learner, _write
+from ..clf.train import CLASSIFIERS, FitRecipe, build_classifier, fit_classifier, predict_proba
 from ..core import DataError, ParameterError, RunError, hash_of, nearest, read_json, rng, seed_of, write_csv, write_json, write_whole
-from ..gans.train import Checkpoint
 from ..metrics.delong import auc_interval, delong, joint_test, paired_test
 from .sharing import resampling_units, set_key
 from ..params import split_words
@@ -550,14 +547,12 @@ def quarter_turns(
     x = torch.where(k >= 2, torch.rot90(x, 2, (1,2)), x)
     return torch.where(k % 2 == 1, torch.rot90(x, 1, (1,2)), x)
 
-class DecayLoader(PatchLoader):
-    "Batches with equal chances for both classes and a share of synthetic patches that falls with the epoch."
-    def __init__(self, patches, *, decay:Decay, **kw): super().__init__(patches, train=True, augment=quarter_turns, flips="h", **kw); self.decay = decay
-
-    def draws(self): # Order, rows of pixels, horizontal flips, no vertical ones
-        order = decay_order(self.patches.target, self.patches.synthetic, self.n, share=self.decay.share(self.epoch), draws=rng(self.seed, "order", self.epoch))
-        u = torch.from_numpy(rng(self.seed, "augment", self.epoch).random(self.n)).to(self.device)
-        return order, self.start[order], u < .5, None
+@dataclass(frozen=True)
+class DecayOrder:
+    "Equal chances for both classes, and a share of synthetic patches that falls with the epoch."
+    decay:Decay # Share of synthetic patches
+    def __call__(self, loader): # -> rows `(n,)`
+        return decay_order(loader.patches.target, loader.patches.synthetic, loader.n, share=self.decay.share(loader.epoch), draws=rng(loader.seed, "order", loader.epoch))
 
 class TunedResNet(nn.Module):
     "ResNet-50 all of whose weights learn, with one log-odds of cancer; its features are the 2048 before the last layer."
@@ -584,38 +579,6 @@ CLASSIFIERS["resnet50_tuned"] = TunedResNet
 
 # %% ../../nbs/lib/81_papers.context.ipynb #f6a18b30
 CONTEXT = FitRecipe(bs=32, optimiser="adam", lr=1e-5, momentum=.9, monitor="auroc", positive="lesion", sampling="balanced", flips="h")
-
-def fit_decaying(
-    model:nn.Module, # `TunedResNet`; holds the best weights afterwards
-    train, # PatchArrays, real and synthetic
-    valid, # PatchArrays, real
-    *,
-    decay:Decay, # Share of synthetic patches
-    recipe:FitRecipe, # `epochs` checks of `epoch_size` patches
-    seed:int, # Of order and augmentation
-    device, # Where to train
-    folder:Path, # Where checkpoints and the result go
-    log=None, # Told about each check
-): # FitResult
-    "`clf.train.fit_classifier` with the sampling of Wu 2020."
-    train, valid = patch_arrays(train), patch_arrays(valid)
-    identity = _identity(model, train, valid, seed, recipe, "quarter turns") | dict(decay=asdict(decay))
-    if done := _finished(model, folder, identity): model.to(device); return done
-    model.to(device); history, best = [], {}
-    learn = _learner(model, train, valid, recipe, seed, device, None)
-    learn.dls.loaders[0] = DecayLoader(train, decay=decay, bs=recipe.bs, seed=seed, epoch_size=recipe.epoch_size, device=device, size=model.config["size"], channels=1, value_range="unit")
-    ck = Checkpoint(folder, identity=identity, log=log)
-    if old := ck.load({"net": model, "opt": learn.opt.opt}): history += old["state"]["history"]; best |= old["state"]["best"]
-    learn.add_cbs([ScoreEpoch(recipe, history), KeepBest(model, recipe, history, best, checkpoint=ck, log=log)])
-    try: learn.fit(recipe.epochs, start_epoch=len(history))
-    except RunError as e:
-        if not best: raise
-        model.load_state_dict(best); save_weights(model, Path(folder)/"last_good.safetensors")
-        raise RunError(f"{e.what}; the best weights of the {len(history)} checks before it are in last_good.safetensors", folder, e.fix) from None
-    learn.remove_cbs(list(learn.cbs)); model.load_state_dict(best); model.eval()
-    result = FitResult(best_epoch(history), history[best_epoch(history)]["score"], pd.DataFrame(history, columns=HISTORY), Path(folder))
-    _write(model, result, identity); ck.prune(keep=0)
-    return result
 
 def training_arrays(
     ps, # PatchSet of the training patients
@@ -644,7 +607,7 @@ def fit_arm(
     train, valid = training_arrays(sets["train"], [m for m in made if len(m)], R), training_arrays(sets["val"], [], R)
     model = build_classifier(dict(kind="resnet50_tuned", weights=S.weights, size=S.size, depth=S.depth, seed=seed%2**31), seed=seed)
     recipe = replace(CONTEXT, epochs=-(-S.samples//S.every), epoch_size=S.every, bs=S.clf_batch, lr=S.clf_lr)
-    fit_decaying(model, train, valid, decay=decay, recipe=recipe, seed=seed, device=device, folder=folder, log=(lambda **kw: log(**{"arm":arm, **kw})) if log else None)
+    fit_classifier(model, train, valid, order=DecayOrder(decay), augment=quarter_turns, recipe=recipe, seed=seed, device=device, folder=folder, log=(lambda **kw: log(**{"arm":arm, **kw})) if log else None)
     frames = []
     for side in ("val","test"):
         x, t = training_arrays(sets[side], [], R), sets[side].table
