@@ -127,6 +127,13 @@ def results(self:Run, df:pd.DataFrame) -> pd.DataFrame:
     write_csv(self.dir/"results.csv", df); return df
 
 @patch
+def facts(self:Run) -> dict:
+    "What a page says of its run; of folders and files only their names, for a page travels and this machine does not."
+    short = lambda v: Path(v).name if isinstance(v, str) and os.sep in v else v
+    return {"Parameters":{k: short(v) for k,v in vars(self.params).items() if k != "run_dir"}, "Commit":self.info["commit"], "Versions":self.info["versions"],
+            "Device":self.info["device"], "Arithmetic":self.info["mode"], "Started":self.info["started"]}
+
+@patch
 def finish(self:Run):
     "Mark the run as complete."
     self.note(status="done", finished=_now(), seconds=round(time.time()-self.t0,1))

@@ -246,7 +246,7 @@ def write_page(run, R, *, how:str, T:dict, t:pd.DataFrame, ps, G:dict, digits:Pa
     if ps is not None: parts.append(Section("Data", f"Source: {how}. {size_words(run.info['sizes'])} {weight_words(R)}", tables=[Table(type_shares(t), caption="Pathology", index=False), Table(assessment_counts(t), caption="Assessment by class")], figures=[data_figures(run.dir, type_shares(t), assessment_counts(t)), real_figure(run, ps)]))
     if "search" in T and len(T["search"]): parts.append(Section("The search over hyper-parameters", "Chosen on validation only.", tables=[Table(T["search"], caption="Trials of Optuna", index=False)]))
     skipped = ", ".join(sorted({n for n,_ in run.info["skipped"]})) or "nothing"
-    meta = {"Parameters":vars(run.params), "Left out":skipped, "Seeds":R.seeds, "Commit":run.info["commit"], "Versions":run.info["versions"], "Device":run.info["device"], "Arithmetic":run.info["mode"], "Started":run.info["started"]}
+    meta = {"Left out":skipped, "Seeds":R.seeds, **run.facts()}
     return write_report(run.dir/"report.html", title="Is data synthesis useful for data augmentation?", subtitle=f"{rec['cite']}. Rerun with seed {run.params.seed}.",
                         banner=banner_for(run.data, run.params.preset, protocol=R.headline), sections=parts, meta=meta, show_real=run.params.show_real or run.data=="phantom")
 

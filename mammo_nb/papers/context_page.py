@@ -193,6 +193,6 @@ def write_page(run, R, *, how:str, T:dict, E:SimpleNamespace, cells:list, result
     parts.append(Section("What the paper contradicts", "No code was published. Where the text says two things, both are here.", tables=[Table(contradictions(), index=False), Table(implied_errors(), "Standard errors behind the published p-values",
                          "*lo*, *hi*: from the rounding of the AUROCs to three places. Six tests on the same patches should have much the same standard error: the text's 1e-08 does not fit, the table's 1e-4 does.", index=False, digits=4)]))
     left = sorted({a for a,_ in run.info["skipped"]})
-    meta = {"Parameters":vars(run.params), "Protocol":R.protocol.__dict__, "Left out":", ".join(left) or "nothing", "Seeds":R.seeds, "Commit":run.info["commit"], "Versions":run.info["versions"], "Device":run.info["device"], "Arithmetic":run.info["mode"], "Started":run.info["started"]}
+    meta = {"Protocol":R.protocol.__dict__, "Left out":", ".join(left) or "nothing", "Seeds":R.seeds, **run.facts()}
     return write_report(run.dir/"report.html", title="Lesions painted by contextual GANs", subtitle=f"{rec['cite']}. Rerun with seed {run.params.seed}.", banner=banner_for(run.data, run.params.preset, protocol=run.params.protocol),
                         sections=parts, meta=meta, show_real=run.params.show_real or run.data=="phantom")

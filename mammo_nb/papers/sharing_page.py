@@ -203,7 +203,7 @@ def write_page(run, R, *, how:str, T:dict, G:dict, S:dict, audits:dict, cuts:dic
     if cuts: parts.append(data_section(run, how, T, [real_figure(run, cuts, size)], cells))
     parts.append(Section("What the published numbers say about themselves", "Accuracy and F1 together bound the share of the positive class; all rows of a table were tested on the same patches and must agree.\n\n" + check_words()))
     skipped = ", ".join(sorted({n for n,_ in run.info["skipped"]})) or "nothing"
-    meta = {"Parameters":vars(run.params), "Protocol":R.protocol.__dict__, "Left out":skipped, "Seeds":R.seeds, "Commit":run.info["commit"], "Versions":run.info["versions"], "Device":run.info["device"], "Arithmetic":run.info["mode"], "Started":run.info["started"]}
+    meta = {"Protocol":R.protocol.__dict__, "Left out":skipped, "Seeds":R.seeds, **run.facts()}
     return write_report(run.dir/"report.html", title="Sharing generative models instead of private data", subtitle=f"{rec['cite']}. Rerun with seed {run.params.seed}.",
                         banner=banner_for(run.data, run.params.preset, protocol=run.params.protocol), sections=parts, meta=meta, show_real=run.params.show_real or run.data=="phantom")
 

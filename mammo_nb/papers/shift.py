@@ -993,7 +993,7 @@ def write_page(
     "The report of one run."
     from mammo_nb.report.html import banner_for, write_report
     sections = page_sections(run, P, R, verdicts=verdicts, results=results, figures=figures or {}, confound=confound, sifid=sifid, effects=effects)
-    meta = {"run": run.dir.name, **{k: run.info[k] for k in ("parameters","versions","commit","device","mode")}}
+    meta = {"run": run.dir.name, **run.facts()}
     banner = banner_for(run.data if P.data_dir else "phantom", P.preset, protocol=P.protocol)
     return write_report(run.dir/"report.html", title="Annotation shift and single-image GANs", subtitle="Buetas Arcas et al. 2024, rerun and checked",
                         banner=banner, sections=sections, meta=meta, show_real=P.show_real)
