@@ -578,7 +578,7 @@ class TunedResNet(nn.Module):
 CLASSIFIERS["resnet50_tuned"] = TunedResNet
 
 # %% ../../nbs/lib/81_papers.context.ipynb #f6a18b30
-CONTEXT = FitRecipe(bs=32, optimiser="adam", lr=1e-5, momentum=.9, monitor="auroc", positive="lesion", sampling="balanced", flips="h")
+CONTEXT = FitRecipe(bs=32, optimiser="adam", lr=1e-5, momentum=.9, monitor="auroc", positive="lesion", flips="h")
 
 def training_arrays(
     ps, # PatchSet of the training patients

@@ -222,12 +222,11 @@ def cost_table(
     "What a run costs, as the median over seeds of the seconds its stages took."
     runs, costs = found["runs"], found["costs"]
     if not len(costs): return pd.DataFrame()
-    done = runs[runs.status=="done"][["paper","preset","run","data","protocol","knobs"]]
+    done = runs[runs.status=="done"][["paper","preset","run","data","protocol","knobs","seconds"]].rename(columns={"seconds":"call_s"})
     t = costs.merge(done, on=["paper","preset","run"]); key = ["paper","data","preset","protocol","knobs","device","mode"]
     groups = list(dict.fromkeys(t.group)); per = t.pivot_table(index=[*key,"run"], columns="group", values="seconds", aggfunc="sum")[groups].add_suffix("_s")
-    out = per.assign(all_s=per.sum(axis=1)).groupby(key, dropna=False).median()
-    runs = per.groupby(key, dropna=False).size().rename("runs")
-    return pd.concat([runs, out], axis=1).reset_index()
+    per = per.assign(stages_s=per.sum(axis=1), call_s=t.groupby([*key,"run"]).call_s.first()).groupby(key)
+    return pd.concat([per.size().rename("runs"), per.median()], axis=1).reset_index()
 
 def cost_section(
     found:dict, # From `collect`
@@ -237,8 +236,8 @@ def cost_section(
     if not len(t): return []
     shown = t.assign(paper=t.paper.str[:2], data=["REAL: "+d if is_real(d) else "phantoms" for d in t.data],
                      **{c: [duration(v) if np.isfinite(v) else "–" for v in t[c]] for c in t if c.endswith("_s")})
-    text = ("Seconds of the stages of one run when they were made (median over its seeds), stages that came from the cache included, so that the sum is what the run costs from nothing. "
-            "Stages that ran side by side are added up; figures, tables and the start of Python are not in it. Runs on a CPU are `exact` in one thread a stage.")
+    text = ("*Stages*: what the stages of one run took when they were made, here or in an earlier run that left them in the cache; stages that ran side by side are added up. Phantoms, patches and measures that "
+            "a paper does not make in a stage are not in it. *Call*: wall clock of the run's last call, with all that, and without what it found finished. Medians over seeds.")
     return [Section("What the papers cost", text, tables=[Table(shown.rename(columns=lambda c: f"{c[:-2].capitalize()}, time" if c.endswith("_s") else c.capitalize()), index=False)])]
 
 # %% ../../nbs/lib/64_report.overview.ipynb #0810dcc0
