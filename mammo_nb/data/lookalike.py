@@ -344,4 +344,4 @@ def phantom_tree(
     style = phantom.centre_style(centre)
     key = hash_of(layout, str(style), n_patients, seed, float(scale), quirks, code)
     def build(root): LAYOUTS[layout](phantom.phantom_patients(n_patients, style=style, seed=seed, scale=scale), root, seed=seed, quirks=quirks)
-    return build_once(cache_dir("phantoms")/f"{layout}_{style.name}_{n_patients}_{key}", build)
+    return build_once(cache_dir("phantoms", key)/f"{layout}_{style.name}_{n_patients}", build) # the key stays out of the name, which ends up in every id

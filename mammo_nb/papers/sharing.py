@@ -697,7 +697,7 @@ def fresh_centre(
     from mammo_nb.core import seed_of
     seed, n, scale = seed_of(R.seeds["phantom"], "held out"), R.setup.held[c], R.setup.phantom_scale
     key = hash_of(LAYOUT[c], str(phantom.centre_style(c)), n, seed, float(scale), [file_hash(m.__file__) for m in (phantom, lookalike, lookalike2)])
-    tree = lookalike.build_once(cache_dir("phantoms")/f"held_{LAYOUT[c]}_{c}_{n}_{key}", lambda root: lookalike.LAYOUTS[LAYOUT[c]](islice(fresh_patients(c, seed=seed, scale=scale), n), root, seed=seed))
+    tree = lookalike.build_once(cache_dir("phantoms", key)/f"held_{LAYOUT[c]}_{c}_{n}", lambda root: lookalike.LAYOUTS[LAYOUT[c]](islice(fresh_patients(c, seed=seed, scale=scale), n), root, seed=seed))
     rename = lambda t: t.assign(patient_id=t.patient_id.str.replace(":", ":held", n=1))
     return Centre(c, [replace(s, images=rename(s.images), lesions=rename(s.lesions)) for s in read_any(tree, scaling=scaling).values()])
 
