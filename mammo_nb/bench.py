@@ -41,6 +41,7 @@ def clock(device) -> float: # Seconds
     torch.cuda.synchronize(device) if torch.device(device).type == "cuda" else torch.mps.synchronize()
     return time.perf_counter()
 
+# %% ../nbs/lib/70_bench.ipynb #deb20803
 def in_turns(
     jobs:dict, # Name -> function without arguments, one unit of work
     *,
@@ -53,14 +54,18 @@ def in_turns(
     names, out = list(jobs), []
     for r in range(-warmup, rounds):
         for name in names[r % len(names):] + names[:r % len(names)]:
-            begun = clock(device); jobs[name](); seconds = clock(device) - begun
+            begun = clock(device)
+            jobs[name]()
+            seconds = clock(device) - begun
             if r >= 0: out.append((r, name, seconds))
     return pd.DataFrame(out, columns=["round", "name", "seconds"])
 
+# %% ../nbs/lib/70_bench.ipynb #5e7012ec
 def quartiles(x) -> tuple: # (median, first quartile, third quartile)
     "Median and spread."
     return tuple(np.quantile(np.asarray(x, float), [.5, .25, .75]).tolist())
 
+# %% ../nbs/lib/70_bench.ipynb #9c6d5c9c
 def ratio(
     raw:pd.DataFrame, # From `in_turns`
     fast:str, # Name of one job
@@ -87,6 +92,7 @@ def line(
     v = value if isinstance(value, tuple) else (value, float("nan"), float("nan"))
     return dict(zip(COLUMNS, (section, item, variant, what, *map(float, v), unit, rounds, note)))
 
+# %% ../nbs/lib/70_bench.ipynb #0ac82b3d
 def per_second(
     raw:pd.DataFrame, # From `in_turns`
     name:str, # Job
@@ -104,9 +110,12 @@ def ceilings(
     n:int = 0, # Side of the matrices; 0: 1024 on a CPU, 8192 elsewhere
 ) -> list: # Rows
     "TFLOP/s of a large product in each arithmetic, GB/s of a large copy."
-    dev = torch.device(device); n = n or (1024 if dev.type == "cpu" else 8192)
-    a, b = (torch.randn(n, n, device=dev) for _ in range(2)); out, half = torch.empty_like(a), [x.bfloat16() for x in (a, b)]
-    big = torch.zeros(2**26 if dev.type == "cpu" else 2**30, dtype=torch.uint8, device=dev); copy = torch.empty_like(big)
+    dev = torch.device(device)
+    n = n or (1024 if dev.type == "cpu" else 8192)
+    a, b = (torch.randn(n, n, device=dev) for _ in range(2))
+    out, half = torch.empty_like(a), [x.bfloat16() for x in (a, b)]
+    big = torch.zeros(2**26 if dev.type == "cpu" else 2**30, dtype=torch.uint8, device=dev)
+    copy = torch.empty_like(big)
     def product(mode):
         with kernels(mode): torch.mm(a, b, out=out)
     jobs = {"float32": partial(product, "exact"), "copy": lambda: copy.copy_(big)}
@@ -116,9 +125,11 @@ def ceilings(
     rows = [line("device", "matrix product", k, "arithmetic", per_second(raw, k, 2*n**3/1e12), "TFLOP/s", rounds, f"{n} x {n}") for k in jobs if k != "copy"]
     return rows + [line("device", "memory", "copy", "bandwidth", per_second(raw, "copy", 2*big.numel()/1e9), "GB/s", rounds, f"{big.numel()//2**20} MiB")]
 
+# %% ../nbs/lib/70_bench.ipynb #bb52df11
 def describe(device) -> dict: # Plain values for run.json and the page
     "The machine, and what else was running on it."
-    dev = torch.device(device); cuda = dev.type == "cuda"
+    dev = torch.device(device)
+    cuda = dev.type == "cuda"
     name = torch.cuda.get_device_name(dev) if cuda else next((l.split(":")[1].strip() for l in _lines("/proc/cpuinfo") if l.startswith("model name")), platform.processor())
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return dict(device=name, cores=os.cpu_count(), threads=torch.get_num_threads(), load_1min=round(load, 2), torch=torch.__version__,
@@ -129,12 +140,15 @@ def _lines(path): return Path(path).read_text().splitlines() if Path(path).exist
 # %% ../nbs/lib/70_bench.ipynb #3f944df3
 class Operations(TorchDispatchMode):
     "Adds up what torch's own table says of each operator; torch's counter itself stops at the gradient of a penalty."
-    def __init__(self): super().__init__(); self.total = 0
+    def __init__(self):
+        super().__init__()
+        self.total = 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry: self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
+# %% ../nbs/lib/70_bench.ipynb #081aa2e4
 def step_flops(
     recipe:Recipe, # What trains
     labels = None, # Classes, where the recipe needs them
@@ -147,9 +161,12 @@ def step_flops(
     game.start_epoch(0)
     rows = small.rows(4*n, game.labels, torch.Generator().manual_seed(0))[0]
     with Operations() as count:
-        for k in range(recipe.g_every): game.place(k); game.step(rows)
+        for k in range(recipe.g_every):
+            game.place(k)
+            game.step(rows)
     return count.total/(recipe.g_every*len(rows))
 
+# %% ../nbs/lib/70_bench.ipynb #4f78ce5a
 def noise_patches(
     n:int, # How many
     size:int, # Side, px
@@ -169,6 +186,7 @@ class Flipped(torch.utils.data.Dataset):
         if torch.rand(1) < .5: x = x.flip(1)
         return x
 
+# %% ../nbs/lib/70_bench.ipynb #e6e8ffc7
 def textbook_gan(
     recipe:Recipe, # DCGAN or WGAN-GP
     pixels:Tensor, # uint8 `(n,views,s,s)`
@@ -185,29 +203,50 @@ def textbook_gan(
             losses.append(step(G, D, opt_g, opt_d, real.to(device), recipe, turn=at[0] % recipe.g_every == 0))
     return epoch
 
+# %% ../nbs/lib/70_bench.ipynb #e2972134
 def cross_entropy_step(G, D, opt_g, opt_d, real, recipe, turn):
     "Radford 2016 as tutorials write it."
-    n = len(real); z = torch.randn(n, recipe.nz, device=real.device); fake = G(z)
+    n = len(real)
+    z = torch.randn(n, recipe.nz, device=real.device)
+    fake = G(z)
     D.zero_grad()
-    on_real = D(real); loss_real = bce(on_real, torch.empty(n).uniform_(.8, 1.1).to(real.device)); loss_real.backward()
-    on_fake = D(fake.detach()); loss_fake = bce(on_fake, torch.zeros(n, device=real.device)); loss_fake.backward()
+    on_real = D(real)
+    loss_real = bce(on_real, torch.empty(n).uniform_(.8, 1.1).to(real.device))
+    loss_real.backward()
+    on_fake = D(fake.detach())
+    loss_fake = bce(on_fake, torch.zeros(n, device=real.device))
+    loss_fake.backward()
     opt_d.step()
     seen = [loss_real.item() + loss_fake.item(), on_real.sigmoid().mean().item(), on_fake.sigmoid().mean().item()]
     if turn:
-        G.zero_grad(); loss = bce(D(fake), torch.ones(n, device=real.device)); loss.backward(); opt_g.step(); seen.append(loss.item())
+        G.zero_grad()
+        loss = bce(D(fake), torch.ones(n, device=real.device))
+        loss.backward()
+        opt_g.step()
+        seen.append(loss.item())
     return seen
 
+# %% ../nbs/lib/70_bench.ipynb #e2a3934e
 def wasserstein_step(G, D, opt_g, opt_d, real, recipe, turn):
     "Gulrajani 2017 as tutorials write it."
-    n = len(real); z = torch.randn(n, recipe.nz, device=real.device)
-    D.zero_grad(); fake = G(z).detach()
-    a = torch.rand(n, 1, 1, 1, device=real.device); x = (a*real + (1-a)*fake).requires_grad_(True)
+    n = len(real)
+    z = torch.randn(n, recipe.nz, device=real.device)
+    D.zero_grad()
+    fake = G(z).detach()
+    a = torch.rand(n, 1, 1, 1, device=real.device)
+    x = (a*real + (1-a)*fake).requires_grad_(True)
     grad = torch.autograd.grad(D(x), x, torch.ones(n, device=real.device), create_graph=True)[0]
     penalty = ((grad.reshape(n, -1).norm(2, dim=1) - 1)**2).mean()
     loss = D(fake).mean() - D(real).mean() + recipe.penalty*penalty
-    loss.backward(); opt_d.step(); seen = [loss.item(), penalty.item()]
+    loss.backward()
+    opt_d.step()
+    seen = [loss.item(), penalty.item()]
     if turn:
-        G.zero_grad(); loss = -D(G(torch.randn(n, recipe.nz, device=real.device))).mean(); loss.backward(); opt_g.step(); seen.append(loss.item())
+        G.zero_grad()
+        loss = -D(G(torch.randn(n, recipe.nz, device=real.device))).mean()
+        loss.backward()
+        opt_g.step()
+        seen.append(loss.item())
     return seen
 
 # %% ../nbs/lib/70_bench.ipynb #fc8ebcc3
@@ -223,10 +262,14 @@ def engine_job(
     "Our loop as a job."
     game, at = Game(recipe, 0, device, data=pixels.to(device), labels=None if labels is None else torch.as_tensor(labels), mode=mode), [0]
     if not graph: game.engine.capture = None
-    def epoch(): game.start_epoch(at[0]); train_epoch(game, game.data, epoch=at[0]); at[0] += 1
+    def epoch():
+        game.start_epoch(at[0])
+        train_epoch(game, game.data, epoch=at[0])
+        at[0] += 1
     epoch.game = game
     return epoch
 
+# %% ../nbs/lib/70_bench.ipynb #e2574755
 def bench_gan(
     name:str, # How the page calls it
     recipe:Recipe, # What trains
@@ -274,6 +317,7 @@ def time_shares(
     for name,t in events: out[next((g for g,p in GROUPS.items() if re.search(p, name)), "the rest")] += t/total
     return out
 
+# %% ../nbs/lib/70_bench.ipynb #5f29bc36
 def share_rows(
     jobs:dict, # Name -> function without arguments, on a CPU
 ) -> list: # Rows
@@ -293,31 +337,41 @@ def published_iteration(fit:SinGANFit) -> None:
     noise = amp*torch.randn(1, fit.channels, h, w, device=fit.device)
     for _ in range(r.d_steps):
         L["opt_critic"].zero_grad()
-        loss = -D(L["real"]).mean(); loss.backward(retain_graph=True); seen = [loss.item()]
+        loss = -D(L["real"]).mean()
+        loss.backward(retain_graph=True)
+        seen = [loss.item()]
         prev = draw_below(fit)
         fake = G(noise, prev)
-        loss = D(fake.detach()).mean(); loss.backward(retain_graph=True); seen.append(loss.item())
-        a = torch.rand(1, 1, device=fit.device); x = (a*L["real"] + (1-a)*fake.detach()).requires_grad_()
-        score = D(x); g, = torch.autograd.grad(score, x, torch.ones_like(score), create_graph=True, retain_graph=True)
+        loss = D(fake.detach()).mean()
+        loss.backward(retain_graph=True)
+        seen.append(loss.item())
+        a = torch.rand(1, 1, device=fit.device)
+        x = (a*L["real"] + (1-a)*fake.detach()).requires_grad_()
+        score = D(x)
+        g, = torch.autograd.grad(score, x, torch.ones_like(score), create_graph=True, retain_graph=True)
         (((g.norm(2, dim=1)-1)**2).mean()*r.gp).backward()
         L["opt_critic"].step()
     for _ in range(r.g_steps):
         L["opt_G"].zero_grad()
         (-D(fake).mean()).backward(retain_graph=True)
-        rec = r.alpha*nn.functional.mse_loss(G(amp*L["z_rec"], L["prev_rec"]), L["real"]); rec.backward(retain_graph=True)
+        rec = r.alpha*nn.functional.mse_loss(G(amp*L["z_rec"], L["prev_rec"]), L["real"])
+        rec.backward(retain_graph=True)
         L["opt_G"].step()
     rec.item()
 
+# %% ../nbs/lib/70_bench.ipynb #10ce189b
 def as_published(fit:SinGANFit) -> None:
     "Give the live scale a D with batch norm, and biases that train."
     blocks = []
     for conv,norm,_ in fit.live["D"].layers[:4]:
-        bn = nn.BatchNorm2d(norm.num_features).to(fit.device); bn.load_state_dict(norm.state_dict(), strict=False)
+        bn = nn.BatchNorm2d(norm.num_features).to(fit.device)
+        bn.load_state_dict(norm.state_dict(), strict=False)
         blocks.append(nn.Sequential(copy.deepcopy(conv), bn, nn.LeakyReLU(.2, inplace=True)))
     fit.live["critic"] = nn.Sequential(*blocks, copy.deepcopy(fit.live["D"].layers[4])).requires_grad_(True)
     fit.live["G"].requires_grad_(True)
     for k,net in (("opt_critic","critic"), ("opt_G","G")): fit.live[k] = StepAdam(fit.live[net], lr=fit.recipe.lr, beta1=fit.recipe.beta1)
 
+# %% ../nbs/lib/70_bench.ipynb #19826642
 @torch.no_grad()
 def draw_below(fit:SinGANFit) -> Tensor: # `(1,c,h,w)` of the live scale
     "An image from the frozen scales below, drawn alone."
@@ -327,15 +381,19 @@ def draw_below(fit:SinGANFit) -> Tensor: # `(1,c,h,w)` of the live scale
         x = G(z, torch.zeros_like(z) if x is None else resize(x, z.shape[2:], scale=1/fit.plan.factor, eight_bit=fit.recipe.eight_bit))
     return torch.zeros_like(fit.live["real"]) if x is None else resize(x, fit.plan.shapes[fit.scale], scale=1/fit.plan.factor, eight_bit=fit.recipe.eight_bit)
 
+# %% ../nbs/lib/70_bench.ipynb #6cd57ed3
 class Convolutions(TorchDispatchMode):
     "Counts the convolutions of a call, forward and backward, by their sizes."
-    def __init__(self): super().__init__(); self.calls = {}
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
             sign = (func, tuple(("tensor", tuple(a.shape)) if isinstance(a, Tensor) else tuple(a) if isinstance(a, (list, tuple)) else a for a in args))
             self.calls[sign] = self.calls.get(sign, 0) + 1
         return func(*args, **(kwargs or {}))
 
+# %% ../nbs/lib/70_bench.ipynb #25f60f07
 def convolutions_of(
     fn, # Function without arguments
     device, # Where it runs
@@ -350,9 +408,13 @@ def convolutions_of(
             for _ in range(n): func(*args)
     return run
 
+# %% ../nbs/lib/70_bench.ipynb #22a812e8
 def singan_jobs(ours:SinGANFit, plain:SinGANFit, steps:int) -> tuple: # (name -> function without arguments, iterations in each)
     "What is timed at one scale: our steps, a block of chance, the published steps, our convolutions alone."
-    ours.begin(); plain.begin(); as_published(plain); ours.draw_block(0)
+    ours.begin()
+    plain.begin()
+    as_published(plain)
+    ours.draw_block(0)
     steps, B = min(steps, ours.block_steps()), ours.live["block"]
     def run():
         ours.step = 0                      # stays in the block that was drawn
@@ -361,6 +423,7 @@ def singan_jobs(ours:SinGANFit, plain:SinGANFit, steps:int) -> tuple: # (name ->
     return {"ours": run, "block": lambda: ours.draw_block(0), "published loop": lambda: [published_iteration(plain) for _ in range(steps)],
             "convolutions alone": lambda: [alone() for _ in range(steps)]}, steps
 
+# %% ../nbs/lib/70_bench.ipynb #06a5f02e
 def bench_singan(
     size:int, # Side of the image
     recipe:SinGANRecipe, # Its setting
@@ -385,6 +448,7 @@ def bench_singan(
         [f.finish() for f in fits]
     return rows + singan_rows("timed scales together", pd.DataFrame(total), rounds, f"{size} px; {len(ours.plan.shapes) if scales is None else len(scales)} scales")
 
+# %% ../nbs/lib/70_bench.ipynb #a1f5c290
 def singan_rows(item:str, t:pd.DataFrame, rounds:int, note:str) -> list: # `t`: ms, a row a round, a column a job
     "Times of one scale, their ratio and the share of the convolutions."
     mid = lambda x: quartiles(x.to_numpy())
@@ -400,18 +464,23 @@ def sun_xu(
 ) -> tuple: # (AUROC, variance)
     "DeLong's variance by mid-ranks, Sun and Xu 2014 algorithm 2, ties walked through one by one."
     def midrank(x):
-        order, n = np.argsort(x), len(x); z, t, i = x[order], np.zeros(len(x)), 0
+        order, n = np.argsort(x), len(x)
+        z, t, i = x[order], np.zeros(len(x)), 0
         while i < n:
             j = i
             while j < n and z[j] == z[i]: j += 1
-            t[i:j] = .5*(i + j - 1) + 1; i = j
-        out = np.empty(n); out[order] = t
+            t[i:j] = .5*(i + j - 1) + 1
+            i = j
+        out = np.empty(n)
+        out[order] = t
         return out
-    p, q = s[y], s[~y]; m, n = len(p), len(q)
+    p, q = s[y], s[~y]
+    m, n = len(p), len(q)
     tx, ty, tz = midrank(p), midrank(q), midrank(np.r_[p, q])
     v, u = (tz[:m] - tx)/n, 1 - (tz[m:] - ty)/m
     return v.mean(), v.var(ddof=1)/m + u.var(ddof=1)/n
 
+# %% ../nbs/lib/70_bench.ipynb #1be3afa9
 def bench_metrics(
     *,
     n:int, # Patches on each side of the Fréchet distance
@@ -422,8 +491,10 @@ def bench_metrics(
     "FID and DeLong, ours and as others compute them; values must agree."
     from mammo_nb.metrics.delong import delong
     from mammo_nb.metrics.fid import fid
-    g = rng(0, "bench metrics"); x, z = g.standard_normal((n, dim)), g.standard_normal((n, dim)) + .1
-    y, s = g.random(scores) < .4, g.standard_normal(scores); rows = []
+    g = rng(0, "bench metrics")
+    x, z = g.standard_normal((n, dim)), g.standard_normal((n, dim)) + .1
+    y, s = g.random(scores) < .4, g.standard_normal(scores)
+    rows = []
     ours, theirs = delong(y, s), sun_xu(y, s)
     off = max(abs(ours.auc[0] - theirs[0]), abs(ours.cov[0,0]/theirs[1] - 1))
     raw = in_turns({"ours": lambda: delong(y, s), "Sun and Xu's loop": lambda: sun_xu(y, s)}, rounds=rounds)
@@ -435,7 +506,8 @@ def bench_metrics(
     except ImportError: note = f"{n} x {dim}; torch-fidelity is not installed"
     else:
         def library(): return fid_statistics_to_metric(*(fid_features_to_statistics(torch.from_numpy(v)) for v in (x, z)), False)
-        got = next(iter(library().values())); note, jobs["torch-fidelity"] = f"{n} x {dim}, values differ by {abs(fid(x, z)/got - 1):.0e}", library
+        got = next(iter(library().values()))
+        note, jobs["torch-fidelity"] = f"{n} x {dim}, values differ by {abs(fid(x, z)/got - 1):.0e}", library
     rounds = rounds if dim < 1000 else max(1, rounds//3)       # the library takes half a minute at the published size
     raw = in_turns(jobs, rounds=rounds, warmup=0)
     rows += [line("metrics", "Fréchet distance", k, "one distance", quartiles(raw.seconds[raw.name == k]), "s", rounds, note) for k in jobs]
@@ -451,6 +523,7 @@ class Graded(torch.utils.data.Dataset):
         x = torch.from_numpy(self.pixels[i])[None].float()/255
         return self.prepare(x.flip(2) if torch.rand(1) < .5 else x), torch.tensor(int(self.target[i]))
 
+# %% ../nbs/lib/70_bench.ipynb #1c8237c4
 def textbook_fit(
     model:nn.Module, # Classifier
     pixels:np.ndarray, # uint8 `(n,s,s)`
@@ -472,6 +545,7 @@ def textbook_fit(
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return epoch
 
+# %% ../nbs/lib/70_bench.ipynb #fe978700
 @dataclass(frozen=True)
 class HeadsSize:
     "Sizes of paper 00's classifiers."
@@ -483,6 +557,7 @@ class HeadsSize:
     epochs:int = 100    # Of each
     sample:int = 256    # Patches in the textbook's timed epoch
 
+# %% ../nbs/lib/70_bench.ipynb #139956ab
 def heads_jobs(z:HeadsSize, device, folder:Path) -> dict: # Name -> function without arguments
     "Features once, all heads, and an epoch of the textbook on some patches."
     from mammo_nb.clf.resnet import FrozenResNet, HeadJob, HeadRecipe, Preparation, fit_heads, frozen_resnet, resnet_features
@@ -490,12 +565,15 @@ def heads_jobs(z:HeadsSize, device, folder:Path) -> dict: # Name -> function wit
     pixels, y = rng(0, "bench heads").integers(0, 256, (n, 64, 64), dtype=np.uint8), np.arange(n) % 3
     net, prepare, table = frozen_resnet("none", depth=z.depth), Preparation(z.size), rng(0, "bench table").standard_normal((n, 2048)).astype(np.float32)
     jobs = [HeadJob(str(i), tuple(range(z.train)), tuple(range(z.train, n)), seed=i) for i in range(z.jobs)]
-    def features(): at[0] += 1; resnet_features(pixels, net=net, prepare=prepare, folder=folder/str(at[0]), bs=32 if torch.device(device).type == "cpu" else 256, device=device)
+    def features():
+        at[0] += 1
+        resnet_features(pixels, net=net, prepare=prepare, folder=folder/str(at[0]), bs=32 if torch.device(device).type == "cpu" else 256, device=device)
     body = FrozenResNet(copy.deepcopy(net.body), key="bench", scale=net.scale).to(device)
     whole = nn.Sequential(body, nn.Linear(2048, 3))
     plain = textbook_fit(whole, pixels[:z.sample], y[:z.sample], bs=128, lr=1e-2, device=device, prepare=lambda x: prepare.scale(x[None])[0])
     return dict(features=features, heads=lambda: fit_heads(table, y, jobs, recipe=HeadRecipe(epochs=z.epochs), device=device), textbook=plain)
 
+# %% ../nbs/lib/70_bench.ipynb #1ff896cd
 def bench_heads(
     z:HeadsSize, # Sizes
     *,
@@ -538,6 +616,7 @@ def bench_fits(
         rows.append(line("classifiers", name, "ours", "times the textbook loop", ratio(raw, "ours", "textbook"), "", rounds, note))
     return rows
 
+# %% ../nbs/lib/70_bench.ipynb #9808f4c5
 def classifier_nets(sizes:str) -> dict: # `demo`, `cpu`, `published`
     "The classifiers of papers 03 and 04 at these sizes, with their batches."
     if sizes == "demo": return {"CNN of paper 04": (dict(kind="cnn", size=32, widths=(4,8,8,16), hidden=16), 4)}
@@ -552,7 +631,9 @@ def thread_job(
     name:str, # Of `THREAD_JOBS`
 ): # Function without arguments
     "One unit of work for the comparison of threads."
-    def gan(key, size, width, batch=16): r = RECIPES[key].small(size, width, batch=batch); return engine_job(r, noise_patches(5*batch, size), "cpu")
+    def gan(key, size, width, batch=16):
+        r = RECIPES[key].small(size, width, batch=batch)
+        return engine_job(r, noise_patches(5*batch, size), "cpu")
     if name.startswith("SinGAN"):
         fit = SinGANFit(to_tanh(rng(0, "bench").integers(0, 256, (1,48,48), dtype=np.uint8)), keys=["bench"], recipe=SinGANRecipe(steps=10**6, min_size=48 if "48" in name else 24), seed=0)
         fit.begin()
@@ -571,13 +652,19 @@ def thread_job(
 
 THREAD_JOBS = ("DCGAN 64 px", "DCGAN 128 px", "WGAN-GP 64 px", "SinGAN 24 px", "SinGAN 48 px", "contextual GAN 32 px", "CNN 64 px")
 
+# %% ../nbs/lib/70_bench.ipynb #1d24bce7
 def thread_worker() -> None:
     "A process that waits for `name` and then, for each further line, works once and tells the seconds."
-    torch.set_num_threads(int(sys.argv[1])); job = thread_job(sys.argv[2]); job()
+    torch.set_num_threads(int(sys.argv[1]))
+    job = thread_job(sys.argv[2])
+    job()
     print("ready", flush=True)
     for _ in sys.stdin:
-        begun = time.perf_counter(); job(); print(time.perf_counter() - begun, flush=True)
+        begun = time.perf_counter()
+        job()
+        print(time.perf_counter() - begun, flush=True)
 
+# %% ../nbs/lib/70_bench.ipynb #666d5c90
 class Worker:
     "A process of `thread_worker`."
     def __init__(self, threads:int, name:str):
@@ -588,9 +675,14 @@ class Worker:
         "The next line; a process that died is an error."
         if not (said := self.process.stdout.readline()): raise RunError("a process that measures threads ended", "threads", "look at the memory of the machine, or leave this part out")
         return said.strip()
-    def go(self): self.process.stdin.write("go\n"); self.process.stdin.flush()
-    def end(self): self.process.stdin.close(); self.process.wait()
+    def go(self):
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
 
+# %% ../nbs/lib/70_bench.ipynb #8dc70ff1
 def bench_threads(
     names = THREAD_JOBS, # Which work
     *,
@@ -628,8 +720,11 @@ def bench_crops(
     from mammo_nb.data.patches import PatchSet, extract, lesion_patches
     data, at = read_inbreast(phantom_tree("inbreast", centre="a", n_patients=patients, scale=scale)), [0]
     plan = lesion_patches(data)
-    def cut(rows=plan.rows): at[0] += 1; return extract(replace(plan, rows=rows), size=size, views=4, folder=folder/f"{at[0]}", threads=1)
-    kept = cut().save(folder/"kept"); n = len(plan.rows)*4
+    def cut(rows=plan.rows):
+        at[0] += 1
+        return extract(replace(plan, rows=rows), size=size, views=4, folder=folder/f"{at[0]}", threads=1)
+    kept = cut().save(folder/"kept")
+    n = len(plan.rows)*4
     def cached(): return int(PatchSet.load(kept).pixels.sum(dtype=np.int64))
     raw = in_turns({"from DICOM": cut, "from the cache": cached}, rounds=rounds)
     each = [rows.reset_index(drop=True) for _,rows in plan.rows.groupby("image_id")]
@@ -639,6 +734,7 @@ def bench_crops(
     out = [line("patches", "crops", k, "speed", per_second(raw, k, n), "crops/s", rounds, note) for k in ("from DICOM", "from the cache")]
     return out + [line("patches", "an image with lesions", "from DICOM", "read, cut and keep", quartiles(alone.seconds*1e3), "ms", len(each), "spread over images; " + note)]
 
+# %% ../nbs/lib/70_bench.ipynb #395ec77f
 def peak_memory(
     recipe:Recipe, # What trains
     mode:str, # Arithmetic
@@ -647,8 +743,11 @@ def peak_memory(
     "Peak memory of one epoch of two batches, networks and optimisers included."
     pixels = noise_patches(2*recipe.batch, recipe.size)
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(device); base = torch.cuda.memory_allocated(device)
-        engine_job(recipe, pixels, device, mode=mode)(); torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        base = torch.cuda.memory_allocated(device)
+        engine_job(recipe, pixels, device, mode=mode)()
+        torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated(device) - base)/2**20
     name = next(k for k,r in RECIPES.items() if type(r) is type(recipe) and r.betas == recipe.betas)
     code = f"from mammo_nb.bench import _peak; print(_peak('{name}', {dict(vars(recipe))!r}, '{mode}', {torch.get_num_threads()}))"
@@ -656,13 +755,18 @@ def peak_memory(
     return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
 
 def _peak(name, fields, mode, threads): # In a process of its own
-    torch.set_num_threads(threads); recipe = replace(RECIPES[name], **fields); pixels = noise_patches(2*recipe.batch, recipe.size)
-    tiny = RECIPES[name].small(size=16, width=1/16, batch=4); engine_job(tiny, noise_patches(8, 16), "cpu", mode=mode)()     # what torch loads late
+    torch.set_num_threads(threads)
+    recipe = replace(RECIPES[name], **fields)
+    pixels = noise_patches(2*recipe.batch, recipe.size)
+    tiny = RECIPES[name].small(size=16, width=1/16, batch=4)
+    engine_job(tiny, noise_patches(8, 16), "cpu", mode=mode)()     # what torch loads late
     held = lambda key: next(int(l.split()[1])/1024 for l in _lines("/proc/self/status") if l.startswith(key))
     Path("/proc/self/clear_refs").write_text("5")         # the peak starts here
-    base = held("VmRSS"); engine_job(recipe, pixels, "cpu", mode=mode)()
+    base = held("VmRSS")
+    engine_job(recipe, pixels, "cpu", mode=mode)()
     return held("VmHWM") - base
 
+# %% ../nbs/lib/70_bench.ipynb #94d20b48
 def slope(
     sizes, # Sizes of the work
     seconds, # Time of each
@@ -670,6 +774,7 @@ def slope(
     "Exponent of the growth: slope of log seconds over log size."
     return float(np.polyfit(np.log(np.asarray(sizes, float)), np.log(np.asarray(seconds, float)), 1)[0])
 
+# %% ../nbs/lib/70_bench.ipynb #8cd1b1dd
 def bench_growth(
     recipe:Recipe, # A GAN
     *,
@@ -714,6 +819,7 @@ class Setup:
     heads:HeadsSize = HeadsSize("small", 32, 24, 12, 3, 4, 12) # Paper 00's classifiers
     nets:str = "demo"       # Sizes of the other classifiers, see `classifier_nets`
 
+# %% ../nbs/lib/70_bench.ipynb #de4dbea4
 SETUPS = {"demo": Setup(context=dict(size=32, width=.25, batch=2), cgan=dict(size=32, width=1/8)),
           "cpu": Setup(size=64, width=.25, rounds=3, singan=64, singan_width=32, fid=(500, 2048), scores=100_000, patients=24, scale=.5, crop=128, growth=(128, 256, 512),
                        context=dict(size=64, batch=1), cgan=dict(size=64, width=.5), heads=HeadsSize("50", 64, 217, 93, 27, 20, 64), nets="cpu"),
@@ -727,16 +833,19 @@ def setup_of(
     "These sizes with the knobs that were turned."
     return replace(SETUPS[sizes], **{k: v for k,v in knobs.items() if v})
 
+# %% ../nbs/lib/70_bench.ipynb #5abb050d
 def sized(name:str, S:Setup) -> Recipe:
     "A patch GAN at these sizes."
     return RECIPES[name].small(S.size, S.width, **(dict(batch=S.batch) if S.batch else {}))
 
+# %% ../nbs/lib/70_bench.ipynb #0248d33e
 def gan_list(S:Setup) -> dict: # Name -> arguments of `bench_gan`
     "All patch GANs of the five papers."
     out = {name: dict(recipe=sized(name, S), steps=S.steps) for name in ("thesis_dcgan", "sharing_dcgan", "sharing_wgangp")}
     out["sharing_wgangp, fakes ahead"] = dict(recipe=replace(sized("sharing_wgangp", S), ahead=True), steps=S.steps)
     return out | {label: dict(recipe=r, steps=max(1, S.steps//5), textbook=False, labels=labels) for r,label,labels in later_gans(S)}
 
+# %% ../nbs/lib/70_bench.ipynb #c2975b9e
 def gan_rows(
     S:Setup, # Sizes
     name:str, # Of `gan_list`
@@ -748,6 +857,7 @@ def gan_rows(
     try: return bench_gan(name, **gan_list(S)[name], device=device, rounds=S.rounds, ceiling=ceiling)
     except RuntimeError as e: return [line("GANs", name, "none", "not measured", float("nan"), "", 0, str(e).splitlines()[0][:150])]
 
+# %% ../nbs/lib/70_bench.ipynb #6556fd57
 def later_gans(S:Setup) -> list: # (recipe, name, classes)
     "The contextual GAN at both widths of its discriminator, and the conditional GAN."
     from mammo_nb.gans import cgan, context   # noqa: F401 - they add their recipes
@@ -783,7 +893,9 @@ class Goal:
     factor:float = 1. # Times the line's value
     when:tuple = () # Fields of the setup and the values they must have
 
+# %% ../nbs/lib/70_bench.ipynb #fca053a9
 WHOLE = (("size", 128), ("width", 1.))
+
 GOALS = (Goal("thesis DCGAN, 45 wide, 128 px, batch 64", dict(item="thesis_dcgan", what="speed"), 10_000, "img/s", True, when=(*WHOLE, ("batch", (0, 64)))),
          Goal("sharing DCGAN, 128 px, batch 16", dict(item="sharing_dcgan", what="speed"), 6000, "img/s", True, when=(*WHOLE, ("batch", (0, 16)))),
          Goal("SinGAN, 224 px, 2000 iterations a scale", dict(item="timed scales together", variant="ours", what="an iteration"), 120, "s an image", False, 2.,
@@ -815,12 +927,19 @@ def speed_figure(rows:pd.DataFrame):
     fig, ax = plt.subplots(figsize=(7, .8 + .3*len(r)), layout="constrained")
     ax.axvline(1, color="#888888", lw=1)
     ax.errorbar(r.value, range(len(r)), xerr=[r.value - r.lo, r.hi - r.value], fmt="o", color="#1b6ca8", capsize=3)
-    ax.set_yticks(range(len(r)), [f"{a}, {b}" for a,b in zip(r.item, r.variant)]); ax.invert_yaxis(); ax.set_xscale("log")
-    low, high = min(.9, .95*r.value.min()), max(3., 1.3*r.value.max()); ticks = [t for t in (.2,.5,1,1.5,2,3,5,10,30,100,300,1000) if low <= t <= high]
-    ax.set_xlim(low, high); ax.set_xticks(ticks, [f"{t:g}" for t in ticks]); ax.minorticks_off()
-    tidy(ax, grid="x"); dress(ax, x="times the plain loop, median and quartiles (log scale)")
+    ax.set_yticks(range(len(r)), [f"{a}, {b}" for a,b in zip(r.item, r.variant)])
+    ax.invert_yaxis()
+    ax.set_xscale("log")
+    low, high = min(.9, .95*r.value.min()), max(3., 1.3*r.value.max())
+    ticks = [t for t in (.2,.5,1,1.5,2,3,5,10,30,100,300,1000) if low <= t <= high]
+    ax.set_xlim(low, high)
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    tidy(ax, grid="x")
+    dress(ax, x="times the plain loop, median and quartiles (log scale)")
     return fig
 
+# %% ../nbs/lib/70_bench.ipynb #7ede3e53
 def page_table(
     rows:pd.DataFrame, # Lines of one section
 ) -> tuple: # (table as text: a row for each item and variant, notes as markdown)
@@ -833,6 +952,7 @@ def page_table(
     order = sorted(dict.fromkeys(r.what), key=lambda w: not w.startswith("times"))       # what is compared comes first
     return wide[order].fillna("").reset_index(), "\n".join(f"- {', '.join(items)}: {note}" for note,items in notes.items() if note)
 
+# %% ../nbs/lib/70_bench.ipynb #71c05c8d
 SAID = {"SinGAN": "Our part of drawing images some steps ahead is counted. What the convolutions alone would give over the published loop is the most that this arithmetic allows."}
 
 def write_bench(
@@ -860,6 +980,7 @@ def write_bench(
     return write_report(Path(folder)/f"{name}.html", title="Benchmarks", subtitle="What the device can do, and what the loops make of it",
                         banner="NOISE AND PHANTOMS – " + ("DEMO SIZE" if demo else "AS STATED BELOW"), sections=parts, meta={"machine": {k: str(v) for k,v in about.items()}})
 
+# %% ../nbs/lib/70_bench.ipynb #faf1845c
 def device_name(about:dict) -> str: # From `describe`; e.g. `nvidia-h100`, `cpu-2core`
     "A file name for the machine."
     gpu = re.search(r"(NVIDIA|AMD Radeon|AMD Instinct)\s.*?([A-Z]+\d+\w*)", about["device"])

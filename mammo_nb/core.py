@@ -27,10 +27,19 @@ class MammoError(Exception):
         self.what, self.where, self.fix = what, str(where), fix
         super().__init__(": ".join(p for p in (str(where), what) if p) + (f" – {fix}" if fix else ""))
 
+# %% ../nbs/lib/10_core.ipynb #81d36817
 class ParameterError(MammoError): "A parameter of a notebook is unknown, of the wrong type or out of range."
+
+# %% ../nbs/lib/10_core.ipynb #ae66d89b
 class DataError(MammoError): "A data folder, table or image cannot be used."
+
+# %% ../nbs/lib/10_core.ipynb #6dd6353a
 class LeakError(MammoError): "The same patient, image or pixels are on two sides of a split."
+
+# %% ../nbs/lib/10_core.ipynb #0a58545f
 class WeightsError(MammoError): "A weights file does not fit the network, or cannot be read safely."
+
+# %% ../nbs/lib/10_core.ipynb #6db208b1
 class RunError(MammoError): "A run cannot go on: full disk, unfinished stage, foreign run folder."
 
 # %% ../nbs/lib/10_core.ipynb #5387e109
@@ -51,6 +60,7 @@ def repo_root() -> Path: # Folder that holds settings.ini, else the working fold
             if (p/"settings.ini").is_file() and (p/"nbs").is_dir(): return p
     return Path.cwd()
 
+# %% ../nbs/lib/10_core.ipynb #4434b650
 def cache_dir(
     *parts:str # Sub-folders
 ) -> Path: # Existing folder
@@ -68,6 +78,7 @@ def seed_of(
     h = hashlib.sha256(json.dumps([int(seed), *map(str, purpose)]).encode()).digest()
     return int.from_bytes(h[:8], "little") >> 1
 
+# %% ../nbs/lib/10_core.ipynb #522b221f
 def rng(
     seed:int, # The run's seed
     *purpose, # What the draw is for
@@ -75,6 +86,7 @@ def rng(
     "NumPy generator of this seed and purpose."
     return np.random.default_rng(seed_of(seed, *purpose))
 
+# %% ../nbs/lib/10_core.ipynb #52b3abb7
 def torch_rng(
     seed:int, # The run's seed
     *purpose, # What the draw is for
@@ -94,7 +106,8 @@ def global_seed(
     import torch
     old_np, cuda = np.random.get_state(), list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed_of(seed, *purpose)); np.random.seed(seed_of(seed, *purpose) % 2**32)
+        torch.manual_seed(seed_of(seed, *purpose))
+        np.random.seed(seed_of(seed, *purpose) % 2**32)
         try: yield
         finally: np.random.set_state(old_np)
 
@@ -112,14 +125,21 @@ def write_whole(
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".part" + path.suffix, dir=path.parent); os.close(fd)
+        fd, tmp = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".part" + path.suffix, dir=path.parent)
+        os.close(fd)
     except OSError as e: raise _disk_error(e, path) from e
     try:
         yield Path(tmp)
-        os.chmod(tmp, 0o644); _fsync(tmp); os.replace(tmp, path); _fsync(path.parent)
+        os.chmod(tmp, 0o644)
+        _fsync(tmp)
+        os.replace(tmp, path)
+        _fsync(path.parent)
     except OSError as e:
-        Path(tmp).unlink(missing_ok=True); raise _disk_error(e, path) from e
-    except BaseException: Path(tmp).unlink(missing_ok=True); raise
+        Path(tmp).unlink(missing_ok=True)
+        raise _disk_error(e, path) from e
+    except BaseException:
+        Path(tmp).unlink(missing_ok=True)
+        raise
 
 def _disk_error(e, path):
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -128,11 +148,13 @@ def _disk_error(e, path):
         return RunError("this folder cannot be written to", path, "choose another run_dir or set MAMMO_NB_CACHE")
     return e
 
+# %% ../nbs/lib/10_core.ipynb #09da09f2
 def write_text(path:Path, text:str) -> Path:
     "Write text whole."
     with write_whole(path) as tmp: tmp.write_text(text, encoding="utf-8")
     return Path(path)
 
+# %% ../nbs/lib/10_core.ipynb #3213a2aa
 def _plain(o):
     if isinstance(o, (np.integer, np.floating, np.bool_)): return o.item()
     if isinstance(o, np.ndarray): return o.tolist()
@@ -143,11 +165,13 @@ def write_json(path:Path, obj) -> Path:
     "Write JSON whole, with sorted keys so that equal content means equal bytes."
     return write_text(path, json.dumps(obj, indent=1, sort_keys=True, default=_plain, ensure_ascii=False) + "\n")
 
+# %% ../nbs/lib/10_core.ipynb #1dfc77a6
 def write_csv(path:Path, df, index:bool=False) -> Path: # A pandas frame, six significant digits
     "Write a table whole; floats with nine significant digits, so that equal numbers mean equal bytes."
     with write_whole(path) as tmp: df.to_csv(tmp, index=index, float_format="%.9g", lineterminator="\n")
     return Path(path)
 
+# %% ../nbs/lib/10_core.ipynb #72c2c822
 def read_json(path:Path) -> dict:
     "Read JSON; a file that is not JSON is named."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -161,14 +185,24 @@ def hash_of(
     h = hashlib.sha256()
     def feed(o):
         if hasattr(o, "detach"): o = o.detach().cpu().numpy()
-        if isinstance(o, np.ndarray): h.update(f"{o.dtype}{o.shape}".encode()); h.update(np.ascontiguousarray(o).reshape(-1).view(np.uint8))      # no copy of large data
+        if isinstance(o, np.ndarray):
+            h.update(f"{o.dtype}{o.shape}".encode())
+            h.update(np.ascontiguousarray(o).reshape(-1).view(np.uint8))      # no copy of large data
         elif isinstance(o, dict):
-            h.update(b"{"); [(h.update(str(k).encode()), feed(o[k])) for k in sorted(o, key=str)]; h.update(b"}")
-        elif isinstance(o, (list, tuple)): h.update(b"["); [feed(i) for i in o]; h.update(b"]")
-        else: h.update(json.dumps(o, sort_keys=True, default=_plain).encode()); h.update(b";")
+            h.update(b"{")
+            [(h.update(str(k).encode()), feed(o[k])) for k in sorted(o, key=str)]
+            h.update(b"}")
+        elif isinstance(o, (list, tuple)):
+            h.update(b"[")
+            [feed(i) for i in o]
+            h.update(b"]")
+        else:
+            h.update(json.dumps(o, sort_keys=True, default=_plain).encode())
+            h.update(b";")
     for o in objs: feed(o)
     return h.hexdigest()[:16]
 
+# %% ../nbs/lib/10_core.ipynb #145679ec
 def file_hash(
     path:Path, # File
 ) -> str: # sha256 as 64 hex digits
@@ -186,7 +220,8 @@ def locked(
     path:Path, # Any path; the lock file is `path` + `.lock`
 ):
     "Hold an exclusive lock between processes (and threads) for the length of the block; freed even by `kill -9`."
-    lock = Path(f"{path}.lock"); lock.parent.mkdir(parents=True, exist_ok=True)
+    lock = Path(f"{path}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock): yield
 
 # %% ../nbs/lib/10_core.ipynb #843c2537
@@ -211,6 +246,7 @@ def check_mode(mode:str) -> str:
     if mode not in MODES: raise ParameterError(f"'{mode}' is no mode", "mode", nearest(mode, list(MODES)))
     return mode
 
+# %% ../nbs/lib/10_core.ipynb #e904f9ec
 def _choose(benchmark, deterministic, tf32_conv, tf32_product): # -> what was chosen before
     import torch
     conv, product = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -229,6 +265,7 @@ def kernels(
     try: yield
     finally: _choose(*old)
 
+# %% ../nbs/lib/10_core.ipynb #eccc29c6
 def exact_mode() -> None:
     "Ask torch for reproducible kernels and full float32: same seed and device class, same tables."
     _choose(*KERNELS["exact"])
@@ -244,11 +281,14 @@ def progress(
 ):
     "Go through `items`, showing how far it is and the time left; quiet when not on a terminal."
     total = total if total is not None else start + len(items)
-    if sys.stdout.isatty(): yield from tqdm(items, desc=label, total=total, initial=start); return
+    if sys.stdout.isatty():
+        yield from tqdm(items, desc=label, total=total, initial=start)
+        return
     t0 = last = time.monotonic()
     for i,item in enumerate(items, start=start+1):
         yield item
         now = time.monotonic()
         if now-last >= every:
-            left = (now-t0)/(i-start)*(total-i); last = now
+            left = (now-t0)/(i-start)*(total-i)
+            last = now
             print(f"{label}: {i}/{total}, {left:.0f} s left", flush=True)

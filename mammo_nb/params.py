@@ -26,6 +26,7 @@ def one_of(
         return v
     return AfterValidator(check)
 
+# %% ../nbs/lib/11_params.ipynb #e573051a
 def some_of(
     *choices, # Allowed words
 ):
@@ -36,12 +37,14 @@ def some_of(
         return v
     return BeforeValidator(lambda v: str(v) if type(v) is int else v), AfterValidator(check) # `-p regimes 100` arrives as a number
 
+# %% ../nbs/lib/11_params.ipynb #a74ac885
 def split_words(
     text:str, # `"cnn, swin"`
 ) -> list: # `["cnn","swin"]`
     "The words of a list parameter."
     return [w.strip() for w in text.split(",") if w.strip()]
 
+# %% ../nbs/lib/11_params.ipynb #7b7b8ad8
 def between(
     low=None, # Smallest allowed
     high=None, # Largest allowed
@@ -49,11 +52,13 @@ def between(
     "Rule: a number in this closed range."
     return Field(ge=low, le=high)
 
+# %% ../nbs/lib/11_params.ipynb #eedebecf
 def existing_folder(v:str) -> str:
     "Rule: empty, or a folder that is there."
     if v and not Path(v).expanduser().is_dir(): raise ValueError(f"no such folder: {v!r} – give the folder that holds the data set")
     return v
 
+# %% ../nbs/lib/11_params.ipynb #d6488f33
 def writable_folder(v:str) -> str:
     "Rule: empty, or a folder that exists or can be made."
     p = Path(v).expanduser() if v else None

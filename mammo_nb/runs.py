@@ -35,6 +35,7 @@ def code_hash() -> str: # 16 hex digits
     write_text(memo, code)
     return code
 
+# %% ../nbs/lib/12_runs.ipynb #c30969e7
 def versions() -> dict: # distribution -> version
     "Python, machine and the versions of everything that can move a number."
     names = ["mammo_nb","torch","torchvision","fastai","timm","numpy","scipy","pandas","scikit-learn","pillow","pydicom","papermill","nbdev"]
@@ -45,6 +46,7 @@ def _installed(name):
     try: return bool(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError: return False
 
+# %% ../nbs/lib/12_runs.ipynb #b47c8ef2
 def git_commit() -> str: # Commit, with `+changes` where the tree differs from it, or 'no git'
     "The commit the code came from."
     def git(*a): return subprocess.run(["git","-C",repo_root(),*a], capture_output=True, text=True, timeout=20)
@@ -61,6 +63,7 @@ def default_run_dir(
     "`reports/<preset>/<paper>/<data>-<protocol>-seed<k>` in the repository."
     return repo_root()/"reports"/params.preset/paper/f"{data}-{params.protocol}-seed{params.seed}"
 
+# %% ../nbs/lib/12_runs.ipynb #3e82748b
 class Run:
     "One run of one paper: its folder, its log, its stages."
     free = {"only", "run_dir"} # Parameters that may differ when a run goes on
@@ -79,7 +82,8 @@ class Run:
         for d in ("tables","figures","checkpoints"): self._mkdir(self.dir/d)
         self.info = dict(paper=paper, data=data, parameters=vars(params), resolved=resolved or {}, versions=versions(), commit=git_commit(),
                          device=_device_name(self.device), mode=params.mode, started=_now(), status="running", stages={}, skipped=[])
-        self._mend_log(); self.save()
+        self._mend_log()
+        self.save()
 
     def _mkdir(self, d):
         try: d.mkdir(parents=True, exist_ok=True)
@@ -89,7 +93,8 @@ class Run:
 @patch
 def _refuse_foreign(self:Run): # Same folder, other question: stop before anything is overwritten
     if not (f := self.dir/"run.json").exists(): return
-    old = read_json(f); now = json.loads(json.dumps(vars(self.params)))
+    old = read_json(f)
+    now = json.loads(json.dumps(vars(self.params)))
     if old.get("paper") != self.paper: raise RunError(f"holds a run of {old.get('paper')}", self.dir, "choose another run_dir")
     other = [f"{k}={old['parameters'][k]!r}" for k in now if k not in self.free and k in old["parameters"] and old["parameters"][k] != now[k]]
     if other: raise RunError(f"holds a run with {', '.join(other)}",
@@ -105,27 +110,35 @@ def save(self:Run):
     "Write run.json."
     write_json(self.dir/"run.json", self.info)
 
+# %% ../nbs/lib/12_runs.ipynb #b114301c
 @patch
 def note(self:Run, **fields):
     "Add fields to run.json."
-    self.info.update(fields); self.save()
+    self.info.update(fields)
+    self.save()
 
+# %% ../nbs/lib/12_runs.ipynb #b2dc1399
 @patch
 def log(self:Run, **fields):
     "Append one line to steps.jsonl."
     line = json.dumps({"t":round(time.time()-self.t0,3), **fields}, default=str)
     with open(self.dir/"steps.jsonl","a",encoding="utf-8") as f: f.write(line+"\n")
 
+# %% ../nbs/lib/12_runs.ipynb #7110076e
 @patch
 def table(self:Run, name:str, df:pd.DataFrame) -> pd.DataFrame:
     "Write tables/<name>.csv and give the table back."
-    write_csv(self.dir/"tables"/f"{name}.csv", df); return df
+    write_csv(self.dir/"tables"/f"{name}.csv", df)
+    return df
 
+# %% ../nbs/lib/12_runs.ipynb #176b1c02
 @patch
 def results(self:Run, df:pd.DataFrame) -> pd.DataFrame:
     "Write results.csv and give it back."
-    write_csv(self.dir/"results.csv", df); return df
+    write_csv(self.dir/"results.csv", df)
+    return df
 
+# %% ../nbs/lib/12_runs.ipynb #ba95b559
 @patch
 def facts(self:Run) -> dict:
     "What a page says of its run; of folders and files only their names, for a page travels and this machine does not."
@@ -133,11 +146,13 @@ def facts(self:Run) -> dict:
     return {"Parameters":{k: short(v) for k,v in vars(self.params).items() if k != "run_dir"}, "Commit":self.info["commit"], "Versions":self.info["versions"],
             "Device":self.info["device"], "Arithmetic":self.info["mode"], "Started":self.info["started"]}
 
+# %% ../nbs/lib/12_runs.ipynb #0a04f9eb
 @patch
 def finish(self:Run):
     "Mark the run as complete."
     self.note(status="done", finished=_now(), seconds=round(time.time()-self.t0,1))
 
+# %% ../nbs/lib/12_runs.ipynb #83d7adc8
 def os_truncate(path, size):
     "Cut a file to this many bytes."
     with open(path, "r+b") as f: f.truncate(size)
@@ -168,6 +183,7 @@ def stage_folder(
     plain = {k: v.name if isinstance(v, Path) else v for k,v in inputs.items()} # the folder of an earlier stage ends in its key
     return root/f"{name}-{hash_of(name, plain, code_hash())[:12]}"
 
+# %% ../nbs/lib/12_runs.ipynb #532dcf10
 def do_stage(
     folder:Path, # Where the result goes
     name:str, # Name of the stage
@@ -183,7 +199,9 @@ def do_stage(
         threads = torch.get_num_threads()
         if log: log(stage=name, event="start")
         torch.set_num_threads(1)
-        try: folder.mkdir(parents=True, exist_ok=True); seconds = _work(fn, folder, mode)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            seconds = _work(fn, folder, mode)
         except OSError as e: raise RunError(e.strerror or str(e), e.filename or folder, "mend this and give the same command again; finished stages are kept") from e
         finally: torch.set_num_threads(threads)
         _seal(folder, name, seconds, inputs)
@@ -220,6 +238,7 @@ def stage(self:Run,
     "Do the stage unless its folder is complete already."
     return self.stages([dict(name=name, fn=fn, inputs=inputs, group=group, shared=shared)], workers=1)[0]
 
+# %% ../nbs/lib/12_runs.ipynb #c3cac8ff
 @patch
 def stages(self:Run,
     jobs:list, # One dict of `stage`'s arguments for each
@@ -243,13 +262,18 @@ def _placed(self:Run, name, inputs, group, shared=False): # Folder of a stage, N
     folder = None if why else stage_folder(name, inputs, cache_dir("stages", self.paper) if shared else self.dir/"checkpoints")
     if folder is not None and self.only and group not in self.only and not _complete(folder): why = f"'{group}' is not in only={self.params.only!r}"
     if not why: return folder
-    self.info["skipped"].append([name, why]); self.log(stage=name, event="left out", why=why)
+    self.info["skipped"].append([name, why])
+    self.log(stage=name, event="left out", why=why)
 
+# %% ../nbs/lib/12_runs.ipynb #2f4c8d1a
 def write_json_into(folder:Path, obj, name:str="result.json"):
     "Simplest stage: one JSON file in the folder."
     write_json(Path(folder)/name, obj)
 
-def progress_if(label, items, total): "Go through items, with a progress line if there is a label."; return progress(items, label, total=total) if label else items
+# %% ../nbs/lib/12_runs.ipynb #ee6af203
+def progress_if(label, items, total):
+    "Go through items, with a progress line if there is a label."
+    return progress(items, label, total=total) if label else items
 
 # %% ../nbs/lib/12_runs.ipynb #ef8764d2
 def end_with(
@@ -275,15 +299,22 @@ def _each(self:Run, jobs, folders, todo, workers): # Yields (number, seconds) as
             for p in list((pool._processes or {}).values()): p.terminate()
             raise
         finally: pool.shutdown(cancel_futures=True)
-    except KeyboardInterrupt: self._stop("interrupted"); raise
-    except BrokenProcessPool as e: self._stop("failed"); raise RunError("a worker process was killed, perhaps for want of memory", self.dir, "give the same command again; finished stages are kept") from e
-    except MammoError: self._stop("failed"); raise
+    except KeyboardInterrupt:
+        self._stop("interrupted")
+        raise
+    except BrokenProcessPool as e:
+        self._stop("failed")
+        raise RunError("a worker process was killed, perhaps for want of memory", self.dir, "give the same command again; finished stages are kept") from e
+    except MammoError:
+        self._stop("failed")
+        raise
 
 @patch
 def _stage_done(self:Run, job, folder, seconds):
     if folder is None: return
     self.info["stages"][job["name"]] = dict(folder=folder.name, seconds=read_json(folder/"done.json")["seconds"], group=job["group"], reused=not seconds, shared=bool(job.get("shared")))
-    self.save(); self.log(stage=job["name"], event="done" if seconds else "reused", seconds=round(seconds,2))
+    self.save()
+    self.log(stage=job["name"], event="done" if seconds else "reused", seconds=round(seconds,2))
 
 @patch
 def _stop(self:Run, status):
@@ -299,6 +330,7 @@ def last_words(
     texts = [o["text"] for o in cells[-1]["outputs"] if o.get("name") == "stdout"]
     return "".join("".join(t) for t in texts).strip()
 
+# %% ../nbs/lib/12_runs.ipynb #7158818f
 def main(argv=None) -> int: # Exit code
     "`python -m mammo_nb.runs OUT.ipynb`: print where report and tables of an executed notebook are."
     for name in argv or sys.argv[1:]: print(last_words(Path(name)))

@@ -36,6 +36,7 @@ def notebook_parameters(
     declared = [b for b in ast.parse(found[0]).body if isinstance(b, ast.AnnAssign)]
     return {b.target.id: (ast.unparse(b.annotation), ast.literal_eval(b.value)) for b in declared}
 
+# %% ../nbs/lib/13_sweep.ipynb #c2a03aab
 def fit_value(
     value, # From the YAML file
     kind:str, # Declared type, `int`, `float`, `str` or `bool`
@@ -60,6 +61,7 @@ class Row:
     @property
     def id(self): return f"{self.stem}-seed{self.full.get('seed','')}-{hash_of(self.stem, self.full)[:10]}"
 
+# %% ../nbs/lib/13_sweep.ipynb #9cdbd2a4
 def find_notebook(
     name:str, # `04_sharing`, or a path
     beside:Path, # Folder of the sweep file
@@ -69,6 +71,7 @@ def find_notebook(
         if p.is_file(): return p.resolve()
     raise ParameterError(f"no notebook '{name}'", "notebook", nearest(name, sorted(p.stem for p in (repo_root()/"nbs").glob("[09]*.ipynb"))))
 
+# %% ../nbs/lib/13_sweep.ipynb #64305003
 def make_row(
     notebook:Path, # Notebook
     given:dict, # Parameters by name
@@ -79,8 +82,12 @@ def make_row(
     known, fitted, wrong = notebook_parameters(notebook), {}, []
     if "run_dir" not in known: raise ParameterError("has no parameter run_dir, so its results cannot be told apart", notebook, "declare `run_dir:str = \"\"` and give it to Run")
     for k,v in given.items():
-        if k == "run_dir": wrong.append("run_dir: the sweep gives each row its own folder"); continue
-        if k not in known: wrong.append(f"{k}: no such parameter – {nearest(k, list(known))}"); continue
+        if k == "run_dir":
+            wrong.append("run_dir: the sweep gives each row its own folder")
+            continue
+        if k not in known:
+            wrong.append(f"{k}: no such parameter – {nearest(k, list(known))}")
+            continue
         try: fitted[k] = fit_value(v, known[k][0])
         except ValueError as e: wrong.append(f"{k}: {e}")
     if str(fitted.get("device","")).startswith("cuda:"): wrong.append("device: say cuda, the sweep deals out the GPUs")
@@ -104,7 +111,9 @@ class Sweep:
     def row_dir(self, row): return self.folder/"rows"/row.id
     def run_dir(self, row): return self.folder/"runs"/row.id
 
+# %% ../nbs/lib/13_sweep.ipynb #fde38a2e
 BACKENDS = ("local","dask","submitit")
+
 _KEYS = {"sweep":("name","parameters","rows","backend","workers","retries","folder","cluster"), "row":("notebook","parameters","grid","seeds")}
 
 def parse_seeds(
@@ -116,6 +125,7 @@ def parse_seeds(
     if isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds): return seeds
     raise ParameterError(f"{seeds!r} are no seeds", "seeds", 'give a list such as [0, 1, 2], or "0-9"')
 
+# %% ../nbs/lib/13_sweep.ipynb #8d6c17ce
 def _refuse_unknown(d, kind, where):
     if not isinstance(d, dict): raise ParameterError(f"a {kind} is a mapping of {', '.join(_KEYS[kind])}", where, "see sweeps/ for examples")
     for k in d:
@@ -140,6 +150,7 @@ def expand(
     common = {k:v for k,v in common.items() if k in own or k not in ("preset","protocol","device","data_dir","only")} # a notebook may lack a common parameter
     return [make_row(nb, {**common, **fixed, **dict(zip(grid, v))}, beside=beside) for v in itertools.product(*grid.values())]
 
+# %% ../nbs/lib/13_sweep.ipynb #453f872a
 def read_sweep(
     path:Path, # YAML file
     **other, # folder, backend, workers, retries, keep of the command line; None: as the file says
@@ -170,6 +181,7 @@ def row_code(
     "Hash of the code a row runs: the package and the notebook's code cells."
     return hash_of(code_hash(), ["".join(c["source"]) for c in read_json(notebook)["cells"] if c["cell_type"] == "code"])
 
+# %% ../nbs/lib/13_sweep.ipynb #2e82adda
 def _read(path):
     try: return read_json(path)
     except RunError: return {}
@@ -201,6 +213,7 @@ def worth_another(
     said = _said(e)
     return type(e).__name__ == "DeadKernelError" or any(w in said for w in ("worker process was killed", "Kernel died", "Kernel didn't respond", "Address already in use"))
 
+# %% ../nbs/lib/13_sweep.ipynb #7a181a9c
 def kernel_config(
     private:Path, # Folder of this row alone
 ): # traitlets `Config`
@@ -208,6 +221,7 @@ def kernel_config(
     from traitlets.config import Config
     return Config({"KernelManager": {"transport":"ipc", "ip":str(private/"k")}} if os.name == "posix" else {})
 
+# %% ../nbs/lib/13_sweep.ipynb #da6290fc
 def end_left(
     folder:Path, # Folder of the row
 ) -> int: # How many
@@ -216,11 +230,14 @@ def end_left(
     left = []
     for p in psutil.process_iter():
         try:
-            if p.pid != os.getpid() and p.environ().get("MAMMO_NB_ROW") == str(folder): p.kill(); left.append(p)
+            if p.pid != os.getpid() and p.environ().get("MAMMO_NB_ROW") == str(folder):
+                p.kill()
+                left.append(p)
         except (psutil.Error, OSError): continue
     psutil.wait_procs(left, timeout=10)
     return len(left)
 
+# %% ../nbs/lib/13_sweep.ipynb #47622df0
 def execute(
     ask:dict, # notebook, parameters
     folder:Path, # Folder of the row
@@ -249,17 +266,21 @@ def row_process(
     private:Path, # Private runtime folder
 ) -> int: # 0 done, 1 failed
     "The process of one row: `python -m mammo_nb.sweep --row FOLDER`."
-    end_with(parent); folder = Path(folder)
+    end_with(parent)
+    folder = Path(folder)
     with locked(folder/"row"):
-        ask = read_json(folder/"ask.json"); run = Path(ask["parameters"]["run_dir"])
+        ask = read_json(folder/"ask.json")
+        run = Path(ask["parameters"]["run_dir"])
         note, code = _read(folder/"row.json"), row_code(ask["notebook"])
         if note.get("status") == "done" and note.get("code") == code and note.get("results") == _result_hash(run): return 0   # another sweep did it meanwhile
-        end_left(folder); t = time.time()
+        end_left(folder)
+        t = time.time()
         note = dict(id=folder.name, status="running", pid=os.getpid(), host=socket.gethostname(), started=_now(), code=code, tries=note.get("tries",0)+1)
         write_json(folder/"row.json", note)
         try: execute(ask, folder, Path(private))
         except Exception as e:                              # whatever a notebook raises is this row's result, not the sweep's
-            write_json(folder/"row.json", note | dict(status="failed", why=_said(e), again=worth_another(e), seconds=round(time.time()-t,1))); return 1
+            write_json(folder/"row.json", note | dict(status="failed", why=_said(e), again=worth_another(e), seconds=round(time.time()-t,1)))
+            return 1
         finally: end_left(folder)
         write_json(folder/"row.json", note | dict(status="done", finished=_now(), seconds=round(time.time()-t,1), results=_result_hash(run)))
     return 0
@@ -276,8 +297,10 @@ def _attempt(folder, env): # One process; its exit code
     cmd = [sys.executable, "-m", "mammo_nb.sweep", "--row", str(folder), "--parent", str(os.getpid()), "--private", str(private)]
     try:
         with open(folder/"log.txt", "ab") as log:
-            log.write(f"--- {_now()} on {socket.gethostname()}\n".encode()); log.flush()
-            p = subprocess.Popen(cmd, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=repo_root()); _CHILDREN.add(p)
+            log.write(f"--- {_now()} on {socket.gethostname()}\n".encode())
+            log.flush()
+            p = subprocess.Popen(cmd, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=repo_root())
+            _CHILDREN.add(p)
             try: return p.wait()
             finally: _CHILDREN.discard(p)
     finally: shutil.rmtree(private, ignore_errors=True)
@@ -299,8 +322,10 @@ def do_row(
     if note.get("status") == "failed" and not rc < 0: return note
     why = "interrupted" if _STOP.is_set() else f"its process was killed {k+1} times (exit code {rc}), perhaps for want of memory" if accident else f"its process ended with exit code {rc}, see log.txt"
     note = dict(id=folder.name, tries=k+1, seconds=0.) | note | dict(status="running" if _STOP.is_set() else "failed", why=why)
-    write_json(folder/"row.json", note); return note
+    write_json(folder/"row.json", note)
+    return note
 
+# %% ../nbs/lib/13_sweep.ipynb #4be23723
 def stop_all() -> None:
     "End the processes of all rows that this process started; finished stages and checkpoints stay."
     _STOP.set()
@@ -314,6 +339,7 @@ def gpu_names() -> list: # `["0","1"]`; empty without CUDA
     import torch
     return [str(i) for i in range(torch.cuda.device_count())]
 
+# %% ../nbs/lib/13_sweep.ipynb #a1b2d3d2
 def places(
     workers:int, # Rows side by side; 0: one a GPU, or one a core
     *,
@@ -326,10 +352,12 @@ def places(
     share = {"MAMMO_NB_WORKERS": str(max(1, n_cores//n))}
     return [share | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], "OMP_NUM_THREADS": share["MAMMO_NB_WORKERS"]} if gpus else {}) for i in range(n)]
 
+# %% ../nbs/lib/13_sweep.ipynb #31d09def
 class Local(ThreadPoolExecutor):
     "An executor whose threads each watch one row's process; a free place goes with each row."
     def __init__(self, places:list): # Environments, one for each row side by side
-        super().__init__(len(places)); self.free = queue.SimpleQueue()
+        super().__init__(len(places))
+        self.free = queue.SimpleQueue()
         for p in places: self.free.put(p)
 
     def submit(self, fn, folder, *, retries, env):
@@ -359,13 +387,16 @@ def dask_cluster(
     module = _needs("dask_jobqueue.local" if options["jobqueue"] == "LocalCluster" else "dask_jobqueue", "dask with jobqueue")
     kind = getattr(module, str(options["jobqueue"]), None)
     if kind is None: raise ParameterError(f"dask-jobqueue has no '{options['jobqueue']}'", "cluster", "e.g. SLURMCluster, PBSCluster, SGECluster, LSFCluster")
-    cluster = kind(**{"local_directory":str(folder/"dask"), **(options.get("options") or {})}); cluster.scale(workers)
+    cluster = kind(**{"local_directory":str(folder/"dask"), **(options.get("options") or {})})
+    cluster.scale(workers)
     return cluster
 
+# %% ../nbs/lib/13_sweep.ipynb #a7202e41
 @contextmanager
 def dask_executor(options:dict, *, workers:int, folder:Path): # As `dask_cluster`
     "Rows as Dask tasks."
-    d = _needs("distributed", "dask"); cluster = dask_cluster(options, workers=workers, folder=folder)
+    d = _needs("distributed", "dask")
+    cluster = dask_cluster(options, workers=workers, folder=folder)
     client = d.Client(cluster)
     try: yield client.get_executor(pure=False, retries=2, **({"resources":options["resources"]} if options.get("resources") else {}))
     finally:
@@ -376,15 +407,20 @@ def dask_executor(options:dict, *, workers:int, folder:Path): # As `dask_cluster
 class RowJob:
     "A row as a submitit job that may be preempted: asked to make way, it submits itself again, and the row goes on from its checkpoints."
     def __init__(self, fn, folder, retries, env): self.args = (fn, folder, retries, env)
-    def __call__(self): fn, folder, retries, env = self.args; return fn(folder, retries=retries, env=env)
+    def __call__(self):
+        fn, folder, retries, env = self.args
+        return fn(folder, retries=retries, env=env)
     def checkpoint(self, *args):
         import submitit
         return submitit.helpers.DelayedSubmission(RowJob(*self.args))
 
+# %% ../nbs/lib/13_sweep.ipynb #dadfa9a9
 class Submitit(ThreadPoolExecutor):
     "An executor whose threads each hand in one job and wait for it."
     def __init__(self, options:dict, *, workers:int, folder:Path): # `executor` and `options` of submitit
-        s = _needs("submitit", "submitit"); super().__init__(max(1,workers)); self.jobs = []
+        s = _needs("submitit", "submitit")
+        super().__init__(max(1,workers))
+        self.jobs = []
         if unknown := set(options) - {"executor","options"}: raise ParameterError(f"'{sorted(unknown)[0]}' is no option of submitit", "cluster", "use executor and options")
         try: self.queue, self.lock = s.AutoExecutor(folder=str(folder/"submitit"), cluster=options.get("executor")), threading.Lock()
         except (RuntimeError, ValueError) as e: raise RunError(f"submitit cannot use '{options.get('executor')}': {e}", "cluster", "start the sweep where sbatch is, or say executor: local") from e
@@ -397,12 +433,15 @@ class Submitit(ThreadPoolExecutor):
     def submit(self, fn, folder, *, retries, env):
         def one():
             for k in range(retries+1):
-                with self.lock: job = self.queue.submit(RowJob(fn, folder, retries, env)); self.jobs.append(job)
+                with self.lock:
+                    job = self.queue.submit(RowJob(fn, folder, retries, env))
+                    self.jobs.append(job)
                 try: return job.result()
                 except Exception as e:              # submitit's own errors: the job was killed or lost
                     if k == retries or _STOP.is_set(): raise RunError(f"job {job.job_id} gave no result: {_said(e)[:200]}", "submitit", "see the job's log in the sweep folder") from e
         return super().submit(one)
 
+# %% ../nbs/lib/13_sweep.ipynb #12d902ca
 def share_of(
     sweep:Sweep, # Names the backend
     n:int, # Rows to do
@@ -411,6 +450,7 @@ def share_of(
     here = sweep.backend == "dask" and not {"scheduler","jobqueue"} & set(sweep.cluster or {}) or sweep.backend == "submitit" and (sweep.cluster or {}).get("executor") == "local"
     return places(sweep.workers, rows=n, n_cores=cores())[0] if here else {}
 
+# %% ../nbs/lib/13_sweep.ipynb #ff83b335
 @contextmanager
 def executor_of(
     sweep:Sweep, # Names the backend
@@ -446,6 +486,7 @@ def earlier_runs(
                          own=sum(s["seconds"] for s in stages)-shared+max(0., i.get("seconds",0.)-fresh)))
     return pd.DataFrame(rows, columns=["paper","preset","data_dir","alike","device","shared","own"])
 
+# %% ../nbs/lib/13_sweep.ipynb #190ec8cc
 def estimate(
     rows:list, # `Row`s still to do
     known:pd.DataFrame, # From `earlier_runs`
@@ -453,13 +494,17 @@ def estimate(
     "What the rows will cost."
     out, paid = [], set()
     for r in rows:
-        alike = _alike(r.full); k = known[(known.paper == r.stem) & (known.alike == alike)]; how = "the same settings"
+        alike = _alike(r.full)
+        k = known[(known.paper == r.stem) & (known.alike == alike)]
+        how = "the same settings"
         if not len(k): k, how = known[(known.paper == r.stem) & (known.preset == r.full.get("preset")) & (known.data_dir == r.full.get("data_dir",""))], "the same preset"
-        first = alike not in paid; paid.add(alike)
+        first = alike not in paid
+        paid.add(alike)
         seconds = k.own.median() + (k.shared.median() if first else 0.) if len(k) else float("nan")
         out.append(dict(id=r.id, seconds=seconds, source=f"{len(k)} runs with {how} on {'/'.join(sorted(set(k.device)))}" if len(k) else "unknown"))
     return pd.DataFrame(out, columns=["id","seconds","source"])
 
+# %% ../nbs/lib/13_sweep.ipynb #37727794
 def in_words(
     seconds:float, # Seconds
 ) -> str: # `about 3 min`
@@ -480,6 +525,7 @@ def plan_table(
     return pd.DataFrame([dict(id=r.id, state=s, differs=", ".join(f"{k}={v}" for k,v in r.full.items() if k in varied),
                               seconds=cost.seconds.get(r.id, 0.), source=cost.source.get(r.id, "")) for r,s in zip(sweep.rows, states)])
 
+# %% ../nbs/lib/13_sweep.ipynb #acb49b7b
 def plan_words(
     sweep:Sweep, # Sweep
     plan:pd.DataFrame, # From `plan_table`
@@ -487,13 +533,15 @@ def plan_words(
     "The plan for a terminal."
     lines = [f"{sweep.name}: {len(plan)} rows, backend {sweep.backend}, into {sweep.folder}"]
     lines += [f"  {r.state:7s}{r.id}  {r.differs}  {'' if r.state == 'done' else in_words(r.seconds)}" for r in plan.itertuples()]
-    todo = plan[plan.state != "done"]; sure = todo.seconds.notna()
+    todo = plan[plan.state != "done"]
+    sure = todo.seconds.notna()
     n = len(places(sweep.workers, rows=max(1,len(todo)), gpus=gpu_names() if sweep.backend == "local" else [], n_cores=cores()))
     lines.append(f"{len(todo)} rows to do, {n} side by side" + ("" if not len(todo) else f"; cost {in_words(todo.seconds.sum()) if sure.any() else 'unknown'} of process time" + (f", about {in_words(max(todo.seconds.max(), todo.seconds.sum()/n))} of waiting" if sure.all() else "") +
                  (f"; unknown for {int((~sure).sum())} rows of which no run has ended yet" if sure.any() and not sure.all() else "")))
     lines += [f"  estimated from {s}" for s in todo.source[sure].drop_duplicates()]
     return "\n".join(lines)
 
+# %% ../nbs/lib/13_sweep.ipynb #4a363055
 def write_plan(
     sweep:Sweep, # Sweep
     plan:pd.DataFrame, # From `plan_table`
@@ -514,7 +562,8 @@ def _doing(sweep, row): # Last stage a running row wrote to its log
     return "starting"
 
 def _line(sweep, notes, total, t0, running, every): # How far the whole is
-    bad = sum(n["status"] != "done" for n in notes.values()); n = len(notes)
+    bad = sum(n["status"] != "done" for n in notes.values())
+    n = len(notes)
     left = f", about {in_words((time.time()-t0)/n*(total-n))} left" if 0 < n < total else ""
     now = ", ".join(f"{r.id} ({_doing(sweep, r)})" for r in running[:3]) + (" …" if len(running) > 3 else "") if every else ""
     return f"{n}/{total} rows" + (f", {bad} failed" if bad else "") + left + (f"; running {now}" if now else "")
@@ -527,7 +576,8 @@ def run_rows(
     beat:float=60., # Seconds between two lines while nothing ends
 ) -> dict: # id -> row.json
     "Do the rows side by side; a row that fails stops no other."
-    _STOP.clear(); notes, t0 = {}, time.time()
+    _STOP.clear()
+    notes, t0 = {}, time.time()
     with executor_of(sweep, len(rows)) as ex:
         futures = {ex.submit(do_row, str(sweep.row_dir(r)), retries=sweep.retries, env=share_of(sweep, len(rows))): r for r in rows}
         pending = set(futures)
@@ -538,12 +588,15 @@ def run_rows(
                     r = futures[f]
                     try: note = f.result()
                     except Exception as e: note = dict(id=r.id, status="failed", why=_said(e), tries=0, seconds=0.)   # the backend lost it
-                    notes[r.id] = note; say(f"{note['status']:7s} {r.id}  {note.get('seconds',0):.0f} s" + (f", {note['tries']} tries" if note.get("tries",1) > 1 else "") + (f"  {note['why']}" if note["status"] != "done" else ""))
+                    notes[r.id] = note
+                    say(f"{note['status']:7s} {r.id}  {note.get('seconds',0):.0f} s" + (f", {note['tries']} tries" if note.get("tries",1) > 1 else "") + (f"  {note['why']}" if note["status"] != "done" else ""))
                 running = [futures[f] for f in pending if _read(sweep.row_dir(futures[f])/"row.json").get("status") == "running"]
                 say(_line(sweep, notes, len(rows), t0, running, not ended))
         except BaseException:
             for f in pending: f.cancel()
-            stop_all(); getattr(ex, "stop", lambda: None)(); raise
+            stop_all()
+            getattr(ex, "stop", lambda: None)()
+            raise
     return notes
 
 # %% ../nbs/lib/13_sweep.ipynb #18b33a18
@@ -559,6 +612,7 @@ def summary(
                         stages=len(stages), reused=sum(s["reused"] for s in stages), why="" if state == "done" else note.get("why","")))
     return pd.DataFrame(out)
 
+# %% ../nbs/lib/13_sweep.ipynb #1d79ccec
 def gather_rows(
     sweep:Sweep, # Sweep
 ) -> pd.DataFrame: # As `report.tables.summarise`, with `settings`; `.attrs["missing"]` lists rows without results
@@ -574,12 +628,14 @@ def gather_rows(
     out.attrs["missing"] = missing
     return out
 
+# %% ../nbs/lib/13_sweep.ipynb #80beed3c
 def finish(
     sweep:Sweep, # Sweep
     say=print, # Takes one line
 ) -> int: # 0 when every row is done
     "Write summary.csv and gathered.csv, and say how it ended."
-    table = summary(sweep); write_csv(sweep.folder/"summary.csv", table)
+    table = summary(sweep)
+    write_csv(sweep.folder/"summary.csv", table)
     joined = gather_rows(sweep)
     if len(joined): write_csv(sweep.folder/"gathered.csv", joined)
     bad = table[table.state != "done"]
@@ -591,9 +647,12 @@ def finish(
 def main(argv=None) -> int: # 0 all done, 1 some rows failed, 2 the sweep file is wrong, 130 interrupted
     "Console script `mammo_sweep`."
     a = argparse.ArgumentParser("mammo_sweep", description="Run the rows of a sweep file through papermill. Asked again, finished rows are skipped and broken ones go on.")
-    a.add_argument("sweep", nargs="?", help="YAML file, see sweeps/"); a.add_argument("--dry-run", action="store_true", help="print the plan and its estimated cost, do nothing")
-    a.add_argument("--backend", choices=BACKENDS, help="where rows run"); a.add_argument("--workers", type=int, help="rows side by side")
-    a.add_argument("--retries", type=int, help="further tries of a row that was killed"); a.add_argument("--folder", help="where everything goes; default reports/local/sweeps/<name>")
+    a.add_argument("sweep", nargs="?", help="YAML file, see sweeps/")
+    a.add_argument("--dry-run", action="store_true", help="print the plan and its estimated cost, do nothing")
+    a.add_argument("--backend", choices=BACKENDS, help="where rows run")
+    a.add_argument("--workers", type=int, help="rows side by side")
+    a.add_argument("--retries", type=int, help="further tries of a row that was killed")
+    a.add_argument("--folder", help="where everything goes; default reports/local/sweeps/<name>")
     a.add_argument("--keep", action="store_true", help="rows finished by another state of the code count as finished")
     for hidden in ("--row","--private"): a.add_argument(hidden, help=argparse.SUPPRESS)
     a.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
@@ -603,13 +662,20 @@ def main(argv=None) -> int: # 0 all done, 1 some rows failed, 2 the sweep file i
     say = lambda line: print(line, flush=True)
     try:
         sweep = read_sweep(p.sweep, folder=p.folder, backend=p.backend, workers=p.workers, retries=p.retries, keep=p.keep)
-        plan = plan_table(sweep); say(plan_words(sweep, plan))
+        plan = plan_table(sweep)
+        say(plan_words(sweep, plan))
         if p.dry_run: return 0
         write_plan(sweep, plan)
-    except MammoError as e: print(f"mammo_sweep: {e}", file=sys.stderr); return 2
+    except MammoError as e:
+        print(f"mammo_sweep: {e}", file=sys.stderr)
+        return 2
     try: run_rows(sweep, [r for r,s in zip(sweep.rows, plan.state) if s != "done"], say=say) if (plan.state != "done").any() else None
-    except KeyboardInterrupt: say("interrupted; the same command goes on from the last checkpoints"); return 130
-    except MammoError as e: print(f"mammo_sweep: {e}", file=sys.stderr); return 2
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from the last checkpoints")
+        return 130
+    except MammoError as e:
+        print(f"mammo_sweep: {e}", file=sys.stderr)
+        return 2
     return finish(sweep, say)
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules and sys.argv[0].endswith("sweep.py"):

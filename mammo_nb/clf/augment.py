@@ -89,11 +89,15 @@ def join(
         raise DataError(f"patches of {' and '.join(map(str, sorted(sizes)))} px cannot be mixed", "join", "cut or generate all at one size")
     blocks, offset, rows = [], {}, 0
     for p in parts:
-        if id(p.pixels) not in offset: offset[id(p.pixels)] = rows; blocks.append(p.pixels); rows += len(p.pixels)
+        if id(p.pixels) not in offset:
+            offset[id(p.pixels)] = rows
+            blocks.append(p.pixels)
+            rows += len(p.pixels)
     cat = lambda name: np.concatenate([getattr(p, name) for p in parts])
     start = np.concatenate([p.start + offset[id(p.pixels)] for p in parts])
     return PatchArrays(blocks[0] if len(blocks) == 1 else np.concatenate(blocks), start, cat("views"), cat("target"), cat("synthetic"))
 
+# %% ../../nbs/lib/50_clf.augment.ipynb #1effd0bb
 def take(
     patches:PatchArrays, # To choose from
     n:int, # How many; all, where there are fewer
@@ -157,6 +161,7 @@ def to_input(
     if size and size != x.shape[-1]: x = _overlap(x.shape[-2], size, x.device) @ x @ _overlap(x.shape[-1], size, x.device).T
     return x.expand(-1, channels, -1, -1) if channels > 1 else x
 
+# %% ../../nbs/lib/50_clf.augment.ipynb #0dccf025
 def flip(
     x:Tensor, # `(b,...,h,w)`
     which:Tensor, # bool `(b,)`

@@ -22,6 +22,7 @@ def conv_block(
     "3x3 convolution, batch norm, maximum of 2x2, ReLU."
     return nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=padding), *[nn.BatchNorm2d(n_out)]*norm, nn.MaxPool2d(2), nn.ReLU())
 
+# %% ../../nbs/lib/51_clf.cnn.ipynb #c8ca943e
 class SharingCNN(nn.Module):
     "The CNN of Szafranowska 2022, section 2.4.1; 1,146,850 parameters as published."
     def __init__(self,
@@ -43,6 +44,7 @@ class SharingCNN(nn.Module):
     def forward(self, x:Tensor) -> Tensor: # Log-probabilities `(b,classes)`
         return self.head(self.features(x.contiguous(memory_format=torch.channels_last)))
 
+# %% ../../nbs/lib/51_clf.cnn.ipynb #f3897705
 def n_params(
     model:nn.Module, # Any network
 ) -> int:
@@ -67,7 +69,9 @@ class NotebookCNN(nn.Module):
         self.features = nn.Sequential(*[conv_block(i, o, padding=0, norm=False) for i,o in zip((channels, *widths), widths)])
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(widths[-1]*side**2, hidden), nn.ReLU(), nn.Linear(hidden, classes))
         for m in self.modules():
-            if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
+            if isinstance(m, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x:Tensor) -> Tensor: # Logits `(b,classes)`

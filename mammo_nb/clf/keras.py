@@ -43,9 +43,12 @@ def narrow(
             m.weight = empty(m.out_channels, m.in_channels, *m.kernel_size)
             if m.bias is not None: m.bias = empty(m.out_channels)
         elif isinstance(m, nn.BatchNorm2d):
-            m.num_features = thin(m.num_features); m.weight, m.bias = empty(m.num_features), empty(m.num_features)
+            m.num_features = thin(m.num_features)
+            m.weight, m.bias = empty(m.num_features), empty(m.num_features)
             m.running_mean, m.running_var = (torch.empty(m.num_features, device="meta") for _ in "mv")
-        elif isinstance(m, nn.Linear): m.in_features = thin(m.in_features); m.weight = empty(m.out_features, m.in_features)
+        elif isinstance(m, nn.Linear):
+            m.in_features = thin(m.in_features)
+            m.weight = empty(m.out_features, m.in_features)
     return net
 
 # %% ../../nbs/lib/55_clf.keras.ipynb #07f26429
@@ -80,6 +83,7 @@ class ToSide(nn.AdaptiveAvgPool2d):
     "Mean pooling to a fixed side; a map that has it passes."
     def forward(self, x): return x if tuple(x.shape[-2:]) == tuple(self.output_size) else super().forward(x)
 
+# %% ../../nbs/lib/55_clf.keras.ipynb #f71bc7de
 def vgg16_body(classes:int, channels:int, width:float, blocks:tuple, hidden:int, dropout:float) -> nn.Module: # See `KerasNet`
     "VGG16 of Simonyan 2015, configuration D."
     from torchvision.models.vgg import VGG, make_layers
@@ -91,6 +95,7 @@ def vgg16_body(classes:int, channels:int, width:float, blocks:tuple, hidden:int,
     body.classifier = nn.Sequential(*dense(w[-1]*49, int(hidden*width)), *dense(int(hidden*width), int(hidden*width)), nn.Linear(int(hidden*width), classes))
     return body
 
+# %% ../../nbs/lib/55_clf.keras.ipynb #a090b035
 def densenet169_body(classes:int, channels:int, width:float, blocks:tuple, hidden:int, dropout:float) -> nn.Module: # See `KerasNet`
     "DenseNet-169 of Huang 2017."
     from torchvision.models import DenseNet
@@ -99,6 +104,7 @@ def densenet169_body(classes:int, channels:int, width:float, blocks:tuple, hidde
     if dropout: raise ParameterError("DenseNet-169 has no dropout before its last layer", "dropout", "leave it at 0")
     return body
 
+# %% ../../nbs/lib/55_clf.keras.ipynb #70e66568
 def inceptionresnetv2_body(classes:int, channels:int, width:float, blocks:tuple, hidden:int, dropout:float) -> nn.Module: # See `KerasNet`
     "InceptionResNetV2 of Szegedy 2017, timm's, narrowed and shortened on request."
     try: from timm.models.inception_resnet_v2 import InceptionResnetV2
@@ -143,7 +149,9 @@ class KerasNet(nn.Module):
         with torch.device("meta"): body = make(classes, channels, width, blocks, hidden, dropout)
         self.body = body.to_empty(device="cpu")
         for m in self.body.modules():
-            if isinstance(m, nn.BatchNorm2d): m.eps, m.momentum = eps, momentum; m.weight.requires_grad_(not fixed)
+            if isinstance(m, nn.BatchNorm2d):
+                m.eps, m.momentum = eps, momentum
+                m.weight.requires_grad_(not fixed)
             if init == "torch" and hasattr(m, "reset_parameters"): m.reset_parameters()
         if init == "keras": keras_init(self.body)
         self.config["weights"] = fill_body(self.body, weights, head=self.head, sha256=sha256)
@@ -178,13 +186,17 @@ def check_net(
         raise ParameterError(f"{tuple(c['blocks'])} layers do not fit {c['kind']}", "blocks", f"at most {full}, at least one a stage")
     if c["norm"] == "imagenet" and c["channels"] != 3: raise ParameterError("ImageNet's colours are three", "norm", "use norm='half' or 'none'")
 
+# %% ../../nbs/lib/55_clf.keras.ipynb #509d2418
 def register_nets() -> None:
     "Let `build_classifier` find the three by their kind."
     for kind in BODIES: CLASSIFIERS[kind] = partial(KerasNet, kind)
 
 register_nets()
+
 KERAS = NOTEBOOK # The paper gives no optimiser, rate, batch or epochs for its large networks: those of the notebook it cites
+
 PAPER_NETS = {k: dict(kind=k) for k in BODIES}
+
 DEMO_NETS = {"vgg16": dict(kind="vgg16", size=64, width=1/16, blocks=[1,1,1,1,1]),
              "densenet169": dict(kind="densenet169", size=64, width=1/4, blocks=[2,2,2,2], momentum=.1),
              "inceptionresnetv2": dict(kind="inceptionresnetv2", size=80, width=1/16, blocks=[1,1,1], momentum=.1)}

@@ -87,7 +87,8 @@ class Preparation:
         s = self.size
         if x.shape[-2:] != (s,s): x = torch_area_resize(x, s)
         if self.norm == "authors":
-            big = round(s*232/224); edge = (big-s)//2
+            big = round(s*232/224)
+            edge = (big-s)//2
             x = F.interpolate((x-.5)/.5, (big,big), mode="bilinear", antialias=True)[...,edge:edge+s,edge:edge+s]
         x = x.expand(-1,3,-1,-1)
         if self.norm == "unit": return x
@@ -103,6 +104,7 @@ def resnet_file(
     if Path(weights).expanduser().exists(): return find_published(tuple(RESNET_FILES.values()), weights, what="ResNet-50 weights")
     raise WeightsError("no such file and no known weights", weights, nearest(weights, [*RESNET_FILES, "none"]))
 
+# %% ../../nbs/lib/52_clf.resnet.ipynb #2a7166af
 @lru_cache(4)
 def frozen_resnet(
     weights:str="imagenet_v2", # `imagenet_v2`, `imagenet_v1`, a file, or `none` for random weights
@@ -174,6 +176,7 @@ class HeadRecipe:
     valid:str = "balanced" # Validation loss: `balanced` over classes, `whole` as it is, `sampled` (a random draw each epoch, as the code)
     keep:str = "best" # `best` epoch, or `last` (the authors' code keeps an alias of the last)
 
+# %% ../../nbs/lib/52_clf.resnet.ipynb #b9a15b27
 @dataclass(frozen=True)
 class HeadJob:
     "One classifier: rows of the feature table to train and validate on."
@@ -183,6 +186,7 @@ class HeadJob:
     balanced:bool = True # Draw each class equally often; else each row once an epoch
     seed:int = 0
 
+# %% ../../nbs/lib/52_clf.resnet.ipynb #d8c1e021
 @dataclass
 class Head:
     "A trained last layer."
@@ -199,6 +203,7 @@ class Head:
         e = np.exp(z - z.max(1, keepdims=True))
         return e/e.sum(1, keepdims=True)
 
+# %% ../../nbs/lib/52_clf.resnet.ipynb #c35bf9d8
 def start_head(
     dim:int, # Features
     classes:int, # Outputs
@@ -246,6 +251,7 @@ def check_jobs(jobs:list, y:np.ndarray, classes:int) -> None:
                 raise DataError(f"a classifier of {max(classes,2)} classes got {found.tolist()} patches of them in {part}", f"job {j.name}", "use more patients, or another split")
         if both := set(j.train) & set(j.valid): raise DataError(f"{len(both)} rows are in training and validation", f"job {j.name}", "split by patient first")
 
+# %% ../../nbs/lib/52_clf.resnet.ipynb #a68862a7
 def fit_heads(
     features:np.ndarray, # float32 `(n,dim)`
     target:np.ndarray, # Class of each row
@@ -286,7 +292,8 @@ def _fit_together(X, y_np, jobs, r):
             at, wb = torch.from_numpy(index).to(X.device), torch.from_numpy(w).to(X.device)
             x, yb, W = X.index_select(0, at.flatten()).view(*at.shape, -1), y[at], P if len(on) == H else [p[on] for p in P]
             z = x @ W[0].transpose(1,2) + W[1].transpose(1,2)
-            total[on] += (wb*_losses(z, yb, r.classes)).sum(1)*(wb > 0).sum(1); seen[on] += (w > 0).sum(1)
+            total[on] += (wb*_losses(z, yb, r.classes)).sum(1)*(wb > 0).sum(1)
+            seen[on] += (w > 0).sum(1)
             g = (wb[...,None]*_pull(z, yb, r.classes)).transpose(1,2)
             t[on] += 1
             _adam(P, M, V, [g @ x, g.sum(2, keepdim=True)], on, t[on], lr, r.betas)
@@ -305,7 +312,8 @@ def _adam(P, M, V, grads, on, t, lr, betas, eps=1e-8):
     every = len(on) == len(P[0])
     for p,m,v,g in zip(P, M, V, grads):
         m1, v1 = (m, v) if every else (m[on], v[on])
-        m1.lerp_(g, 1-betas[0]); v1.mul_(betas[1]).addcmul_(g, g, value=1-betas[1])
+        m1.lerp_(g, 1-betas[0])
+        v1.mul_(betas[1]).addcmul_(g, g, value=1-betas[1])
         change = step*m1/(v1.sqrt()/root + eps)
         if every: p -= change
         else: m[on], v[on], p[on] = m1, v1, p[on] - change
@@ -339,6 +347,7 @@ def save_heads(
     write_csv(folder/"heads.csv", pd.concat([h.history.assign(job=h.name) for h in heads]))
     return folder
 
+# %% ../../nbs/lib/52_clf.resnet.ipynb #3aeeba84
 def load_heads(
     folder:Path, # From `save_heads`
 ) -> dict: # name -> `Head`
@@ -369,7 +378,9 @@ class ResNetClassifier(nn.Module):
         self.prepare, self.features = Preparation(size, norm), FrozenResNet(copy.deepcopy(frozen.body), key=frozen.key, bn=bn, scale=frozen.scale)
         self.fc = nn.Linear(2048, classes)
         w,b = start_head(2048, classes, seed=seed)
-        with torch.no_grad(): self.fc.weight.copy_(w); self.fc.bias.copy_(b)
+        with torch.no_grad():
+            self.fc.weight.copy_(w)
+            self.fc.bias.copy_(b)
 
     def forward(self, x:Tensor) -> Tensor: return self.fc(self.features(self.prepare.scale(x)))
 

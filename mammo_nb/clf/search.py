@@ -76,9 +76,11 @@ class Found:
     trials:pd.DataFrame # number, score (NaN: failed), one column a parameter
     folder:Path # Of the search; `search_cnn`: of the best classifier
 
+# %% ../../nbs/lib/57_clf.search.ipynb #95719abd
 @contextlib.contextmanager
 def _quiet(optuna):
-    was = optuna.logging.get_verbosity(); optuna.logging.set_verbosity(optuna.logging.WARNING)
+    was = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try: yield
     finally: optuna.logging.set_verbosity(was)
 
@@ -97,6 +99,7 @@ def suggest(
             study.add_trial(optuna.trial.create_trial(params=t["params"], distributions=dist, **done))
         return study.ask(dist).params
 
+# %% ../../nbs/lib/57_clf.search.ipynb #ffe0d554
 def best_trial(trials:list) -> dict: # As in `suggest`; of equals the first
     "The trial with the best score."
     good = [t for t in trials if t["score"] is not None]
@@ -169,7 +172,8 @@ def search_cnn(
     identity = dict(train=train.key, valid=valid.key, config=config, recipe=str(recipe), score=score, augment=repr(augment) if augment else None)
     found = search(objective, folder=folder, n_trials=n_trials, seed=seed, space=space, identity=identity, log=log)
     if not (where(found.number)/"classifier.safetensors").exists():        # a longer search had a better one and dropped it
-        shutil.rmtree(where(found.number), ignore_errors=True); objective(found.params, found.number)
+        shutil.rmtree(where(found.number), ignore_errors=True)
+        objective(found.params, found.number)
     for k in found.trials.number:
         if k != found.number: (where(k)/"classifier.safetensors").unlink(missing_ok=True)      # the others keep their history
     found.folder = where(found.number)

@@ -66,6 +66,7 @@ def probabilities(
     if score != "softmax": raise ParameterError(f"'{score}' is no score", "score", "softmax or exp_logit")
     return (torch.cat([-out/2, out/2], 1) if out.shape[1] == 1 else out).softmax(1).numpy()
 
+# %% ../../nbs/lib/56_clf.train.ipynb #107cb788
 def class_loss(
     out:Tensor, # Outputs of a network
     y:Tensor, # Classes `(n,)`
@@ -156,7 +157,9 @@ class PatchLearner(Learner):
 
 class _Bf16(nn.Module):
     "The network's forward pass in bfloat16, its outputs in float32."
-    def __init__(self, net, device): super().__init__(); self.net, self.device = net, device
+    def __init__(self, net, device):
+        super().__init__()
+        self.net, self.device = net, device
     def forward(self, x):
         with torch.autocast(self.device, torch.bfloat16): out = self.net(x)
         return out.float()
@@ -170,6 +173,7 @@ class StartEpoch(Callback):
         self.dls.train.epoch = self.epoch
         self.opt.set_hypers(lr=self.recipe.lr*self.recipe.lr_decay**(self.epoch//self.recipe.lr_every))
 
+# %% ../../nbs/lib/56_clf.train.ipynb #020e054b
 class StayInEval(Callback):
     "Authors' loop (Szafranowska 2022, published code): `net.eval()` before the first validation and never `net.train()` again."
     order = 1
@@ -203,6 +207,7 @@ def best_epoch(
     "The epoch that is kept."
     return int(np.argmax([h["score"] for h in history])) if history else -1
 
+# %% ../../nbs/lib/56_clf.train.ipynb #74d14619
 def out_of_patience(
     history:list, # Rows with `score`
     patience:int, # Epochs to wait for a better one; 0 is for ever
@@ -238,6 +243,7 @@ def save_weights(
     with write_whole(path) as tmp: tmp.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
 
+# %% ../../nbs/lib/56_clf.train.ipynb #233c5b3a
 def load_weights(
     model:nn.Module, # Filled in place
     path:Path, # safetensors file
@@ -257,6 +263,7 @@ def load_weights(
     model.load_state_dict(state)
     return model
 
+# %% ../../nbs/lib/56_clf.train.ipynb #6c4da682
 def load_classifier(
     folder:Path, # Written by `fit_classifier`
     *,
@@ -280,7 +287,9 @@ def predict_proba(
     pixels = patch_arrays(patches, 0).view0()
     if not len(pixels): raise DataError("no patches to classify", "predict_proba", "give at least one")
     device = pick_device(str(device)) if device else next(model.parameters()).device
-    model.to(device); was = model.training; model.eval()
+    model.to(device)
+    was = model.training
+    model.eval()
     with torch.inference_mode():
         out = [model(to_input(torch.from_numpy(pixels[i:i+bs]).to(device), **_form(model, value_range))) for i in range(0, len(pixels), bs)]
     model.train(was)
@@ -301,6 +310,7 @@ class FitResult:
     history:pd.DataFrame # epoch, train_loss, valid_loss, score
     path:Path # Folder of `classifier.safetensors` and `classifier.json`, or None
 
+# %% ../../nbs/lib/56_clf.train.ipynb #3de07e4f
 def check_classes(
     patches:PatchArrays, # A training or validation set
     name:str, # What to call it
@@ -361,18 +371,24 @@ def fit_classifier(
     recipe, device, train, valid = change(recipe, **changes), pick_device(str(device)), patch_arrays(train), patch_arrays(valid)
     _check(model, train, valid, recipe)
     identity = _identity(model, train, valid, seed, recipe, augment, order)
-    if done := _finished(model, folder, identity): model.to(device); return done
+    if done := _finished(model, folder, identity):
+        model.to(device)
+        return done
     model.to(device)
     history, best, learn = [], {}, _learner(model, train, valid, recipe, seed, device, augment, order)
     ck = Checkpoint(folder, identity=identity, every_s=checkpoint_every_s, log=log) if folder else None
     if ck and (old := ck.load({"net": model, "opt": learn.opt.opt})):
-        history += old["state"]["history"]; best |= old["state"]["best"]
+        history += old["state"]["history"]
+        best |= old["state"]["best"]
     learn.add_cbs([ScoreEpoch(recipe, history), KeepBest(model, recipe, history, best, checkpoint=ck, log=log)])
     if not out_of_patience(history, recipe.patience): _fit(learn, model, recipe, history=history, best=best, folder=folder)
     learn.remove_cbs(list(learn.cbs))       # they point back at the learner, which would keep the patches in memory
-    model.load_state_dict(best); model.eval()
+    model.load_state_dict(best)
+    model.eval()
     result = FitResult(best_epoch(history), history[best_epoch(history)]["score"], pd.DataFrame(history, columns=HISTORY), Path(folder) if folder else None)
-    if ck: _write(model, result, identity); ck.prune(keep=0)
+    if ck:
+        _write(model, result, identity)
+        ck.prune(keep=0)
     return result
 
 # %% ../../nbs/lib/56_clf.train.ipynb #ca93db34
@@ -380,7 +396,8 @@ def _fit(learn, model, recipe, *, history, best, folder): # What was best is kep
     try: learn.fit(recipe.epochs, start_epoch=len(history))
     except RunError as e:
         if not best or not folder: raise
-        model.load_state_dict(best); save_weights(model, Path(folder)/"last_good.safetensors")
+        model.load_state_dict(best)
+        save_weights(model, Path(folder)/"last_good.safetensors")
         raise RunError(f"{e.what}; the best weights of the {len(history)} epochs before it are in last_good.safetensors", folder, e.fix) from None
 
 def _write(model, result, identity):

@@ -40,6 +40,7 @@ def bcdr_outline(
     except ValueError: return []
     return list(zip(x,y)) if len(x)==len(y) and np.isfinite(x+y).all() else []
 
+# %% ../../nbs/lib/24_data.bcdr.ipynb #f64b4868
 def bcdr_type(
     row, # Row of the outline table
 ) -> str: # Lesion type
@@ -67,11 +68,16 @@ def _locate(folder, cell, by_name):
 def _bcdr_image(subset, cell, path, row, by_id, ledger):
     "The image row of a file, made at its first mention; None when the file is unusable."
     name = bcdr_name(path.name)
-    if not name: ledger.skip(path, "file name is not img_<patient>_<study>_<series>_<view>.tif"); return None
+    if not name:
+        ledger.skip(path, "file name is not img_<patient>_<study>_<series>_<view>.tif")
+        return None
     i = f"bcdr:{subset}/{path.stem}"
     if i in by_id: return by_id[i]
     try: head = read_header(path)
-    except DataError as e: ledger.skip(path, e.what); by_id[i] = None; return None
+    except DataError as e:
+        ledger.skip(path, e.what)
+        by_id[i] = None
+        return None
     film = subset.startswith("F")
     by_id[i] = dict(image_id=i, subset=subset, patient_id=f"bcdr:{name['patient']}", study_id=name["study"], path=str(path.resolve()),
         laterality=name["side"], view=name["view"], rows=head["rows"], cols=head["cols"],
@@ -88,10 +94,14 @@ def _bcdr_subset(subset, tables, ledger):
     for kind,table,df in frames:
         for _,row in df.iterrows():
             path = _locate(folder, row["image_filename"], by_name)
-            if path is None: ledger.skip(table, f"image file {word(row['image_filename'])[:120]!r} is not on disk"); continue
+            if path is None:
+                ledger.skip(table, f"image file {word(row['image_filename'])[:120]!r} is not on disk")
+                continue
             named.add(path)
             im = _bcdr_image(subset, row["image_filename"], path, row, by_id, ledger)
-            if im is None: ledger.skip(table, f"row of the unusable image {path.name}"); continue
+            if im is None:
+                ledger.skip(table, f"row of the unusable image {path.name}")
+                continue
             if np.isnan(im["density"]): im["density"] = number_of(row.get("density"),1,4)
             if kind=="outlines": lesions.append(_bcdr_lesion(im, row, path, table, ledger))
     spare = [p for p in by_name.values() if bcdr_name(p.name) and p not in named]
@@ -102,7 +112,9 @@ def _bcdr_lesion(im, row, path, table, ledger):
     points = bcdr_outline(row["lw_x_points"], row["lw_y_points"])
     box = outline_box(points, rows=im["rows"], cols=im["cols"]) if len(points)>2 else None
     im["_marked"] = True
-    if box is None: ledger.skip(table, f"outline of {path.name} has no points inside the image"); return None
+    if box is None:
+        ledger.skip(table, f"outline of {path.name} has no points inside the image")
+        return None
     label = label_of(row["classification"])
     if label=="unknown": ledger.note(table, f"classification {row['classification'][:40]!r} read as unknown")
     lesion_id = re.sub(r"[^\w.-]", "_", word(row["lesion_id"]))[:40]
@@ -118,9 +130,13 @@ def _merge_images(images, ledger):
     for im in images:
         key = (im["device"], im["patient_id"], im["study_id"], im["laterality"], im["view"], im["rows"], im["cols"])
         twin = next((k for k in kept.get(key,[]) if k["subset"]!=im["subset"] and ("" in (k["_series"],im["_series"]) or k["_series"]==im["_series"])), None)
-        if twin is None: kept.setdefault(key,[]).append(im); alias[im["image_id"]] = im["image_id"]; continue
+        if twin is None:
+            kept.setdefault(key,[]).append(im)
+            alias[im["image_id"]] = im["image_id"]
+            continue
         alias[im["image_id"]] = twin["image_id"]
-        twin["quirks"] = twin["quirks"] + [f"also in {im['subset']}"]; twin["_marked"] = twin.get("_marked",False) or im.get("_marked",False)
+        twin["quirks"] = twin["quirks"] + [f"also in {im['subset']}"]
+        twin["_marked"] = twin.get("_marked",False) or im.get("_marked",False)
         ledger.note(im["path"], f"same image as in sub-set {twin['subset']}, counted once")
     return [im for ims in kept.values() for im in ims], alias
 
@@ -138,7 +154,9 @@ def merge_lesions(
         groups.append([l]) if g is None else g.append(l)
     out = []
     for g in groups:
-        if len({l["label"] for l in g} - {"unknown"})>1: ledger.skip(where, "lesion has opposite classes in two segmentations, left out", len(g)); continue
+        if len({l["label"] for l in g} - {"unknown"})>1:
+            ledger.skip(where, "lesion has opposite classes in two segmentations, left out", len(g))
+            continue
         if len(g)>1: ledger.note(where, "lesion segmented again, first kept", len(g)-1)
         out.append(g[0])
     return out
@@ -158,7 +176,8 @@ def read_bcdr(
     images, lesions = [], []
     for subset,t in tables.items():
         im, le = _bcdr_subset(subset, t, led)
-        images += im; lesions += [dict(l, image_file=l["image_id"]) for l in le]
+        images += im
+        lesions += [dict(l, image_file=l["image_id"]) for l in le]
     images, alias = _merge_images(images, led)
     kept = []
     for im in images:
@@ -179,6 +198,7 @@ def _distinct_ids(lesions):
     "Lesions of one image with the same id and different places get a letter."
     seen, out = {}, []
     for l in lesions:
-        key = (l["image_id"], l["lesion_id"]); n = seen[key] = seen.get(key,-1)+1
+        key = (l["image_id"], l["lesion_id"])
+        n = seen[key] = seen.get(key,-1)+1
         out.append(dict(l, lesion_id=l["lesion_id"] if n==0 else f"{l['lesion_id']}{chr(96+min(n,26))}" + (str(n) if n>26 else "")))
     return out

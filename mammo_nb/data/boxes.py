@@ -34,6 +34,7 @@ class Box(NamedTuple):
         "Whether this box and `other` share a pixel."
         return self.x0<other[2] and other[0]<self.x1 and self.y0<other[3] and other[1]<self.y1
 
+# %% ../../nbs/lib/27_data.boxes.ipynb #2c68936a
 def as_box(
     values, # x0, y0, x1, y1, possibly fractional, possibly over the edge
     *,
@@ -43,7 +44,8 @@ def as_box(
     "The smallest whole-pixel box that covers `values` inside the image; an empty one is an error."
     v = np.asarray(values, float)
     if v.shape!=(4,) or not np.isfinite(v).all(): raise DataError(f"a box needs four numbers, got {list(np.ravel(values))}", "lesion box", "leave the lesion out or mend its row")
-    x0,y0 = np.floor(v[:2]); x1,y1 = np.ceil(v[2:])
+    x0,y0 = np.floor(v[:2])
+    x1,y1 = np.ceil(v[2:])
     b = Box(int(max(0,x0)), int(max(0,y0)), int(min(cols,x1)), int(min(rows,y1)))
     if b.w<1 or b.h<1: raise DataError(f"box {tuple(v.tolist())} lies outside the image of {rows} x {cols} or is empty", "lesion box", "check that box and image belong together")
     return b
@@ -59,6 +61,7 @@ def wanted_side(
     b = Box(*box)
     return int(round(max(min_side, max(b.w,b.h)+2*margin)))
 
+# %% ../../nbs/lib/27_data.boxes.ipynb #31d54c17
 def _square(box, cx, cy, side, rows, cols):
     "Square of this centre and side, moved so that it holds the box (where it can) and stays inside the image."
     side = int(min(side, rows, cols))
@@ -116,7 +119,8 @@ def reference_square(
     max_shift:float=0.33, # Meant as an upper limit; it forces every shift up and left by at least this share
 ) -> Box: # Clipped to the image; None when nothing is left
     "The window the authors' code cuts, faults included (mammo_gans_iwbi2022, `get_measures_for_crop`)."
-    b = Box(*box); margin, min_side = int(round(margin)), int(round(min_side))
+    b = Box(*box)
+    margin, min_side = int(round(margin)), int(round(min_side))
     def moved(side): return 0 if rng is None else min(int(-side*max_shift), int(rng.normal(0, shift*side)))
     grow = 0 if rng is None else int(rng.normal((b.w+2*margin)*zoom[0], (b.w+2*margin)*zoom[1]))//2
     side = b.w+2*margin+grow
@@ -124,7 +128,9 @@ def reference_square(
     if side<min_side: x, side = x-(min_side-b.w)//2, min_side
     else: x -= margin
     y = max(0, b.y0-(side-b.h)//2+moved(side))-margin
-    def inside(c, limit): c = max(0,c); return c-max(0, c+side-limit)
+    def inside(c, limit):
+        c = max(0,c)
+        return c-max(0, c+side-limit)
     x, y = inside(x,cols), inside(y,rows)
     out = Box(max(0,x), max(0,y), min(cols,x+side), min(rows,y+side))
     return out if x>=0 and y>=0 and out.w>0 and out.h>0 else None
@@ -152,6 +158,7 @@ def area_table(
     np.cumsum(np.cumsum(mask, axis=0, dtype=np.int32), axis=1, out=t[1:,1:])
     return t
 
+# %% ../../nbs/lib/27_data.boxes.ipynb #dce503f9
 def box_share(
     table:np.ndarray, # From `area_table`
     box, # One box, or four arrays x0, y0, x1, y1
@@ -176,7 +183,8 @@ def place_box(
     rows, cols = background.shape[0]-1, background.shape[1]-1
     w, h = max(1,min(int(size[0]),cols)), max(1,min(int(size[1]),rows))
     def fits(x, y):
-        b = Box(int(x), int(y), int(x)+w, int(y)+h); c = crop(b)
+        b = Box(int(x), int(y), int(x)+w, int(y)+h)
+        c = crop(b)
         return (b if box_share(background,c)<=max_background and box_share(background,b)<=max_inside and not any(c.meets(a) for a in avoid) else None)
     xs, ys = rng.integers(0, cols-w+1, tries), rng.integers(0, rows-h+1, tries)
     step = max(1, min(rows,cols)//32)
@@ -210,12 +218,14 @@ def random_inside(
     b = Box(*box)
     inside = np.ones((b.h,b.w), bool)
     if polygon is not None and len(polygon)>=3:
-        pic = Image.new("1", (b.w,b.h)); ImageDraw.Draw(pic).polygon([(float(x)-b.x0, float(y)-b.y0) for x,y in polygon], fill=1, outline=1)
+        pic = Image.new("1", (b.w,b.h))
+        ImageDraw.Draw(pic).polygon([(float(x)-b.x0, float(y)-b.y0) for x,y in polygon], fill=1, outline=1)
         if np.asarray(pic).any(): inside = np.asarray(pic)
     ys,xs = np.nonzero(inside)
     i = int(rng.integers(len(xs)))
     return b.x0+int(xs[i]), b.y0+int(ys[i])
 
+# %% ../../nbs/lib/27_data.boxes.ipynb #761a0a56
 def context_box(
     tissue:np.ndarray, # `area_table` of the breast mask
     *,
@@ -236,7 +246,8 @@ def context_box(
     for _ in range(tries):
         if box is None: x, y = int(rng.integers(cols-size+1)), int(rng.integers(rows-size+1))
         else:
-            px,py = random_inside(box, rng=rng, polygon=polygon); dx,dy = rng.integers(-back, reach+1, 2)
+            px,py = random_inside(box, rng=rng, polygon=polygon)
+            dx,dy = rng.integers(-back, reach+1, 2)
             x, y = min(max(0, px+int(dx)-size//2), cols-size), min(max(0, py+int(dy)-size//2), rows-size)
         b = Box(x, y, x+size, y+size)
         if box_share(tissue,b)>=min_tissue and not any(b.meets(a) for a in avoid): return b
@@ -261,6 +272,7 @@ def contiguous_row(
     i = int(rng.choice(np.flatnonzero(ok)))
     return [Box(int(x.flat[i])+k*size, int(y.flat[i]), int(x.flat[i])+(k+1)*size, int(y.flat[i])+size) for k in range(n)]
 
+# %% ../../nbs/lib/27_data.boxes.ipynb #56175bdb
 def put_back(
     img:np.ndarray, # `(h,w)`
     boxes:list, # Where the patches were cut

@@ -22,6 +22,7 @@ from .table import Ledger, find_files, label_of, make_data, number_of, read_tabl
 
 # %% ../../nbs/lib/25_data.cbis.ipynb #c3d0ab90
 _TABLE = re.compile(r"(mass|calc)_case_description_(train|test)_set\.csv", re.I)
+
 CBIS_COLUMNS = ("patient_id","left or right breast","image view","abnormality id","abnormality type","assessment","pathology","image file path",
     "cropped image file path","ROI mask file path")
 
@@ -32,6 +33,7 @@ def parse_cbis_path(
     parts = [p for p in word(text).replace("\\","/").split("/") if p]
     return tuple(parts[:3]) if len(parts)==4 and not set(parts) & {".",".."} else None
 
+# %% ../../nbs/lib/25_data.cbis.ipynb #43a12611
 def read_cbis_tables(
     root:Path, # Folder that holds the four tables, at any depth
     *,
@@ -79,6 +81,7 @@ def index_series(
             if hit: by_uid.setdefault(uid, by_folder[hit])
     return by_uid, by_tail
 
+# %% ../../nbs/lib/25_data.cbis.ipynb #0a2511f0
 def files_of(
     index:tuple, # From `index_series`
     folder:str, # Patient folder, first part of the path
@@ -164,7 +167,9 @@ def _cbis_plan(table, index, ledger):
         i = f"cbis:{r['full']}"
         if i not in images:
             heads = _headers(files_of(index, r["folder"], r["full"]), ledger)
-            if not heads: images[i] = None; ledger.skip(r["folder"], "full mammogram is not on disk or unreadable")
+            if not heads:
+                images[i] = None
+                ledger.skip(r["folder"], "full mammogram is not on disk or unreadable")
             else:
                 path, h = max(heads, key=lambda t: (t[1]["rows"]*t[1]["cols"], str(t[0])))
                 quirks = (["official split differs between mass and calc"] if both[r["patient_id"]]>1 else []) + (["same view also in the other table"] if twice[r["patient_id"],r["left or right breast"],r["image view"]]>1 else [])
@@ -173,7 +178,9 @@ def _cbis_plan(table, index, ledger):
                     rows=h["rows"], cols=h["cols"], bits=h["allocated"], spacing_mm=np.nan, density=number_of(r.get("breast_density"),1,4),
                     birads=r["assessment"] or np.nan, age=np.nan, official_split=r["split"], device="film",
                     quirks=quirks, has_lesion=True)
-        if images[i] is None: ledger.skip(r["lesion_folder"], "lesion of a mammogram that is not there"); continue
+        if images[i] is None:
+            ledger.skip(r["lesion_folder"], "lesion of a mammogram that is not there")
+            continue
         files = {p for s in {r["crop"],r["mask"]} for p in files_of(index, r["lesion_folder"], s)}
         mask, crop = tell_mask_from_crop(_headers(sorted(files), ledger), images[i])
         plan.append((r, images[i], mask, crop))
@@ -202,10 +209,16 @@ def read_cbis(
         name = f"{r['kind']}{r['abnormality id']}"
         if crop: crops.append(dict(base, patch_id=f"{im['image_id']}:{name}", lesion_id=name, target=1, dataset="cbis", path=str(crop.resolve()),
                 **{k:im[k] for k in ("patient_id","density","laterality","view","birads","official_split")}))
-        if mask is None: led.skip(r["lesion_folder"], "no mask on disk: lesion has no box"); continue
+        if mask is None:
+            led.skip(r["lesion_folder"], "no mask on disk: lesion has no box")
+            continue
         found = boxes[str(mask)]
-        if "error" in found: led.skip(mask, found["error"]); continue
-        if not found["boxes"]: led.skip(mask, "mask is empty"); continue
+        if "error" in found:
+            led.skip(mask, found["error"])
+            continue
+        if not found["boxes"]:
+            led.skip(mask, "mask is empty")
+            continue
         lesions += _cbis_rows(base, name, im, mask, found, parts, led)
     led.warn()
     return make_data("cbis", list(images.values()), lesions, ledger=led, scaling=scaling, patches=patch_frame(crops) if crops else None)
@@ -220,9 +233,13 @@ def _orphans(table, index, root, ledger):
 def _cbis_rows(base, name, im, mask, found, parts, ledger):
     (mh,mw), quirks = found["shape"], list(im["quirks"])
     sy, sx = im["rows"]/mh, im["cols"]/mw
-    if (sy,sx)!=(1,1): quirks.append("mask of another size"); ledger.note(mask,
+    if (sy,sx)!=(1,1):
+        quirks.append("mask of another size")
+        ledger.note(mask,
             "mask has another size than its mammogram, scaled" + (" (aspect differs)" if abs(sy/sx-1)>.01 else ""))
-    if len(found["boxes"])>1: quirks.append(f"mask has {len(found['boxes'])} parts"); ledger.note(mask,
+    if len(found["boxes"])>1:
+        quirks.append(f"mask has {len(found['boxes'])} parts")
+        ledger.note(mask,
             "mask has several parts" + (", largest taken" if parts=="largest" else ""))
     out = []
     for k,(x0,y0,x1,y1) in enumerate(found["boxes"][:1 if parts=="largest" else None]):

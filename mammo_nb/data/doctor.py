@@ -86,9 +86,11 @@ def decode_some(
     for p in paths[::step]:
         try: read_image(p, scaling=data.scaling)
         except DataError as e: bad.append((p, e.what))
-    df = pd.DataFrame(bad, columns=["file","reason"]); df.attrs["tried"] = len(paths[::step])
+    df = pd.DataFrame(bad, columns=["file","reason"])
+    df.attrs["tried"] = len(paths[::step])
     return df
 
+# %% ../../nbs/lib/26b_data.doctor.ipynb #d887827c
 def examine(
     root:Path, # Any folder
     *,
@@ -103,7 +105,9 @@ def examine(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 sets[name] = READERS[layout](p, **extra)
-        except MammoError as e: errors[name] = str(e); continue
+        except MammoError as e:
+            errors[name] = str(e)
+            continue
         broken[name] = decode_some(sets[name], check=check)
     good = {n:d for n,d in sets.items() if broken[n].attrs["tried"]>len(broken[n])}
     seen = Counter(p.suffix.lower() or p.name for p in find_files(root)) if not found else {}
@@ -118,7 +122,8 @@ def _reasons(df, root):
     "Reasons with counts, most frequent first, one example each."
     out = []
     for (kind,reason),g in sorted(df.groupby(["kind","reason"]), key=lambda t: (t[0][0]!="skipped", -t[1]["count"].sum())):
-        file = Path(g.file.iloc[0]); file = file.relative_to(root) if file.is_relative_to(root) else file
+        file = Path(g.file.iloc[0])
+        file = file.relative_to(root) if file.is_relative_to(root) else file
         out.append(f"    {'missing' if kind=='skipped' else 'note   '} {int(g['count'].sum()):6d} x {reason}   (e.g. {file})")
     return out
 
@@ -129,7 +134,9 @@ def report_text(
     out, root = [f"mammo_doctor {e['root']}"], e["root"].resolve()
     for name,(layout,p) in e["found"].items():
         out += ["", f"{name}: layout {layout}, in {p}"]
-        if name in e["errors"]: out.append(f"    cannot be read: {e['errors'][name]}"); continue
+        if name in e["errors"]:
+            out.append(f"    cannot be read: {e['errors'][name]}")
+            continue
         data, bad = e["sets"][name], e["broken"][name]
         t = count_table(layout, data)
         out += [f"    {r.what:16s}{r.found:8d}" + ("" if pd.isna(r.published) else f"   published {int(r.published):6d}" + ("" if r.found==r.published else "   <- differs")) for r in t.itertuples()]
@@ -148,6 +155,7 @@ def report_text(
     out += ["", "usable" if e["usable"] else "not usable"]
     return "\n".join(out)
 
+# %% ../../nbs/lib/26b_data.doctor.ipynb #c6a98329
 def main(
     argv=None, # Arguments, default those of the command line
 ) -> int: # 0 when at least one data set is usable, 1 when none is, 2 for a bad call
@@ -157,7 +165,9 @@ def main(
     ap.add_argument("--check", type=int, default=20, help="pictures to decode of each set, 0 = all (default 20)")
     a = ap.parse_args(argv)
     try: e = examine(a.path, check=max(0,a.check))
-    except MammoError as err: print(err, file=sys.stderr); return 1
+    except MammoError as err:
+        print(err, file=sys.stderr)
+        return 1
     print(report_text(e))
     return 0 if e["usable"] else 1
 

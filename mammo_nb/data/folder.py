@@ -29,8 +29,12 @@ def _text(row, key): return word(row.get(key)) or np.nan
 
 def _file(root, row, table, ledger):
     path = inside(root, word(row["path"]))
-    if path is None: ledger.skip(table, f"path {word(row['path'])[:120]!r} leaves the folder or is empty"); return None
-    if not path.is_file(): ledger.skip(path, "listed file is missing"); return None
+    if path is None:
+        ledger.skip(table, f"path {word(row['path'])[:120]!r} leaves the folder or is empty")
+        return None
+    if not path.is_file():
+        ledger.skip(path, "listed file is missing")
+        return None
     return path
 
 def parse_polygon(
@@ -49,10 +53,16 @@ def _folder_images(root, name, ledger):
         image = word(r["image_id"])
         path = _file(root, r, table, ledger)
         if path is None: continue
-        if not image or not word(r["patient_id"]): ledger.skip(table, f"row of {path.name} has no image_id or no patient_id"); continue
-        if image in rows: ledger.skip(table, f"image_id {image[:60]!r} occurs again"); continue
+        if not image or not word(r["patient_id"]):
+            ledger.skip(table, f"row of {path.name} has no image_id or no patient_id")
+            continue
+        if image in rows:
+            ledger.skip(table, f"image_id {image[:60]!r} occurs again")
+            continue
         try: head = read_header(path)
-        except DataError as e: ledger.skip(path, e.what); continue
+        except DataError as e:
+            ledger.skip(path, e.what)
+            continue
         spacing = number_of(r.get("spacing_mm"), 1e-4, 5)
         used.add(path)
         rows[image] = dict(image_id=f"{name}:{image}", subset=_text(r,"subset"), patient_id=f"{name}:{word(r['patient_id'])}",
@@ -73,13 +83,17 @@ def _folder_lesions(root, images, ledger):
     table, out, seen = root/"lesions.csv", [], set()
     for k,r in read_table(table, need=LESIONS_NEED).iterrows():
         im = images.get(word(r["image_id"]))
-        if im is None: ledger.skip(table, f"lesion on image {word(r['image_id'])[:60]!r}, which is not in images.csv or unreadable"); continue
+        if im is None:
+            ledger.skip(table, f"lesion on image {word(r['image_id'])[:60]!r}, which is not in images.csv or unreadable")
+            continue
         im["has_lesion"] = True
         polygon = parse_polygon(r.get("polygon"))
         box = [number_of(r.get(c)) for c in ("x0","y0","x1","y1")]
         if np.isfinite(box).all(): box = outline_box([box[:2], [box[2]-1,box[3]-1]], rows=im["rows"], cols=im["cols"]) if box[0]<box[2] and box[1]<box[3] else None
         else: box = outline_box(polygon, rows=im["rows"], cols=im["cols"]) if polygon else None
-        if box is None: ledger.skip(table, f"lesion in line {k+2} has no box inside its image"); continue
+        if box is None:
+            ledger.skip(table, f"lesion in line {k+2} has no box inside its image")
+            continue
         kind = word(r.get("lesion_type")).casefold()
         if kind and kind not in LESION_TYPES: ledger.note(table, f"unknown lesion type {kind[:60]!r} read as other")
         if word(r.get("label")) and label_of(r["label"])=="unknown" and word(r["label"]).casefold()!="unknown": ledger.note(table, f"label {word(r['label'])[:60]!r} read as unknown")
@@ -123,11 +137,19 @@ def _folder_patches(root, name, ledger):
         path = _file(root, r, table, ledger)
         if path is None: continue
         target, patch = _target(r), word(r.get("patch_id")) or word(r["path"])
-        if target is None: ledger.skip(table, f"line {k+2}: neither target (healthy, lesion) nor lesion_type is known"); continue
-        if not word(r["patient_id"]): ledger.skip(table, f"line {k+2} has no patient_id"); continue
-        if patch in seen: ledger.skip(table, f"patch {patch[:60]!r} occurs again"); continue
+        if target is None:
+            ledger.skip(table, f"line {k+2}: neither target (healthy, lesion) nor lesion_type is known")
+            continue
+        if not word(r["patient_id"]):
+            ledger.skip(table, f"line {k+2} has no patient_id")
+            continue
+        if patch in seen:
+            ledger.skip(table, f"patch {patch[:60]!r} occurs again")
+            continue
         try: read_header(path)
-        except DataError as e: ledger.skip(path, e.what); continue
+        except DataError as e:
+            ledger.skip(path, e.what)
+            continue
         seen.add(patch)
         kind = word(r.get("lesion_type")).casefold()
         if target and kind and kind not in LESION_TYPES: ledger.note(table, f"unknown lesion type {kind[:60]!r} read as other")
@@ -148,7 +170,8 @@ def read_folder(
     strict:bool=False, # Stop at the first fault instead of listing it
 ):
     "A plain folder as `MammoData`."
-    root = Path(root); name = name or _name_of(root)
+    root = Path(root)
+    name = name or _name_of(root)
     if not root.is_dir(): raise DataError("no such folder", root, "point data_dir at the folder that holds the data")
     has = {t: (root/f"{t}.csv").is_file() for t in ("images","lesions","patches")}
     if not has["images"] and not has["patches"]: raise DataError("neither images.csv nor patches.csv", root, "see the layout in nbs/lib/22a_data.folder.ipynb")
@@ -164,6 +187,7 @@ def read_folder(
 # %% ../../nbs/lib/22a_data.folder.ipynb #16bd5f8c
 CBIS_PATCH_COLUMNS = ("file","patient_id","full_series_tail","mass_id","left or right breast","image view","breast_density","assessment","pathology",
     "official_split","abnormality id")
+
 FOUR_VIEWS = tuple(f"{s}-{v}.png" for s in "LR" for v in ("CC","MLO"))
 
 def read_cbis_patches(
@@ -179,7 +203,9 @@ def read_cbis_patches(
         path = _file(root, dict(path=r["file"]), root/"labels.csv", led)
         if path is None: continue
         try: read_header(path)
-        except DataError as e: led.skip(path, e.what); continue
+        except DataError as e:
+            led.skip(path, e.what)
+            continue
         rows.append(dict(patch_id=f"cbis:mass{r['mass_id']}", patient_id=f"cbis:{r['patient_id']}", image_id=f"cbis:{r['full_series_tail']}",
             lesion_id=r["abnormality id"], target=1, lesion_type="mass",
             label=label_of(r["pathology"]), density=number_of(r["breast_density"],1,4), dataset=name, path=str(path),
@@ -189,6 +215,7 @@ def read_cbis_patches(
     led.warn()
     return make_data(name, [], [], ledger=led, scaling=scaling, patches=patch_frame(rows))
 
+# %% ../../nbs/lib/22a_data.folder.ipynb #74ebb538
 def read_four_views(
     root:Path, # Folder with L-CC.png, L-MLO.png, R-CC.png, R-MLO.png
     *,
@@ -201,7 +228,9 @@ def read_four_views(
     name = name or _name_of(root)
     for f in FOUR_VIEWS:
         try: head = read_header(root/f)
-        except DataError as e: led.skip(root/f, e.what); continue
+        except DataError as e:
+            led.skip(root/f, e.what)
+            continue
         images.append(dict(image_id=f"{name}:{f[:-4]}", patient_id=f"{name}:1", path=str(root/f), laterality=f[0], view=f[2:-4], rows=head["rows"],
             cols=head["cols"], bits=head["bits"], device="digital", normal=True, quirks=["mirrored"] if f[0]=="R" else []))
     if not images: raise DataError("none of L-CC.png, L-MLO.png, R-CC.png, R-MLO.png is readable", root, "check the download")

@@ -39,6 +39,7 @@ def parse_point(
     v = [float(t) for t in _NUMBER.findall(str(text)[:200])[:2]]
     return tuple(v) if len(v)==2 and np.isfinite(v).all() else None
 
+# %% ../../nbs/lib/23_data.inbreast.ipynb #6144c94b
 def read_rois(
     path:Path, # XML file
 ) -> list: # Dicts with name (raw, stripped) and points
@@ -77,15 +78,25 @@ def lesions_of(
     out, masses = [], []
     for i,r in enumerate(rois):
         kind = roi_type(r["name"])
-        if kind is None: kind = "other"; ledger.note(file, f"unknown lesion name '{r['name'][:60]}' read as other")
-        if len(r["points"])<3: ledger.note(file, "outline of fewer than 3 points gives no box"); continue
+        if kind is None:
+            kind = "other"
+            ledger.note(file, f"unknown lesion name '{r['name'][:60]}' read as other")
+        if len(r["points"])<3:
+            ledger.note(file, "outline of fewer than 3 points gives no box")
+            continue
         box = outline_box(r["points"], rows=rows, cols=cols)
-        if box is None: ledger.skip(file, "outline lies outside the image"); continue
+        if box is None:
+            ledger.skip(file, "outline lies outside the image")
+            continue
         clipped = any(not (-.5<=x<=cols and -.5<=y<=rows) for x,y in r["points"])
         l = dict(zip(("x0","y0","x1","y1"), box), lesion_id=f"{i:03d}", polygon=r["points"], lesion_type=kind, label_raw=r["name"],
             quirks=["clipped to the image"] if clipped else [])
-        if "spiculated" in r["name"].casefold(): masses.append((l,box)); continue
-        if any(o["lesion_type"]==kind and box_iou(box, b)>.8 for o,b in out): ledger.note(file, "outline saved twice, first kept"); continue
+        if "spiculated" in r["name"].casefold():
+            masses.append((l,box))
+            continue
+        if any(o["lesion_type"]==kind and box_iou(box, b)>.8 for o,b in out):
+            ledger.note(file, "outline saved twice, first kept")
+            continue
         out.append((l,box))
     for l,box in masses:
         if any(o["lesion_type"]=="mass" and box_iou(box,b)>0 for o,b in out): ledger.note(file, "spiculated region counted with its mass")
@@ -105,17 +116,23 @@ def merged_lesions(
     groups, out = {}, []
     for r in rois:
         kind = roi_type(r["name"])
-        if kind is None: kind = "other"; ledger.note(file, f"unknown lesion name '{r['name'][:60]}' read as other")
+        if kind is None:
+            kind = "other"
+            ledger.note(file, f"unknown lesion name '{r['name'][:60]}' read as other")
         if outline_box(r["points"], rows=rows, cols=cols): groups.setdefault(kind, []).append(np.clip(r["points"], [0,0], [cols-1,rows-1]))
     for kind,outlines in sorted(groups.items()):
-        x0,y0 = np.floor(np.min([o.min(0) for o in outlines], 0)).astype(int); x1,y1 = np.floor(np.max([o.max(0) for o in outlines], 0)).astype(int)+1
-        im = Image.new("1", (int(x1-x0),int(y1-y0))); draw = ImageDraw.Draw(im)
+        x0,y0 = np.floor(np.min([o.min(0) for o in outlines], 0)).astype(int)
+        x1,y1 = np.floor(np.max([o.max(0) for o in outlines], 0)).astype(int)+1
+        im = Image.new("1", (int(x1-x0),int(y1-y0)))
+        draw = ImageDraw.Draw(im)
         for o in outlines:
             points = [tuple(p) for p in (o-[x0,y0]).tolist()]
             draw.polygon(points, fill=1, outline=1) if len(points)>1 else draw.point(points, fill=1)
         part, _ = ndimage.label(np.asarray(im), np.ones((3,3)))
         for k,(sy,sx) in enumerate(ndimage.find_objects(part)):
-            if (sy.stop-sy.start)*(sx.stop-sx.start)<2: ledger.note(file, "single point gives no box"); continue
+            if (sy.stop-sy.start)*(sx.stop-sx.start)<2:
+                ledger.note(file, "single point gives no box")
+                continue
             out.append(dict(lesion_id=f"{kind}{k:03d}", x0=int(x0+sx.start), y0=int(y0+sy.start), x1=int(x0+sx.stop), y1=int(y0+sy.stop),
                 polygon=None, lesion_type=kind, label_raw="merged", quirks=[]))
     return out
@@ -146,6 +163,7 @@ def inbreast_files(
     outlines = {p.stem: p for p in reversed(files) if re.fullmatch(r"\d{8}\.xml", p.name)}
     return dict(table=table[0] if table else None, images=images, outlines=outlines)
 
+# %% ../../nbs/lib/23_data.inbreast.ipynb #8e34e4f8
 def _inbreast_table(path):
     df = read_table(path, sep=";", need=INBREAST_COLUMNS)
     ids = df["File Name"].map(lambda t: re.sub(r"\.0$", "", t))
@@ -170,10 +188,14 @@ def read_inbreast(
     for i in sorted(set(f["outlines"])-set(f["images"])): led.skip(f["outlines"][i], "outline without a DICOM file")
     for i,path in sorted(f["images"].items()):
         try: head = read_header(path)
-        except DataError as e: led.skip(path, e.what); continue
+        except DataError as e:
+            led.skip(path, e.what)
+            continue
         name, row, quirks = inbreast_name(path.name), table.get(i, {}), []
         if not row: led.note(path, "image is not listed in INbreast.csv: no BI-RADS, no density")
-        elif (row["side"],row["view"]) != (name["side"],name["view"]): quirks.append("name and table differ in view"); led.note(path, "file name and table differ in side or view, the table is taken")
+        elif (row["side"],row["view"]) != (name["side"],name["view"]):
+            quirks.append("name and table differ in view")
+            led.note(path, "file name and table differ in side or view, the table is taken")
         shared = dict(image_id=f"inbreast:{i}", subset="inbreast", patient_id=f"inbreast:{name['patient']}", study_id=row.get("study",np.nan),
             path=str(path.resolve()), laterality=row.get("side",name["side"]),
             view=row.get("view",name["view"]), rows=head["rows"], cols=head["cols"], bits=head["bits"],
@@ -182,8 +204,12 @@ def read_inbreast(
         found, annotated = [], i in f["outlines"]
         if annotated:
             try: rois = read_rois(f["outlines"][i])
-            except DataError as e: led.skip(f["outlines"][i], e.what); quirks.append("outline file unreadable")
-            else: found = find(rois, rows=head["rows"], cols=head["cols"], file=f["outlines"][i], ledger=led); annotated = bool(rois)
+            except DataError as e:
+                led.skip(f["outlines"][i], e.what)
+                quirks.append("outline file unreadable")
+            else:
+                found = find(rois, rows=head["rows"], cols=head["cols"], file=f["outlines"][i], ledger=led)
+                annotated = bool(rois)
         label = birads_label(shared["birads"], malignant_from=malignant_from)
         lesions += [dict(l, image_id=shared["image_id"], quirks=quirks+l["quirks"], label=label, label_source="birads",
             label_raw=f"{l['label_raw']} / BI-RADS {word(shared['birads'])}") for l in found]

@@ -27,6 +27,7 @@ def shape_of(v) -> tuple: # Rows and columns; nothing is drawn for it
     "Size of a view."
     return v.shape if hasattr(v, "shape") else v.pixels.shape
 
+# %% ../../nbs/lib/21a_data.lookalike.ipynb #943a2faa
 class Pictures:
     "Makes files in threads inside a `with` block; raises what went wrong, at its end at the latest."
     def __init__(self,
@@ -45,7 +46,9 @@ class Pictures:
     def __call__(self, name:str, make, px:int=1_000_000):
         "Make this picture of so many pixels with `make()`, if it is not there yet."
         if name in self.made: return
-        if self.pool is None: self.threads = self._threads(px); self.pool = ThreadPoolExecutor(self.threads)
+        if self.pool is None:
+            self.threads = self._threads(px)
+            self.pool = ThreadPoolExecutor(self.threads)
         if len(self.jobs) >= 2*self.threads: self.jobs.popleft().result()
         self.jobs.append(self.pool.submit(self._make, name, make))
 
@@ -53,10 +56,14 @@ class Pictures:
         make()
         with self.lock, open(self.file, "a", encoding="utf-8") as f: f.write(name+"\n")
 
-    def __enter__(self): self.file.parent.mkdir(parents=True, exist_ok=True); return self
+    def __enter__(self):
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        return self
     def __exit__(self, kind, *_):
         if self.pool: self.pool.shutdown(wait=True, cancel_futures=kind is not None)
-        if kind is None: [j.result() for j in self.jobs]; self.file.unlink(missing_ok=True)
+        if kind is None:
+            [j.result() for j in self.jobs]
+            self.file.unlink(missing_ok=True)
 
 # %% ../../nbs/lib/21a_data.lookalike.ipynb #df404808
 def write_dicom(
@@ -67,7 +74,8 @@ def write_dicom(
     **tags, # Further elements by keyword
 ) -> Path:
     "A mammogram as DICOM (digital mammography, for presentation, MONOCHROME2 unless `tags` say otherwise)."
-    ds = Dataset(); ds.file_meta = FileMetaDataset()
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = syntax
     bits = 8*x.dtype.itemsize
     uid = "2.25." + str(seed_of(0, "uid", *map(str, (Path(path).name, *sorted(map(str, tags.values()))))))
@@ -85,6 +93,7 @@ def write_dicom(
     ds.save_as(path, enforce_file_format=True)
     return Path(path)
 
+# %% ../../nbs/lib/21a_data.lookalike.ipynb #4c09c709
 def as_uint(
     pixels:np.ndarray, # Float in [0,1]
     bits:int, # Bits to use
@@ -110,7 +119,9 @@ def _inbreast_rois(view):
     for l in view.lesions:
         rois.append((_INBREAST_NAME[l["type"]], l["polygon"]))
         if l["type"]=="mass" and l["label"]=="malignant": rois.append(("Spiculated Region", l["polygon"]))
-        if l["type"]=="calcification": x0,y0,x1,y1 = l["box"]; rois.append(("Calcification", [((x0+x1)/2,(y0+y1)/2)]))
+        if l["type"]=="calcification":
+            x0,y0,x1,y1 = l["box"]
+            rois.append(("Calcification", [((x0+x1)/2,(y0+y1)/2)]))
     return rois
 
 def write_inbreast(
@@ -127,7 +138,8 @@ def write_inbreast(
         for i,(patient,views) in enumerate(patients):
             key = hash_of("inbreast", seed, i)
             for v in views:
-                n += 1; name = 90_000_000 + 7*n
+                n += 1
+                name = 90_000_000 + 7*n
                 later(str(name), partial(dicom, root/"AllDICOMs"/f"{name}_{key}_MG_{v.side}_{'CC' if v.view=='CC' else 'ML'}_ANON.dcm", v), np.prod(shape_of(v)))
                 if v.lesions: _write_rois(root/"AllXML"/f"{name}.xml", _inbreast_rois(v))
                 rows.append(["removed","removed",v.side,"CC" if v.view=="CC" else "MLO","201001",name,int(v.density),v.birads])
@@ -139,23 +151,28 @@ def write_inbreast(
 # %% ../../nbs/lib/21a_data.lookalike.ipynb #6d6444af
 def _inbreast_quirks(root, df):
     "Every fault of data_formats.md part 3 once; the changed table is returned."
-    df = df.copy(); df.loc[0,"ACR"] = " "*193
+    df = df.copy()
+    df.loc[0,"ACR"] = " "*193
     xml = sorted((root/"AllXML").glob("*.xml"))
     if len(xml)<3: raise ParameterError(f"the faults of INbreast need three images with lesions, got {len(xml)}", "n_patients", "take more patients")
     def rois(p): return [(r.get("Name"), [tuple(float(t) for t in q.strip("()").split(",")) for q in r["Point_px"]]) for r in plistlib.loads(p.read_bytes())["Images"][0]["ROIs"]]
-    first = rois(xml[0]); name, pts = first[0]
+    first = rois(xml[0])
+    name, pts = first[0]
     _write_rois(xml[0], first + [(name, [(x+.3,y-.2) for x,y in pts])])                                             # doubled outline
     _write_rois(xml[1], rois(xml[1]) + [("Assymetry", [(2.,40.),(12.,40.),(12.,52.)]), (None, [(2.,60.),(9.,60.),(9.,66.)]),
                                             ("Point 1", [(5.,5.)]), ("Kist", [(2.,70.),(9.,70.),(9.,76.)])])   # misspelt, missing and unknown names
     _write_rois(xml[2], rois(xml[2]) + [("Mass", [(-8.,20.),(6.,20.),(6.,31.),(-8.,31.)])])          # leaves the image
     _write_rois(root/"AllXML"/"99999999.xml", [("Mass", [(3.,3.),(9.,3.),(9.,9.)])])                                # outline without an image
     fb = sorted((root/"AllDICOMs").glob("*_CC_ANON.dcm"))[-1]
-    new = 98_000_001; shutil.copy(fb, root/"AllDICOMs"/f"{new}_{fb.name.split('_')[1]}_MG_{fb.name.split('_')[3]}_FB_ANON.dcm")
+    new = 98_000_001
+    shutil.copy(fb, root/"AllDICOMs"/f"{new}_{fb.name.split('_')[1]}_MG_{fb.name.split('_')[3]}_FB_ANON.dcm")
     return pd.concat([df, pd.DataFrame([["removed","removed",fb.name.split("_")[3],"FB","201001",new,2,"1"]], columns=df.columns)], ignore_index=True)
 
 # %% ../../nbs/lib/21a_data.lookalike.ipynb #cd73c24d
 _BCDR_VIEW = {("R","CC"):("RCC",0), ("L","CC"):("LCC",1), ("R","MLO"):("RO",2), ("L","MLO"):("LO",3)}
+
 _BCDR_IMG = ["patient_id","study_id","series","image_filename","image_type_name","image_type_id","age","density"]
+
 _BCDR_OUT = ["patient_id","study_id","series","lesion_id","segmentation_id","image_view","image_filename","lw_x_points","lw_y_points",
     "mammography_type","mammography_nodule",
     "mammography_calcification","mammography_microcalcification","mammography_axillary_adenopathy","mammography_architectural_distortion",
@@ -168,8 +185,10 @@ def bcdr_folder(
     "Where a sub-set of BCDR lies; F03 is one level deeper."
     return Path(root)/f"BCDR-{subset}_dataset"/("BCDR-F03" if subset=="F03" else "")
 
+# %% ../../nbs/lib/21a_data.lookalike.ipynb #6628f026
 def _mask_tif(path, polygon, shape):
-    im = Image.new("L", shape[::-1]); ImageDraw.Draw(im).polygon([tuple(map(float,p)) for p in polygon], fill=255)
+    im = Image.new("L", shape[::-1])
+    ImageDraw.Draw(im).polygon([tuple(map(float,p)) for p in polygon], fill=255)
     im.save(path)
 
 class BcdrSet:
@@ -183,9 +202,12 @@ class BcdrSet:
     ):
         self.folder, self.subset, self.pad, self.masks = bcdr_folder(root, subset), subset, " " if padded else "", masks
         self.images, self.outlines = [], []
-        self.folder.mkdir(parents=True, exist_ok=True); self.later = Pictures(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.later = Pictures(self.folder)
 
-    def __enter__(self): self.later.__enter__(); return self
+    def __enter__(self):
+        self.later.__enter__()
+        return self
     def __exit__(self, kind, *rest):
         self.later.__exit__(kind, *rest)
         if kind: return
@@ -218,6 +240,7 @@ class BcdrSet:
 
 def _tif(path, v): Image.fromarray(as_uint(v.pixels,8)).save(path)
 
+# %% ../../nbs/lib/21a_data.lookalike.ipynb #348f3c21
 def write_bcdr(
     patients, # `(patient, views)` pairs
     root:Path, # Folder to fill; sub-sets are added side by side
@@ -236,7 +259,8 @@ def write_bcdr(
 # %% ../../nbs/lib/21a_data.lookalike.ipynb #e9dc0a63
 def _bcdr_quirks(root, film, digital):
     "Every fault of data_formats.md part 4 once, in a tree that holds F01 and D01."
-    f01 = bcdr_folder(root,"F01"); file = f01/"bcdr_f01_outlines.csv"
+    f01 = bcdr_folder(root,"F01")
+    file = f01/"bcdr_f01_outlines.csv"
     df = pd.read_csv(file, dtype=str, keep_default_na=False)
     twins = [(dict(p, age=68.7781), [v for v in views if v.lesions]) for p,views in film if any(v.lesions for v in views)][:2]
     if len(twins)<2: raise ParameterError(f"the faults of BCDR need two film patients with lesions, got {len(twins)}", "n_patients", "take more patients")
@@ -246,14 +270,17 @@ def _bcdr_quirks(root, film, digital):
     last = df3.patient_id==df3.patient_id.iloc[-1]
     df3.loc[last,"classification"] = df3.loc[last,"classification"].map(lambda c: " Benign" if "Malign" in c else " Malign")         # the other class
     df3.to_csv(f03, index=False)
-    again = df.iloc[[0]].copy(); again["segmentation_id"] = "999"                                                                   # segmented twice
+    again = df.iloc[[0]].copy()
+    again["segmentation_id"] = "999"                                                                   # segmented twice
     df.loc[df.index[-1],"density"] = " NaN"
     for c in ("mammography_nodule","mammography_microcalcification"): df.loc[df.index[-1],c] = "0"                                  # neither nodule nor calcification
     pd.concat([df, again]).to_csv(file, index=False)
     if digital:
         table = bcdr_folder(root,"D01")/"bcdr_d01_img.csv"
         img = pd.read_csv(table, dtype=str, keep_default_na=False)
-        gone = img.iloc[[-1]].copy(); gone["image_filename"] = "patient_9999/study_9999/img_9999_9999_1_LO.tif"; gone["patient_id"] = "9999"
+        gone = img.iloc[[-1]].copy()
+        gone["image_filename"] = "patient_9999/study_9999/img_9999_9999_1_LO.tif"
+        gone["patient_id"] = "9999"
         pd.concat([img, gone]).to_csv(table, index=False)                                                                           # listed, not on disk
 
 def write_bcdr_tree(
@@ -306,7 +333,8 @@ def write_folder(
     if quirks:
         images += [dict(images[0], image_id="gone", path="images/gone.png"), dict(images[0], image_id="outside", path="../outside.png")]
         lesions += [dict(lesions[0], lesion_id="odd", lesion_type="kist", polygon="")]
-    write_csv(root/"images.csv", pd.DataFrame(images)); write_csv(root/"lesions.csv",
+    write_csv(root/"images.csv", pd.DataFrame(images))
+    write_csv(root/"lesions.csv",
         pd.DataFrame(lesions, columns=["image_id","lesion_id","x0","y0","x1","y1","polygon","lesion_type","label"]))
     return root
 
@@ -318,16 +346,20 @@ def build_once(
     build, # Called with a temporary folder to fill
 ) -> Path:
     "Fill a folder under a temporary name and move it into place; later calls find it there, and a call after a stop finds the half-filled one."
-    target = Path(target); part = target.parent/f".{target.name}.building"
+    target = Path(target)
+    part = target.parent/f".{target.name}.building"
     if target.is_dir(): return target
     with locked(target):
         if target.is_dir(): return target
         part.mkdir(parents=True, exist_ok=True)
         try: build(part)
-        except Exception: shutil.rmtree(part, ignore_errors=True); raise
+        except Exception:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
         os.replace(part, target)
     return target
 
+# %% ../../nbs/lib/21a_data.lookalike.ipynb #741067a6
 def phantom_tree(
     layout:str, # `inbreast`, `bcdr`, `folder`; `cbis`, `cbis_jpeg`, `omidb`, `mias` of data.lookalike2
     *,

@@ -28,7 +28,8 @@ _CALC = ["patient_id","breast density","left or right breast","image view","abno
 def _uid(*parts): return "2.25." + str(seed_of(9, "cbis", *parts))
 
 def _mask(polygon, shape, size=None):
-    im = Image.new("L", shape[::-1]); ImageDraw.Draw(im).polygon([tuple(map(float,p)) for p in polygon], fill=255)
+    im = Image.new("L", shape[::-1])
+    ImageDraw.Draw(im).polygon([tuple(map(float,p)) for p in polygon], fill=255)
     return np.asarray(im if size is None else im.resize(size[::-1], Image.NEAREST))
 
 def _shape_words(l):
@@ -40,8 +41,10 @@ def _shape_words(l):
 def _cbis_save(root, form, patient, study, series, n, x, description):
     "One image of a series, in the folder form asked for."
     if form=="jpeg":
-        path = root/"jpeg"/series/_jpeg_name(series, n); path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((x>>8).astype(np.uint8) if x.dtype==np.uint16 else x).save(path, quality=95); return
+        path = root/"jpeg"/series/_jpeg_name(series, n)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((x>>8).astype(np.uint8) if x.dtype==np.uint16 else x).save(path, quality=95)
+        return
     folder = root/"CBIS-DDSM"/patient
     folder = folder/study/series if form=="classic" else folder/f"08-29-2017-DDSM-NA-{study[-5:]}"/f"1.000000-{description}-{series[-5:]}"
     name = f"{n:06d}.dcm" if form=="classic" else f"1-{n+1}.dcm"
@@ -81,10 +84,12 @@ def write_cbis(
                     if quirks and kind=="calc" and i%4==2: split = "test"                              # train among the masses, test among the calcifications
                     full = f"{kind.title()}-{'Test' if split=='test' else 'Training'}_{pid}_{'LEFT' if v.side=='L' else 'RIGHT'}_{v.view}"
                     study, series = _uid(seed,full,"study"), _uid(seed,full,"series")
-                    files = [(full, study, series, 0, None, None, "full mammogram images")]; info.append(_jpeg_row(full, series, 0, shape_of(v), 16, files[0][-1]))
+                    files = [(full, study, series, 0, None, None, "full mammogram images")]
+                    info.append(_jpeg_row(full, series, 0, shape_of(v), 16, files[0][-1]))
                     for j,l in enumerate(group):
                         rows = _cbis_lesion(files, tables.setdefault((kind,split),[]), seed=seed, full=full, image=f"{study}/{series}", v=v, l=l, number=j+1, kind=kind, pid=pid, k=k if quirks else None)
-                        info += rows; k += 1
+                        info += rows
+                        k += 1
                     later(full, partial(_cbis_view, root, form, v, files), np.prod(shape_of(v)))
     folder = root/"csv" if form=="jpeg" else root
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +111,9 @@ def _cbis_lesion(files, table, *, seed, full, image, v, l, number, kind, pid, k)
     small = (round(shape[0]*.87), round(shape[1]*.87)) if k is not None and k%4==3 else None
     def mask():
         m = _mask(l["polygon"], shape, small)
-        if k is not None and k%4==0: m = m.copy(); m[2:4,2:4] = 255                                   # a speck far from the lesion
+        if k is not None and k%4==0:
+            m = m.copy()
+            m[2:4,2:4] = 255                                   # a speck far from the lesion
         return m
     x0,y0,x1,y1 = (int(t) for t in l["box"])
     rows, cols = slice(max(y0-4,0), min(y1+4,shape[0])), slice(max(x0-4,0), min(x1+4,shape[1]))
@@ -141,7 +148,9 @@ def write_mias(
     for i,(patient,views) in enumerate(patients):
         for v in (v for v in views if v.view=="MLO"):
             name = f"mdb{2*i+(1 if v.side=='R' else 2):03d}"
-            x = np.zeros((1024,1024), np.uint8); h,w = v.pixels.shape; s = 1024/h
+            x = np.zeros((1024,1024), np.uint8)
+            h,w = v.pixels.shape
+            s = 1024/h
             small = np.asarray(Image.fromarray(as_uint(v.pixels,8)).resize((min(1024,round(w*s)),1024)))
             x[:, :small.shape[1]] = small if v.side=="L" else 0
             if v.side=="R": x[:, -small.shape[1]:] = small
@@ -205,7 +214,8 @@ def write_omidb(
     return root
 
 def _write_json(path, obj):
-    Path(path).parent.mkdir(parents=True, exist_ok=True); Path(path).write_text(json.dumps(obj))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(obj))
 
 def _omi_image(root, client, study, sop, v, quirks, i, k, **tags):
     x, inverse = as_uint(v.pixels,14), quirks and (i,k)==(1,0)
@@ -222,7 +232,8 @@ def _omi_image(root, client, study, sop, v, quirks, i, k, **tags):
 def _omi_extra(root, client, study, v, images, seed):
     "A FOR PROCESSING twin, a flat field, and an image that is listed and not there."
     for n,tags in ((80,dict(PresentationIntentType="FOR PROCESSING")),(81,dict(ViewPosition="FLATFIELD"))):
-        sop = f"{_OMI_ROOT}{seed}.0.1.{n}"; images[sop] = None
+        sop = f"{_OMI_ROOT}{seed}.0.1.{n}"
+        images[sop] = None
         _omi_image(root, client, study, sop, v, False, 0, 0, **tags)
     images[f"{_OMI_ROOT}{seed}.0.1.82"] = None
 

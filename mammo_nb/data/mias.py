@@ -17,6 +17,7 @@ from .table import Ledger, find_files, make_data, outline_box
 
 # %% ../../nbs/lib/26a_data.mias.ipynb #2d691682
 MIAS_TYPES = dict(CALC="calcification", CIRC="mass", SPIC="mass", MISC="mass", ARCH="distortion", ASYM="asymmetry")
+
 _ROW = re.compile(r"^\s*(mdb\d{3})\s+([FGD])\s+([A-Z]{4})\b(.*)$")
 
 def read_mias_info(
@@ -39,6 +40,7 @@ def read_mias_info(
     if not rows: raise DataError("no row that starts with mdb and three digits", path, "this is not the Info.txt of mini-MIAS")
     return rows
 
+# %% ../../nbs/lib/26a_data.mias.ipynb #130977e8
 def circle_box(
     circle, # (x, y, r), origin bottom left
     *,
@@ -66,9 +68,13 @@ def read_mias(
     by_ref, images, lesions = {}, [], []
     for r in read_mias_info(info, ledger=led): by_ref.setdefault(r["ref"], []).append(r)
     for ref,rows in sorted(by_ref.items()):
-        if ref not in pictures: led.skip(info, f"image {ref} is not on disk"); continue
+        if ref not in pictures:
+            led.skip(info, f"image {ref} is not on disk")
+            continue
         try: head = read_header(pictures[ref])
-        except DataError as e: led.skip(pictures[ref], e.what); continue
+        except DataError as e:
+            led.skip(pictures[ref], e.what)
+            continue
         n, marked = int(ref[3:]), [r for r in rows if r["kind"]!="NORM"]
         im = dict(image_id=f"mias:{ref}", subset="mini-mias", patient_id=f"mias:{(n+1)//2:03d}", path=str(pictures[ref].resolve()),
             laterality="R" if n%2 else "L", view="MLO", rows=head["rows"], cols=head["cols"], bits=head["bits"],
@@ -76,7 +82,9 @@ def read_mias(
         images.append(im)
         for k,r in enumerate(marked):
             box = circle_box(r["circle"], rows=head["rows"], cols=head["cols"]) if r["circle"] else None
-            if box is None: led.skip(info, f"lesion of {ref} has no circle inside the image"); continue
+            if box is None:
+                led.skip(info, f"lesion of {ref} has no circle inside the image")
+                continue
             lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=str(k+1),
                 lesion_type=MIAS_TYPES.get(r["kind"],"other"), label=dict(B="benign",M="malignant").get(r["severity"],"unknown"),
                 label_source="pathology", label_raw=f"{r['kind']} {r['severity']}".strip(), quirks=im["quirks"]))

@@ -19,6 +19,7 @@ from .table import Ledger, find_files, inside, make_data, number_of, outline_box
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #6307f3e8
 _CLIENT = re.compile(r"(imagedb|nbss)_((?:demd|optm)\d+)\.json", re.I)
+
 _DIGITS = re.compile(r"[\d.]+")
 
 def read_plain_json(
@@ -32,6 +33,7 @@ def read_plain_json(
     if not isinstance(obj, dict): raise DataError("holds no JSON object", path, "download it again")
     return obj
 
+# %% ../../nbs/lib/26_data.omidb.ipynb #2961b9b6
 def _dict(x): return x if isinstance(x, dict) else {}
 
 def omi_images(
@@ -57,6 +59,7 @@ def opinion_label(
     if o in ("b5","h5","c5","om","malignant") or o.startswith(("b5","h5")): return "malignant"
     return "benign" if o in ("b2","h2","c2","ob","benign") else ""
 
+# %% ../../nbs/lib/26_data.omidb.ipynb #109f380c
 def mark_label(
     episode:dict, # Episode of the nbss file
     side:str, # `L` or `R`
@@ -97,6 +100,7 @@ def mark_set(
     "True when a mark's flag is set; values are text or null."
     return word(value).casefold() not in ("","0","0.0","false","no","none","null")
 
+# %% ../../nbs/lib/26_data.omidb.ipynb #9eb3005a
 def mark_type(
     mark:dict, # Mark, keys in any case
 ) -> str: # Lesion type
@@ -106,6 +110,7 @@ def mark_type(
     return "mass" if on("mass") else "calcification" if on("suspiciouscalcifications","withcalcification","benignclassification") else \
            "distortion" if on("architecturaldistortion","architecturedistortion") else "asymmetry" if on("focalasymmetry") else "other"
 
+# %% ../../nbs/lib/26_data.omidb.ipynb #8533fb9f
 def mark_box(
     mark:dict, # Mark with X1, Y1, X2, Y2
     *,
@@ -124,25 +129,37 @@ _DROP_VIEWS = ("FLATFIELD","CCID")
 def _omi_head(path, want, ledger):
     "Header of an image that passes the filters, or None."
     try: h = read_header(path)
-    except DataError as e: ledger.skip(path, e.what); return None
-    if h["intent"].upper()!="FOR PRESENTATION": ledger.note(path.parent, "image is not FOR PRESENTATION, left out"); return None
-    if h["view"].upper() in _DROP_VIEWS: ledger.note(path.parent, "flat field or test view, left out"); return None
+    except DataError as e:
+        ledger.skip(path, e.what)
+        return None
+    if h["intent"].upper()!="FOR PRESENTATION":
+        ledger.note(path.parent, "image is not FOR PRESENTATION, left out")
+        return None
+    if h["view"].upper() in _DROP_VIEWS:
+        ledger.note(path.parent, "flat field or test view, left out")
+        return None
     for key,value in want.items():
         if value is None: continue
         same = abs(h[key]-value)<1e-6 if isinstance(value,(int,float)) else h[key].casefold()==str(value).casefold()
-        if not same: ledger.note(path.parent, f"image left out by the filter on {key}"); return None
+        if not same:
+            ledger.note(path.parent, f"image left out by the filter on {key}")
+            return None
     return h
 
 def _omi_client(client, files, locate, want, ledger):
     "Image and lesion rows of one client."
     imagedb = read_plain_json(files["imagedb"])
     try: nbss = read_plain_json(files["nbss"]) if "nbss" in files else None
-    except DataError as e: nbss = None; ledger.skip(files["nbss"], e.what)
+    except DataError as e:
+        nbss = None
+        ledger.skip(files["nbss"], e.what)
     if nbss is None: ledger.note(files["imagedb"], "client without readable nbss file: classes unknown, no image normal")
     status, images, lesions = client_status(nbss) if nbss is not None else "unknown", [], []
     for study,s,sop,marks in omi_images(imagedb):
         path = locate(client, study, sop)
-        if path is None: ledger.skip(files["imagedb"], f"image {sop} is listed and not on disk"); continue
+        if path is None:
+            ledger.skip(files["imagedb"], f"image {sop} is listed and not on disk")
+            continue
         h = _omi_head(path, want, ledger)
         if h is None: continue
         quirks = [f"client {status}"] + (["MONOCHROME1"] if h["photometric"].upper()=="MONOCHROME1" else []) + (["implant"] if h["implant"].upper()=="YES" else [])
@@ -152,11 +169,15 @@ def _omi_client(client, files, locate, want, ledger):
             device=" ".join(t for t in (h["manufacturer"],h["model"]) if t) or "digital", quirks=quirks, has_lesion=bool(marks),
             normal=not marks and status=="N")
         images.append(im)
-        if marks and sop in OMI_WRONG_BOXES: ledger.skip(path, "image is on the list of wrong boxes", len(marks)); continue
+        if marks and sop in OMI_WRONG_BOXES:
+            ledger.skip(path, "image is on the list of wrong boxes", len(marks))
+            continue
         episode = _dict(_dict(nbss).get(word(s.get("EpisodeID"))))
         for key,m in sorted(marks.items()):
             box = mark_box(m, rows=h["rows"], cols=h["cols"])
-            if box is None: ledger.skip(path, "mark has no box inside the image"); continue
+            if box is None:
+                ledger.skip(path, "mark has no box inside the image")
+                continue
             label, source, raw = mark_label(episode, im["laterality"], re.findall(r"\d+", word(m.get("LinkedNBSSLesionNumber"))))
             lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=word(m.get("MarkID")) or str(key),
                 lesion_type=mark_type(m), label=label, label_source=source, label_raw=raw, quirks=quirks))
@@ -180,12 +201,17 @@ def read_omidb(
     clients = {c:f for c,f in clients.items() if "imagedb" in f}
     if not clients: raise DataError("OMI-DB: no imagedb_<client>.json", root, "point data_dir at the folder that holds data/ and images/")
     by_stem, named = {p.stem: p for p in reversed(find_files(root, ".dcm"))}, set()
-    def locate(client, study, sop): named.add(sop); return by_stem.get(sop)
+    def locate(client, study, sop):
+        named.add(sop)
+        return by_stem.get(sop)
     want = dict(manufacturer=manufacturer, model=model, current=current, magnification=magnification)
     for c,files in sorted(clients.items()):
         try: im, le = _omi_client(c, files, locate, want, led)
-        except DataError as e: led.skip(files["imagedb"], e.what); continue
-        images += im; lesions += le
+        except DataError as e:
+            led.skip(files["imagedb"], e.what)
+            continue
+        images += im
+        lesions += le
     if set(by_stem)-named: led.note(root, "images on disk that no client file names", len(set(by_stem)-named))
     if not images: raise DataError("OMI-DB: client files found, and no usable image", root, "; ".join(led.frame().reason.head(3)) or "put images/ beside data/")
     led.warn()
@@ -226,11 +252,17 @@ def read_omidb_sheets(
         return not any(v is not None and c in r and not abs(number_of(r[c])-v)<1e-6 for c,
             v in (("xraytubecurrent",current),("estimatedradiographicmagnificationfactor",magnification)))
     for _,r in sheet.iterrows():
-        if not passes(r): led.note(images_csv, "image left out by the filters"); continue
+        if not passes(r):
+            led.note(images_csv, "image left out by the filters")
+            continue
         path = inside(root, "/".join(t for t in (word(r.get("batchid")),r["clientid"],r["studyiuid"],r["imagesopiuid"]+".dcm") if t))
-        if path is None or not path.is_file(): led.skip(images_csv, f"image {r['imagesopiuid'][:80]} is not on disk"); continue
+        if path is None or not path.is_file():
+            led.skip(images_csv, f"image {r['imagesopiuid'][:80]} is not on disk")
+            continue
         try: h = read_header(path)
-        except DataError as e: led.skip(path, e.what); continue
+        except DataError as e:
+            led.skip(path, e.what)
+            continue
         images[r["imagesopiuid"]] = dict(image_id=f"omidb:{r['imagesopiuid']}", subset=word(r.get("batchid")) or np.nan,
             patient_id=f"omidb:{r['clientid']}", study_id=r["studyiuid"], path=str(path), laterality=side_of(h["side"][:1]), view=view_of(h["view"]),
             rows=h["rows"], cols=h["cols"], bits=h["bits"], spacing_mm=h["spacing_mm"],
@@ -238,9 +270,13 @@ def read_omidb_sheets(
             normal=r["imagesopiuid"] not in marked)
     for k,(_,m) in enumerate(marks.iterrows()):
         im = images.get(m["imagesopiuid"])
-        if im is None: led.note(lesions_csv, "lesion of an image that is filtered or missing"); continue
+        if im is None:
+            led.note(lesions_csv, "lesion of an image that is filtered or missing")
+            continue
         box = mark_box(m.to_dict(), rows=im["rows"], cols=im["cols"])
-        if box is None: led.skip(lesions_csv, f"line {k+2}: no box inside the image"); continue
+        if box is None:
+            led.skip(lesions_csv, f"line {k+2}: no box inside the image")
+            continue
         status = word(m.get("status"))
         lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=f"{word(m.get('lesionid')) or 'line'}_{k}",
             lesion_type=mark_type(m.to_dict()), label=opinion_label(status) or "unknown", label_source="biopsy", label_raw=status))

@@ -27,9 +27,13 @@ from .pixels import area_resize, breast_mask, read_image, to_uint8
 # %% ../../nbs/lib/28_data.patches.ipynb #279fa45c
 TEXT = ("patch_id","patient_id","image_id","lesion_id","lesion_type","label","dataset","subset","device","laterality","view","birads","official_split",
         "rule","group","generator","generator_patients","pixel_hash")
+
 WHOLE = ("target","x0","y0","x1","y1","side_px")
+
 REAL = ("density","age","spacing_mm","background")
+
 FLAGS = ("synthetic","limited")
+
 COLUMNS = ("patch_id","patient_id","image_id","lesion_id","target","lesion_type","label","density","dataset","x0","y0","x1","y1","side_px","background","synthetic",
            "generator","generator_patients","pixel_hash","limited","rule","group","subset","device","laterality","view","birads","age","spacing_mm","official_split")
 
@@ -44,12 +48,14 @@ def patch_table(
     for c in FLAGS: df[c] = df[c].eq(True).astype(bool)
     return df
 
+# %% ../../nbs/lib/28_data.patches.ipynb #92bfa4a7
 def pixel_hash(
     x:np.ndarray, # uint8 `(s,s)`
 ) -> str: # 16 hex digits, or `constant:<grey>` for a blank patch
     "Hash by which doubled patches are found; blank patches are no doubles of a patient."
     return f"constant:{int(x.flat[0])}" if x.min()==x.max() else hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()[:16]
 
+# %% ../../nbs/lib/28_data.patches.ipynb #f5624da9
 def no_skips() -> pd.DataFrame:
     "An empty list of what was left out."
     return pd.DataFrame({"file":pd.Series(dtype=object), "reason":pd.Series(dtype=object), "count":pd.Series(dtype=int)})
@@ -128,12 +134,14 @@ def save(
     folder:Path, # Made if missing
 ) -> Path: # The folder
     "Write a patch set so that a reader finds it whole or not at all."
-    folder = Path(folder); (folder/"manifest.json").unlink(missing_ok=True)
+    folder = Path(folder)
+    (folder/"manifest.json").unlink(missing_ok=True)
     with write_whole(folder/"pixels.npy") as tmp: np.save(tmp, ps.pixels)
     _write_table(folder/"table.json", ps.table, ps.generators)
     _write_manifest(folder, ["pixels.npy","table.json"], skipped=ps.skipped.to_dict("list"))
     return folder
 
+# %% ../../nbs/lib/28_data.patches.ipynb #d38692e6
 def load(
     folder:Path, # Folder of `save` or of the cache
     pixels:str="pixels.npy", # Array file
@@ -171,6 +179,7 @@ def synthetic_patches(
 
 # %% ../../nbs/lib/28_data.patches.ipynb #4fa1f5fe
 META = ("patient_id","image_id","dataset","subset","device","laterality","view","birads","age","density","spacing_mm","official_split")
+
 PLAN = ("patch_id","path","rows","cols","scaling","rule","options","box","polygon","avoid","slot","lesion_id","target","lesion_type","label","group") + META
 
 @dataclass
@@ -184,6 +193,7 @@ class Plan:
         frames = [p.rows for p in (self,other) if len(p)]
         return Plan(pd.concat(frames, ignore_index=True) if frames else self.rows, pd.concat([self.skipped,other.skipped], ignore_index=True))
 
+# %% ../../nbs/lib/28_data.patches.ipynb #257bcc3b
 def _plan(rows, skipped=()):
     df = pd.DataFrame(rows, columns=list(PLAN)) if rows else pd.DataFrame(columns=list(PLAN))
     if df.patch_id.duplicated().any(): raise DataError(f"patch id '{df.patch_id[df.patch_id.duplicated()].iloc[0]}' occurs twice", "plan", "ids must be unique")
@@ -203,12 +213,15 @@ def in_scope(
 # %% ../../nbs/lib/28_data.patches.ipynb #eb05116d
 class Picture:
     "A mammogram with the masks that rules ask for, each made once."
-    def __init__(self, img): self.img = img; self.rows, self.cols = img.shape
+    def __init__(self, img):
+        self.img = img
+        self.rows, self.cols = img.shape
     @cached_property
     def air(self): return area_table(self.img<=10)
     @cached_property
     def tissue(self): return area_table(breast_mask(self.img))
 
+# %% ../../nbs/lib/28_data.patches.ipynb #dde88c95
 SQUARE = dict(scale=1., margin=60, min_side=128, zoom=(0.2,0.33), shift=0.25, crop_rule="paper", jitter_test=False,
               max_background=0.4, max_inside=1., swap=False, size=None)
 
@@ -229,7 +242,9 @@ def rule_square(pic, rows, *, seed, views):
         if healthy:
             b = place_box(pic.air, o["size"], rng=rng(seed,"healthy place",r["patch_id"]), crop=(lambda b: b) if reference else lambda b: _window(b, o, pic, None),
                           max_background=o["max_background"], max_inside=o["max_inside"], avoid=[tuple(a) for a in r["avoid"] or ()])
-            if b is None: out.append(f"no place with at most {o['max_background']:.0%} background for a patch of this size"); continue
+            if b is None:
+                out.append(f"no place with at most {o['max_background']:.0%} background for a patch of this size")
+                continue
             if o["swap"]: b = swap_axes(b, rows=pic.rows, cols=pic.cols)
         else: b = as_box(r["box"], rows=pic.rows, cols=pic.cols)
         still = _window(b, o, pic, draw(0) if o["jitter_test"] else None)
@@ -238,7 +253,9 @@ def rule_square(pic, rows, *, seed, views):
             c = _window(b, o, pic, draw(v))
             if healthy and not reference and not o["swap"]:
                 k = 0
-                while (box_share(pic.air,c)>o["max_background"] or any(c.meets(a) for a in r["avoid"] or ())) and k<50: k += 1; c = _window(b, o, pic, draw(v,k))
+                while (box_share(pic.air,c)>o["max_background"] or any(c.meets(a) for a in r["avoid"] or ())) and k<50:
+                    k += 1
+                    c = _window(b, o, pic, draw(v,k))
                 if k==50: c = still
             crops.append(c)
         out.append("the reference cropper's window lies outside the image" if any(c is None for c in crops) else crops)
@@ -249,6 +266,7 @@ def rule_zoom(pic, rows, *, seed, views):
     "The lesion's box enlarged 1, 2 or 3 times (papers 00 and 02)."
     return [[zoomed_box(as_box(r["box"], rows=pic.rows, cols=pic.cols), rows=pic.rows, cols=pic.cols, zoom=r["options"]["zoom"])]*views for r in rows]
 
+# %% ../../nbs/lib/28_data.patches.ipynb #a2fd7fb6
 def rule_context(pic, rows, *, seed, views):
     "256 pixels with 90 % tissue, around a lesion pixel or anywhere (paper 01)."
     out = []
@@ -260,6 +278,7 @@ def rule_context(pic, rows, *, seed, views):
         out.append(f"no place with {o['min_tissue']:.0%} tissue" if any(c is None for c in crops) else crops)
     return out
 
+# %% ../../nbs/lib/28_data.patches.ipynb #9658c884
 def _slots(boxes, rows, views): return [[boxes[r["slot"]]]*views if boxes and r["slot"]<len(boxes) else "" for r in rows]
 
 def rule_row(pic, rows, *, seed, views):
@@ -267,12 +286,14 @@ def rule_row(pic, rows, *, seed, views):
     o = rows[0]["options"]
     return _slots(contiguous_row(pic.tissue, rng=rng(seed,"row",rows[0]["image_id"]), n=len(rows), size=round(o["side"]*o["scale"]), min_tissue=o["min_tissue"]), rows, views)
 
+# %% ../../nbs/lib/28_data.patches.ipynb #528fc645
 def rule_thesis(pic, rows, *, seed, views):
     "Up to ten tissue windows of 128 pixels (paper 02, Algorithm 1)."
     o = rows[0]["options"]
     return _slots(thesis_tissue(pic.img, seed=seed, purpose=rows[0]["image_id"], lesions=[tuple(a) for a in rows[0]["avoid"] or ()], size=round(o["side"]*o["scale"]),
                                 n=len(rows), min_grey=o["min_grey"], same_seed=o["same_seed"]), rows, views)
 
+# %% ../../nbs/lib/28_data.patches.ipynb #948e706b
 def rule_grid(pic, rows, *, seed, views):
     "Sliding windows on tissue, clear of lesions, in an order of chance (paper 00)."
     o, key = rows[0]["options"], rows[0]["image_id"]
@@ -280,10 +301,12 @@ def rule_grid(pic, rows, *, seed, views):
     boxes = grid_boxes(pic.tissue, side=min(side,pic.rows,pic.cols), step=o["step"], min_tissue=o["min_tissue"], avoid=[tuple(a) for a in rows[0]["avoid"] or ()])
     return _slots([boxes[i] for i in rng(seed,"grid",key).permutation(len(boxes))], rows, views)
 
+# %% ../../nbs/lib/28_data.patches.ipynb #9532fc19
 def rule_whole(pic, rows, *, seed, views):
     "The whole file, for patches that come ready."
     return [[Box(0,0,pic.cols,pic.rows)]*views for r in rows]
 
+# %% ../../nbs/lib/28_data.patches.ipynb #e9446c00
 RULES = dict(
     square=(rule_square, SQUARE),
     zoom=(rule_zoom, dict(zoom=1)),
@@ -333,7 +356,8 @@ def lesion_patches(
         extent = max(r.x1-r.x0, r.y1-r.y0)
         if extent<min_extent or (max_extent and extent>max_extent):
             why = f"lesion smaller than {min_extent:g} pixels" if extent<min_extent else f"lesion larger than {max_extent:g} pixels"
-            skipped[(r.path,why)] = skipped.get((r.path,why),0)+1; continue
+            skipped[(r.path,why)] = skipped.get((r.path,why),0)+1
+            continue
         poly = [tuple(p) for p in r.polygon] if rule=="context" and r.polygon is not None else None
         for k in range(slots):
             rows.append(_row(r, data, patch_id=f"{r.image_id}:{r.lesion_id}{tag}" + (f":{k}" if slots>1 else ""), rule=rule, options=o, slot=k, polygon=poly,
@@ -378,7 +402,9 @@ def healthy_patches(
         if side=="fixed": size = (round(o["min_side"]*o["scale"]),)*2
         else:
             key = (r.dataset, r.device)
-            if key not in pools: p = _like(like, r); pools[key] = np.stack([p.x1-p.x0, p.y1-p.y0], 1)
+            if key not in pools:
+                p = _like(like, r)
+                pools[key] = np.stack([p.x1-p.x0, p.y1-p.y0], 1)
             size = tuple(int(v) for v in pools[key][rng(seed,"healthy size",pid).integers(len(pools[key]))])
         avoid = [tuple(map(int,b)) for b in hurt[r.image_id][["x0","y0","x1","y1"]].to_numpy()] if images=="all" and r.image_id in hurt else None
         rows.append(_row(r, data, patch_id=pid, rule="square", options={**o,"size":size}, avoid=avoid, slot=k, target=0, lesion_type="healthy", label="normal"))
@@ -404,6 +430,7 @@ def tissue_patches(
         rows += [_row(r, data, patch_id=f"{r.image_id}:{rule}{k}", rule=rule, options=o, avoid=avoid, slot=k, target=0, lesion_type="healthy", label="normal") for k in range(slots)]
     return _plan(rows)
 
+# %% ../../nbs/lib/28_data.patches.ipynb #c1449379
 def ready_patches(
     data, # MammoData whose `patches` table lists files
     *,
@@ -476,7 +503,9 @@ def source_hashes(
         new, todo = {}, []
         for p in files:
             try: st = os.stat(p)
-            except OSError: out[p] = None; continue
+            except OSError:
+                out[p] = None
+                continue
             stamp = [st.st_size, st.st_mtime_ns, st.st_ino]
             if memo.get(os.path.basename(p), [None])[:3]==stamp: out[p] = memo[os.path.basename(p)][3]
             else: todo.append((p,stamp))
@@ -491,6 +520,7 @@ def _hash_or_none(p):
     try: return file_hash(p)
     except OSError: return None
 
+# %% ../../nbs/lib/28_data.patches.ipynb #d9889326
 def plan_key(
     plan:Plan, # What to cut
     hashes:dict, # path -> sha256
@@ -531,13 +561,18 @@ def _blocks(rows, sizes, views, block_mb):
     images, block, n = {}, [], 0
     for r in rows: images.setdefault((str(r["image_id"]), r["path"], r["scaling"]), []).append(r)
     for key in sorted(images):
-        block.append((key[1], images[key])); n += len(images[key])
-        if n*views*sum(s*s for s in sizes) >= block_mb*1e6: yield block; block, n = [], 0
+        block.append((key[1], images[key]))
+        n += len(images[key])
+        if n*views*sum(s*s for s in sizes) >= block_mb*1e6:
+            yield block
+            block, n = [], 0
     if block: yield block
 
 def _build(plan, hashes, out, sizes, views, seed, threads, block_mb):
-    out.mkdir(parents=True, exist_ok=True); (out/"manifest.json").unlink(missing_ok=True)
-    parts = out/"parts"; parts.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out/"manifest.json").unlink(missing_ok=True)
+    parts = out/"parts"
+    parts.mkdir(exist_ok=True)
     rows = [{**r, "number":i, "options_key":json.dumps(r["options"],sort_keys=True)} for i,r in enumerate(plan.rows.to_dict("records"))]
     missing = {}
     for r in rows:
@@ -563,12 +598,16 @@ def _assemble(plan, out, parts, sizes, views, skipped):
     number, facts, where = [], [], []
     for part in parts:
         with np.load(part, allow_pickle=False) as z:
-            number.append(z["number"]); facts.append(z["facts"]); skipped += [tuple(s) for s in json.loads(str(z["skipped"]))]
+            number.append(z["number"])
+            facts.append(z["facts"])
+            skipped += [tuple(s) for s in json.loads(str(z["skipped"]))]
     number, facts = np.concatenate(number or [np.zeros(0,int)]), np.concatenate(facts or [np.zeros((0,6))])
     if not len(number):
         shutil.rmtree(out)
         raise DataError("no patch could be cut", "; ".join(f"{Path(f).name}: {r}" for f,r,_ in skipped[:3]), "see that data_dir holds readable images")
-    order = np.argsort(number, kind="stable"); place = np.empty_like(order); place[order] = np.arange(len(order))
+    order = np.argsort(number, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
     hashes = [None]*len(order)
     for s in sizes:
         with write_whole(out/f"pixels_{s}.npy") as tmp:
@@ -579,7 +618,8 @@ def _assemble(plan, out, parts, sizes, views, skipped):
                 if s==sizes[0]:
                     for j,v in enumerate(x): hashes[place[at+j]] = pixel_hash(v[0])
                 at += len(x)
-            mm.flush(); del mm
+            mm.flush()
+            del mm
     t, f = plan.rows.iloc[number[order]].reset_index(drop=True), facts[order]
     t = t.assign(x0=f[:,0].astype(int), y0=f[:,1].astype(int), x1=f[:,2].astype(int), y1=f[:,3].astype(int), background=f[:,4], limited=f[:,5]>0, synthetic=False, pixel_hash=hashes)
     t["side_px"] = np.maximum(t.x1-t.x0, t.y1-t.y0)

@@ -37,6 +37,7 @@ class Detector:
     blur_mm:float = 0.08 # Sd of the detector's blur, mm
     taper_mm:float = 7. # Depth of the darkening towards the skin, mm (digital machines equalise it away)
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #73b1116b
 @dataclass(frozen=True)
 class CentreStyle:
     "One hospital: its detectors and its case mix."
@@ -52,6 +53,7 @@ class CentreStyle:
     conspicuity:float = 1.0 # Factor on the contrast of every lesion
     densities:tuple = (.34,.36,.22,.08) # Shares of density classes 1 to 4
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #75c402c2
 CENTRES = {
     "a":CentreStyle("a"),
     "b":CentreStyle("b", device="film+digital", film_share=0.4, types=(("mass",.6),("calcification",.35),("distortion",.05)), malignant=0.3,
@@ -79,13 +81,16 @@ def _amplitude(shape, beta, spacing_mm, stretch, low, high):
 
 def _white(shape, draws):
     "White noise in the Fourier half-plane, drawn from the centre outwards in doubling blocks: a larger picture adds frequencies and keeps these."
-    h,w = shape; up,down,half = (h+1)//2, h//2, (w+1)//2; z = np.zeros((h,w//2+1), np.complex64)
+    h,w = shape
+    up,down,half = (h+1)//2, h//2, (w+1)//2
+    z = np.zeros((h,w//2+1), np.complex64)
     blocks = [(26,20)]
     while blocks[-1][0]<up or blocks[-1][1]<half: blocks.append((2*blocks[-1][0],2*blocks[-1][1]))
     drawn = [draws.standard_normal((2*by,bx,2), dtype=np.float32).view(np.complex64)[...,0] for by,bx in blocks]
     for (by,bx),n in zip(blocks[::-1], drawn[::-1]):
         u,l,x = min(up,by),min(down,by),min(half,bx)
-        z[:u,:x] = n[:u,:x]; z[h-l:,:x] = n[2*by-l:,:x]
+        z[:u,:x] = n[:u,:x]
+        z[h-l:,:x] = n[2*by-l:,:x]
     return z
 
 def power_law_field(
@@ -108,16 +113,20 @@ def radial_spectrum(
     spacing_mm:float, # Pixel, mm
 ) -> tuple: # frequency (cycles/mm) and power, one value a ring
     "Radially averaged power spectrum of Hann-windowed regions, averaged over the regions."
-    x = np.asarray(region, np.float64).reshape(-1, *np.shape(region)[-2:]); s = x.shape[-1]
+    x = np.asarray(region, np.float64).reshape(-1, *np.shape(region)[-2:])
+    s = x.shape[-1]
     if x.shape[-2] != s: raise ParameterError(f"regions must be square, got {x.shape[-2]} x {s}", "radial_spectrum", "cut squares")
-    w = np.hanning(s+2)[1:-1]; w = w[:,None]*w
+    w = np.hanning(s+2)[1:-1]
+    w = w[:,None]*w
     x = (x - (x*w).sum((1,2), keepdims=True)/w.sum())*w
     power = (np.abs(fft.fft2(x))**2).mean(0)*spacing_mm**2/(w**2).sum()
     f = np.hypot(fft.fftfreq(s, spacing_mm)[:,None], fft.fftfreq(s, spacing_mm)[None])
     ring = np.rint(f*s*spacing_mm).astype(int).ravel()
-    n = np.maximum(np.bincount(ring), 1); keep = slice(1, s//2)
+    n = np.maximum(np.bincount(ring), 1)
+    keep = slice(1, s//2)
     return (np.bincount(ring, f.ravel())/n)[keep], (np.bincount(ring, power.ravel())/n)[keep]
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #5303cd9a
 def spectrum_exponent(
     region:np.ndarray, # Square region, `(s,s)` or several `(n,s,s)`
     *,
@@ -130,6 +139,7 @@ def spectrum_exponent(
     if k.sum() < 3: raise ParameterError(f"only {k.sum()} rings between {f_range} cycles/mm", "spectrum_exponent", "use larger regions")
     return -np.polyfit(np.log(f[k]), np.log(p[k]), 1)[0]
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #16c871ed
 def interior_regions(
     img:np.ndarray, # Image, `(h,w)`
     inside:np.ndarray, # bool, same shape: where a region may lie
@@ -153,10 +163,12 @@ def breast_outline(
     deep = width_mm*(.78*size + draws.uniform(-.03,.03))
     p,q = draws.uniform(1.9,2.4), draws.uniform(1.8,2.2)
     if view == "CC":
-        y0 = height_mm*draws.uniform(.46,.54); up,down = height_mm*size*draws.uniform(.46,.52,2)
+        y0 = height_mm*draws.uniform(.46,.54)
+        up,down = height_mm*size*draws.uniform(.46,.52,2)
         top,xp,yp,high = 0.,0.,1.,p
     else:
-        y0 = height_mm*draws.uniform(.60,.68); up,down = y0*1.06, height_mm*(.985-.02*draws.random())-y0
+        y0 = height_mm*draws.uniform(.60,.68)
+        up,down = y0*1.06, height_mm*(.985-.02*draws.random())-y0
         top,high = draws.uniform(.28,.42), draws.uniform(1.4,1.8)
         xp,yp = width_mm*draws.uniform(.26,.40), height_mm*draws.uniform(.50,.72)
     bump = draws.uniform(1.5,4.)
@@ -168,6 +180,7 @@ def breast_outline(
     def pectoral(y): return xp*np.clip(1-np.asarray(y)/yp, 0, None)**.85
     return dict(nipple=(deep,y0), reach=reach, pectoral=pectoral)
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #c0083581
 def _upsample(a, shape): return np.asarray(Image.fromarray(np.asarray(a, np.float32)).resize(shape[::-1], Image.Resampling.BILINEAR))
 
 def breast_shape(
@@ -180,7 +193,8 @@ def breast_shape(
     y,x = (np.arange(n, dtype=np.float32)*spacing_mm + spacing_mm/2 for n in shape)
     mask = x[None] < outline["reach"](y).astype(np.float32)[:,None]
     muscle = np.clip((outline["pectoral"](y).astype(np.float32)[:,None]-x[None])/3., 0, 1)*mask
-    k = max(1, round(1./spacing_mm)); small = mask[k//2::k,k//2::k]                     # distance on a 1 mm grid, the wall and the frame are no skin
+    k = max(1, round(1./spacing_mm))
+    small = mask[k//2::k,k//2::k]                     # distance on a 1 mm grid, the wall and the frame are no skin
     depth = ndimage.distance_transform_edt(np.pad(small, ((8,8),(8,0)), mode="edge")).astype(np.float32)
     depth = np.clip(ndimage.gaussian_filter(depth, 1.)[8:-8,8:]-.5, 0, None)*k*spacing_mm
     full = np.asarray(Image.fromarray(depth).resize((small.shape[1]*k, small.shape[0]*k), Image.Resampling.BILINEAR))
@@ -202,7 +216,8 @@ def tissue(
     draws:np.random.Generator, # Source of chance
 ) -> tuple: # attenuation (float32, 0 in air), thickness (0 to 1)
     "Attenuation of a breast without lesions: thickness times fat, gland, strands and muscle."
-    shape = mask.shape; streams = iter(draws.integers(2**62, size=6))                          # one a field: none depends on how much another drew
+    shape = mask.shape
+    streams = iter(draws.integers(2**62, size=6))                          # one a field: none depends on how much another drew
     noise = lambda **kw: power_law_field(shape, np.random.default_rng(next(streams)), spacing_mm=spacing_mm, **kw)
     y,x = ((np.arange(n, dtype=np.float32)+.5)*spacing_mm for n in shape)
     rough,fine = noise(beta=3.4, stretch=1.15), noise(beta=2.8, stretch=1.2, low=1/25)
@@ -216,17 +231,21 @@ def tissue(
     thick = .25+.75*np.sqrt(np.clip(1-(1-np.clip(depth/taper_mm, 0, 1))**2, 0, 1))
     skin = .30*np.exp(-(depth/1.3)**2)
     inner = .40 + .035*rough + .025*fine + gland*(.18+.06*fine+.09*rough) + strands*(.085+.075*gland)*(1-.8*muscle) + muscle*(.33+.025*fine+.03*rough-.2*gland)
-    for spot in _nodules(np.random.default_rng(next(streams)), nipple): where,value = _disc(x, y, *spot); inner[where] += value
+    for spot in _nodules(np.random.default_rng(next(streams)), nipple):
+        where,value = _disc(x, y, *spot)
+        inner[where] += value
     return (thick*np.clip(inner, .1, None) + skin)*mask, thick
 
 def _ridge(field, width_mm, spacing_mm):
     "Thin bright lines where a field is zero; a line thinner than a pixel keeps its mass and loses its peak."
-    wide = np.hypot(width_mm, .5*spacing_mm); gy,gx = np.gradient(field, spacing_mm)
+    wide = np.hypot(width_mm, .5*spacing_mm)
+    gy,gx = np.gradient(field, spacing_mm)
     return np.float32(width_mm/wide)*np.exp(-field**2/((gx**2+gy**2+1e-6)*np.float32(wide**2)))
 
 def _nodules(draws, nipple):
     "Islands of gland, nodules and single coarse calcifications that are no findings: (x, y, radius, height, sharpness) in mm."
-    n = draws.poisson((2.5,1.5,1.2)); at = draws.uniform((.12,-.65),(.95,.65), (n.sum(),2))*nipple[0] + (0,nipple[1])
+    n = draws.poisson((2.5,1.5,1.2))
+    at = draws.uniform((.12,-.65),(.95,.65), (n.sum(),2))*nipple[0] + (0,nipple[1])
     size = [draws.uniform(3.5,9.,n[0]), draws.uniform(1.5,3.5,n[1]), draws.uniform(.25,.55,n[2])]
     high = [draws.uniform(.03,.09,n[0]), draws.uniform(.04,.11,n[1]), draws.uniform(.2,.6,n[2])]
     return np.column_stack([at, np.concatenate(size), np.concatenate(high), np.repeat((1.,2.,2.), n)]).tolist()
@@ -244,7 +263,8 @@ def _star(r, n=48):
     return np.stack([r(a)*np.cos(a), r(a)*np.sin(a)], 1)
 
 def _wavy(radius, draws, waves, rough):
-    k = np.arange(2, 2+waves); a,ph = draws.normal(0, rough, waves)/np.sqrt(k-1), draws.uniform(0, 2*np.pi, waves)
+    k = np.arange(2, 2+waves)
+    a,ph = draws.normal(0, rough, waves)/np.sqrt(k-1), draws.uniform(0, 2*np.pi, waves)
     return lambda t: radius*np.clip(1 + sum(ai*np.cos(ki*t+pi) for ai,ki,pi in zip(a,k,ph)), .5, 1.6)
 
 def _spicules(x, y, draws, *, inner, outer, n, width):
@@ -264,7 +284,8 @@ def mass(
     draws:np.random.Generator, # Source of chance
 ) -> tuple: # outline `(n,2)` in mm about the centre, paint(x, y, spacing_mm) -> attenuation, 1 at the centre
     "A mass: projected ball with a smooth (benign) or irregular, spiculated (malignant) edge."
-    R = diameter_mm/2; r = _wavy(R, draws, 7 if malignant else 3, .11 if malignant else .07)
+    R = diameter_mm/2
+    r = _wavy(R, draws, 7 if malignant else 3, .11 if malignant else .07)
     soft, seed = draws.uniform(.3,.6) if malignant else draws.uniform(.10,.35), int(draws.integers(2**62))
     n,reach = int(draws.integers(14,30)), R*draws.uniform(1.5,2.2)
     def paint(x, y, spacing_mm):
@@ -285,7 +306,8 @@ def calcifications(
     n = int(draws.integers(8,26) if malignant else draws.integers(4,11))
     at = draws.normal(0, diameter_mm/5, (n,2))
     if malignant and draws.random()<.5:
-        a = draws.uniform(0, np.pi); along = draws.uniform(-.5,.5,n)*diameter_mm
+        a = draws.uniform(0, np.pi)
+        along = draws.uniform(-.5,.5,n)*diameter_mm
         at = np.outer(along, (np.cos(a),np.sin(a))) + draws.normal(0, diameter_mm/18, (n,2))
     size = draws.lognormal(np.log(.22), .35, (n,2)) if malignant else np.repeat(draws.lognormal(np.log(.45), .25, (n,1)), 2, 1)
     level = draws.uniform(.35,1.,n) if malignant else draws.uniform(.5,.9,n)
@@ -311,6 +333,7 @@ def distortion(
         return s + .25*np.exp(-(x**2+y**2)/(.15*diameter_mm)**2) - .25*np.exp(-(x**2+y**2)/(.35*diameter_mm)**2)
     return _star(lambda t: np.full_like(t, diameter_mm/2)), paint
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #056ac46c
 def asymmetry(
     diameter_mm:float, # Extent of the cloud
     *,
@@ -322,6 +345,7 @@ def asymmetry(
     return _star(r), lambda x, y, spacing_mm: np.exp(-1.2*(np.hypot(x,y)/r(np.arctan2(y,x)))**2)
 
 LESION_SHAPES = dict(mass=mass, calcification=calcifications, distortion=distortion, asymmetry=asymmetry)
+
 LESION_EXTENT = dict(mass=1., calcification=.8, distortion=1.3, asymmetry=1.5) # Extent as a multiple of the style's mass diameter
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #0ed0566f
@@ -332,10 +356,12 @@ def context_square(
     scale:float, # Size of the picture, 1 = full
 ) -> tuple: # Square (x0,y0,x1,y1) inside the picture
     "The square a patch around the box would show: 60 px margin, at least 128 px, both at full size, moved inside."
-    side = int(min(max(box[2]-box[0], box[3]-box[1]) + 2*round(60*scale), *shape)); side = min(max(side, round(128*scale)), *shape)
+    side = int(min(max(box[2]-box[0], box[3]-box[1]) + 2*round(60*scale), *shape))
+    side = min(max(side, round(128*scale)), *shape)
     x,y = (min(max(int(round((a+b-side)/2)), 0), n-side) for a,b,n in ((box[0],box[2],shape[1]),(box[1],box[3],shape[0])))
     return x,y,x+side,y+side
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #336e3d9c
 def _box(poly): return tuple(int(v) for v in (*np.floor(poly.min(0)), *np.ceil(poly.max(0))))
 
 def place_lesion(
@@ -352,14 +378,18 @@ def place_lesion(
     draws:np.random.Generator, # Source of chance
 ) -> tuple: # centre (x,y) in pixels, or None when there is no room
     "Uniform over the picture under the rule above, by rejection; with `behind_mm` the best of up to eight places."
-    h,w = mask.shape; poly = outline/spacing_mm; found = []
+    h,w = mask.shape
+    poly = outline/spacing_mm
+    found = []
     for x,y in draws.uniform((0,0),(w,h),(400,2)):
-        p = poly+(x,y); b = _box(p)
+        p = poly+(x,y)
+        b = _box(p)
         if b[0]<0 or b[1]<0 or b[2]>w or b[3]>h or muscle[int(y),int(x)]>.2: continue
         i = np.clip(p.astype(int), 0, (w-1,h-1))
         if depth[i[:,1],i[:,0]].min() < 1.5: continue
         if any(b[0]<t[2] and t[0]<b[2] and b[1]<t[3] and t[1]<b[3] for t in taken): continue
-        s = context_square(b, shape=mask.shape, scale=scale); k = max(1, (s[2]-s[0])//48)
+        s = context_square(b, shape=mask.shape, scale=scale)
+        k = max(1, (s[2]-s[0])//48)
         if (~mask[s[1]:s[3]:k,s[0]:s[2]:k]).mean() > .38: continue
         found.append((abs(np.hypot(x*spacing_mm-nipple[0], y*spacing_mm-nipple[1])-behind_mm), x, y))
         if np.isnan(behind_mm) or len(found)==8: break
@@ -376,6 +406,7 @@ def window_of(
     lo,mid,hi = np.quantile(clean[::4,::4][mask[::4,::4]], (.005,.5,.998))
     return mid-(mid-lo)*1.05/contrast, mid+(hi-mid)*1.10/contrast
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #10b14e49
 def to_grey(
     atten:np.ndarray, # Attenuation
     noise:np.ndarray, # Unit noise, same shape
@@ -388,11 +419,14 @@ def to_grey(
     u = np.clip((atten-window[0])/(window[1]-window[0]), 0, 1.05)
     if detector.kind == "film":
         s = lambda v: 1/(1+np.exp(-detector.gamma*(v-.48)))
-        u = (s(u)-s(0.))/(s(1.)-s(0.)); sd = .35+2.6*u*np.clip(1-u,0,1)
+        u = (s(u)-s(0.))/(s(1.)-s(0.))
+        sd = .35+2.6*u*np.clip(1-u,0,1)
     else:
-        u = u**detector.gamma; sd = np.sqrt(.15+u)
+        u = u**detector.gamma
+        sd = np.sqrt(.15+u)
     return np.clip(.07+.93*u + detector.noise*scale*sd*noise, .05, 1).astype(np.float32)
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #f62ce553
 def film_frame(
     air:np.ndarray, # float32 picture, changed in place
     mask:np.ndarray, # bool, the breast: stays as it is
@@ -401,11 +435,16 @@ def film_frame(
     draws:np.random.Generator, # Source of chance
 ) -> None:
     "What a scanned film has beside the breast: fog, a bright border and a lead label in the air."
-    h,w = mask.shape; air += (~mask)*(.012+.006*draws.standard_normal(mask.shape, dtype=np.float32)).clip(0,.03)
-    b = max(1, round(18*scale)); air[:b][~mask[:b]] = .9; air[:,-b:][~mask[:,-b:]] = .9
-    x,y = round(w*.82), round(h*.06); lw,lh = round(w*.12), round(h*.03)
+    h,w = mask.shape
+    air += (~mask)*(.012+.006*draws.standard_normal(mask.shape, dtype=np.float32)).clip(0,.03)
+    b = max(1, round(18*scale))
+    air[:b][~mask[:b]] = .9
+    air[:,-b:][~mask[:,-b:]] = .9
+    x,y = round(w*.82), round(h*.06)
+    lw,lh = round(w*.12), round(h*.03)
     label = np.kron(draws.random((4,10))>.35, np.ones((max(1,lh//4),max(1,lw//10)), bool))
-    part = air[y:y+label.shape[0],x:x+label.shape[1]]; part[label & ~mask[y:y+label.shape[0],x:x+label.shape[1]]] = .85
+    part = air[y:y+label.shape[0],x:x+label.shape[1]]
+    part[label & ~mask[y:y+label.shape[0],x:x+label.shape[1]]] = .85
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #0708089c
 @dataclass
@@ -434,10 +473,12 @@ class PhantomView:
     @property
     def shape(self) -> tuple: return self.mask.shape # Rows and columns
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #2cdb9d37
 BIRADS = dict(benign=(("2",.75),("3",.25)), malignant=(("4a",.12),("4b",.10),("4c",.22),("5",.46),("6",.10)))
 
 def _choose(draws, pairs):
-    names,p = zip(*pairs); return names[int(draws.choice(len(names), p=np.array(p)/sum(p)))]
+    names,p = zip(*pairs)
+    return names[int(draws.choice(len(names), p=np.array(p)/sum(p)))]
 
 def patient_plan(
     i:int, # Number of the patient in the centre, from 0
@@ -446,14 +487,17 @@ def patient_plan(
     seed:int, # The run's seed
 ) -> dict: # patient_id, index, centre, age, density, device, size, share, affected (side or ''), birads, findings
     "Everything about a patient that no picture is needed for."
-    style = centre_style(style); d = rng(seed, "phantom", style.name, i)
-    density = int(d.choice(4, p=style.densities))+1; film = d.random() < style.film_share
+    style = centre_style(style)
+    d = rng(seed, "phantom", style.name, i)
+    density = int(d.choice(4, p=style.densities))+1
+    film = d.random() < style.film_share
     plan = dict(patient_id=f"{style.name}{i:04d}", index=i, centre=style.name, age=int(np.clip(d.normal(60-3*density, 10), 38, 88)), density=density,
                 device="film" if film else "digital", size=float(d.uniform(.62,1.)), share=float(d.uniform(*GLANDULAR[density])), affected="", birads="1", findings=[])
     if d.random() < style.affected:
         plan["affected"] = "LR"[d.integers(2)]
         for k in range(1 + int(d.random()<.2)):
-            kind = _choose(d, style.types); label = "malignant" if d.random() < style.malignant else "benign"
+            kind = _choose(d, style.types)
+            label = "malignant" if d.random() < style.malignant else "benign"
             size = float(np.clip(style.diameter_mm[0]*d.lognormal(0, style.diameter_mm[1]), 6, 32)*LESION_EXTENT[kind])
             plan["findings"].append(dict(number=k+1, type=kind, label=label, diameter_mm=size, contrast=float(np.clip(style.conspicuity*d.lognormal(0,.40), .35, 2.2)*LESION_CONTRAST[kind])))
         worst = "malignant" if any(f["label"]=="malignant" for f in plan["findings"]) else "benign"
@@ -463,9 +507,11 @@ def patient_plan(
 # %% ../../nbs/lib/21_data.phantom.ipynb #15a8342a
 def _paint(atten, lesion, paint, centre, *, thick, spacing_mm):
     "Add one lesion to the attenuation; returns the box it touched."
-    h,w = atten.shape; R = 1.3*max(lesion["diameter_mm"], 8.)/spacing_mm
+    h,w = atten.shape
+    R = 1.3*max(lesion["diameter_mm"], 8.)/spacing_mm
     x0,x1,y0,y1 = int(max(0,centre[0]-R)),int(min(w,centre[0]+R+1)),int(max(0,centre[1]-R)),int(min(h,centre[1]+R+1))
-    x = ((np.arange(x0,x1)+.5-centre[0])*spacing_mm).astype(np.float32)[None]; y = ((np.arange(y0,y1)+.5-centre[1])*spacing_mm).astype(np.float32)[:,None]
+    x = ((np.arange(x0,x1)+.5-centre[0])*spacing_mm).astype(np.float32)[None]
+    y = ((np.arange(y0,y1)+.5-centre[1])*spacing_mm).astype(np.float32)[:,None]
     atten[y0:y1,x0:x1] += lesion["contrast"]*paint(x, y, spacing_mm)*thick[y0:y1,x0:x1]
     return slice(y0,y1),slice(x0,x1)
 
@@ -496,6 +542,7 @@ def draw_view(
         for p in (base,pixels): film_frame(p, mask, scale=scale, draws=draws("film"))
     return tuple(np.ascontiguousarray(p[:,::-1]) for p in (pixels,base)) if mirror else (pixels,base)
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #425b11f3
 def phantom_view(
     plan:dict, # From `patient_plan`
     side:str, # `L` or `R`
@@ -507,7 +554,8 @@ def phantom_view(
     behind:dict=None, # Distance of each finding from the nipple, mm; filled by the first view, used by the second
 ) -> PhantomView:
     "One view of a patient, drawn with and without its lesions when its pixels are asked for."
-    style = centre_style(style); det = style.film if plan["device"]=="film" else style.digital
+    style = centre_style(style)
+    det = style.film if plan["device"]=="film" else style.digital
     shape,mm = (round(det.rows*scale),round(det.cols*scale)), det.spacing_mm/scale
     if min(shape) < 96: raise ParameterError(f"a picture of {shape} pixels is too small for a lesion", "scale", "use a scale of 0.1 or more")
     d = lambda what: rng(seed, "phantom", style.name, plan["index"], side, view, what)
@@ -516,7 +564,8 @@ def phantom_view(
     found,lesions = [],[]
     for f in plan["findings"] if side==plan["affected"] else []:
         for shrink in (1.,.75,.55):                                                            # in a small breast until there is room
-            look = d(f"look{f['number']}"); size = f["diameter_mm"]*look.uniform(.9,1.1)*shrink
+            look = d(f"look{f['number']}")
+            size = f["diameter_mm"]*look.uniform(.9,1.1)*shrink
             poly,paint = LESION_SHAPES[f["type"]](size, malignant=f["label"]=="malignant", draws=look)
             at = place_lesion(poly, mask, muscle=muscle, depth=depth, taken=tuple(l["box"] for l in lesions), nipple=outline["nipple"],
                               behind_mm=(behind or {}).get(f["number"], np.nan), spacing_mm=mm, scale=scale, draws=d(f"place{f['number']}"))
@@ -524,7 +573,8 @@ def phantom_view(
         else: continue                                                                         # still none: seen in the other view only
         f = dict(f, diameter_mm=size)
         if behind is not None: behind.setdefault(f["number"], float(np.hypot(at[0]*mm-outline["nipple"][0], at[1]*mm-outline["nipple"][1])))
-        found.append((f, paint, at)); lesions.append(dict(f, polygon=poly/mm+at, box=_box(poly/mm+at)))
+        found.append((f, paint, at))
+        lesions.append(dict(f, polygon=poly/mm+at, box=_box(poly/mm+at)))
     draw = partial(draw_view, mask, muscle, depth, found=found, nipple=outline["nipple"], share=plan["share"], detector=det, scale=scale, draws=d, mirror=side=="R")
     shown = lambda a: np.ascontiguousarray(a[:,::-1]) if side=="R" else a
     return PhantomView(draw=draw, mask=shown(mask), pectoral=shown(muscle)>.5, side=side, view=view, density=plan["density"], birads=plan["birads"] if lesions else "1",
@@ -546,7 +596,8 @@ def phantom_patient(
     scale:float=.25, # Size of the pictures, 1 = full
 ) -> tuple: # plan (dict) and its four PhantomViews: L CC, L MLO, R CC, R MLO
     "One patient, the same whoever else is drawn."
-    plan = patient_plan(i, style=style, seed=seed); views = []
+    plan = patient_plan(i, style=style, seed=seed)
+    views = []
     for side in "LR":
         behind = {}
         views += [phantom_view(plan, side, view=v, style=style, seed=seed, scale=scale, behind=behind) for v in ("CC","MLO")]
@@ -554,6 +605,7 @@ def phantom_patient(
         plan = dict(plan, affected="", birads="1", findings=[])
     return plan, views
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #90ffcce1
 def ahead(
     fn, # Function of one item
     items, # What to go through
@@ -561,7 +613,8 @@ def ahead(
     threads:int=0, # Items worked on at the same time; 0: one for each core
 ): # yields `fn(item)`, in order
     "Work on the next items while this one is used; at most two for each thread wait."
-    threads = threads or cores(); jobs = deque()
+    threads = threads or cores()
+    jobs = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
@@ -570,6 +623,7 @@ def ahead(
             while jobs: yield jobs.popleft().result()
         finally: [j.cancel() for j in jobs]
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #68908527
 def phantom_patients(
     n:int, # Number of patients
     *,
@@ -591,6 +645,7 @@ def breast_regions(
     skin_mm:float = 8., # Squares keep this distance from the skin, mm; the frame of the picture is no skin
 ) -> np.ndarray: # `(n,s,s)`
     "Squares of tissue to measure texture on."
-    k = max(1, round(.5/spacing_mm)); h,w = (n//k*k for n in img.shape)
+    k = max(1, round(.5/spacing_mm))
+    h,w = (n//k*k for n in img.shape)
     depth = ndimage.distance_transform_edt(np.pad(inside[:h:k,:w:k], 16, mode="edge"))[16:-16,16:-16]*k*spacing_mm
     return interior_regions(img[:h,:w], np.kron(depth>skin_mm, np.ones((k,k), bool)), side=round(side_mm/spacing_mm))

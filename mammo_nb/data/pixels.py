@@ -39,7 +39,8 @@ def _stat(path):
     return size
 
 def _bytes(path, most=-1):
-    path = Path(path); _stat(path)
+    path = Path(path)
+    _stat(path)
     try:
         with open(path, "rb") as f: return f.read(most)
     except OSError as e: raise DataError(f"cannot be read ({type(e).__name__})", path, "check the permissions") from e
@@ -224,11 +225,14 @@ def to_uint8(
     lo, hi = (float(v.min()), float(v.max())) if v.size else (0., 0.)
     if not np.isfinite([lo,hi]).all(): raise DataError("has pixel values that are not finite", where, "the file is broken")
     if hi<=lo: raise DataError(f"is constant, every pixel is {lo:g}", where, "the file is broken or blank")
-    out = x.astype(np.float32); out -= lo; out *= 255/(hi-lo)
+    out = x.astype(np.float32)
+    out -= lo
+    out *= 255/(hi-lo)
     out = np.rint(np.clip(out, 0, 255)).astype(np.uint8)
     if ignore is not None: out[ignore] = 0
     return out
 
+# %% ../../nbs/lib/22_data.pixels.ipynb #b03e3a41
 def read_image(
     path:Path, # DICOM, PNG, TIFF or JPEG
     *,
@@ -265,9 +269,11 @@ def breast_mask(
     "The largest connected part above the background, with its holes filled."
     part, n = ndimage.label(img8>threshold)
     if n==0: return np.zeros(img8.shape, bool)
-    size = np.bincount(part.ravel()); size[0] = 0
+    size = np.bincount(part.ravel())
+    size[0] = 0
     return ndimage.binary_fill_holes(part==size.argmax())
 
+# %% ../../nbs/lib/22_data.pixels.ipynb #f826dd6b
 def breast_side(
     img8:np.ndarray, # uint8 image in display orientation
 ) -> str: # `L` or `R`
@@ -307,6 +313,7 @@ def area_matrix(
     lo, hi = np.maximum.outer(edge[:-1], np.arange(n)), np.minimum.outer(edge[1:], np.arange(1,n+1))
     return np.clip(hi-lo, 0, None)*m/n
 
+# %% ../../nbs/lib/22_data.pixels.ipynb #8e78d15f
 def _pair(size): return (size,size) if np.isscalar(size) else tuple(size)
 
 def _as(x, dtype):
@@ -323,6 +330,7 @@ def area_resize(
     out = np.float32(area_matrix(img.shape[0],h)) @ img.astype(np.float32) @ np.float32(area_matrix(img.shape[1],w)).T
     return _as(out, img.dtype)
 
+# %% ../../nbs/lib/22_data.pixels.ipynb #680aa36e
 def torch_area_resize(
     x:Tensor, # `(b,c,h,w)` float
     size, # Side, or (rows, cols)

@@ -38,6 +38,7 @@ def has_cbis_tables(
     "True when a CBIS-DDSM description table lies here or so many levels down."
     return any(re.fullmatch(r"(mass|calc)_case_description_(train|test)_set\.csv", n) for n in _below(folder, levels))
 
+# %% ../../nbs/lib/22b_data.readers.ipynb #98aad379
 def _has_cbis_images(folder):
     return any(re.match(r"(mass|calc)-(training|test)_p_\d+", n) or n=="jpeg" for n in _below(folder, 2))
 
@@ -66,6 +67,7 @@ def layout_of(
     if _is_cbis(folder): return "cbis"
     return None
 
+# %% ../../nbs/lib/22b_data.readers.ipynb #57b816e6
 def find_layouts(
     root:Path, # Folder to search
     *,
@@ -81,6 +83,7 @@ def find_layouts(
     subs = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     return ([(kind, root)] if kind else []) + [found for p in subs for found in find_layouts(p, depth=depth-1)]
 
+# %% ../../nbs/lib/22b_data.readers.ipynb #ec1aca1b
 def _found(root):
     "{name: (layout, folder)}; a layout that lies there once has the layout's name, plain folders their own."
     out = {}

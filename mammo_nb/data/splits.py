@@ -30,7 +30,8 @@ def patient_counts(
         if not len(data.images) and data.patches is not None: return patient_counts(data.patches, scope=scope, by=by)
         rows, lesion, normal = data.images, data.lesions[in_scope(data.lesions,scope)].groupby("patient_id").size(), data.images.groupby("patient_id").normal.sum()
     else:
-        rows = data[data.patient_id.notna()]; hit = rows.target.eq(1) & in_scope(rows,scope)
+        rows = data[data.patient_id.notna()]
+        hit = rows.target.eq(1) & in_scope(rows,scope)
         lesion, normal = rows[hit].groupby("patient_id").size(), rows[rows.target.eq(0)].groupby("patient_id").size()
     out = pd.DataFrame(index=pd.Index(sorted(set(rows.patient_id)), name="patient_id"))
     out["lesions"], out["normal"] = lesion.reindex(out.index).fillna(0).astype(int), normal.reindex(out.index).fillna(0).astype(int)
@@ -47,7 +48,9 @@ def _sizes(n, fractions):
     k = np.floor(want).astype(int)
     for i in np.argsort(-(want-k), kind="stable")[:n-k.sum()]: k[i] += 1
     if n>=(want>0).sum():
-        while (k[want>0]==0).any(): k[np.argmax(k)] -= 1; k[np.flatnonzero((k==0)&(want>0))[0]] += 1
+        while (k[want>0]==0).any():
+            k[np.argmax(k)] -= 1
+            k[np.flatnonzero((k==0)&(want>0))[0]] += 1
     return k
 
 def balanced_groups(
@@ -58,7 +61,8 @@ def balanced_groups(
     tries:int=500, # Shuffles to choose from
 ) -> np.ndarray: # Group number of each row
     "Cut patients into groups whose lesions, normal images and categories are shared out like the patients."
-    x = counts.to_numpy(np.float32); total = x.sum(0)
+    x = counts.to_numpy(np.float32)
+    total = x.sum(0)
     role = np.where(counts.lesions>0, 0, np.where(counts.normal>0, 1, 2))
     tries = max(1, min(tries, 40_000_000//max(1,len(counts))))
     groups = np.zeros((tries,len(counts)), np.int8)
@@ -78,15 +82,20 @@ def _swapped(g, sums, x, role, cost, rng, rounds=60, pairs=4000):
     "Exchange two patients of the same role as long as one of some thousand exchanges brings the shares nearer."
     for _ in range(rounds if len(g)>1 else 0):
         i, j = rng.integers(0, len(g), (2,pairs))
-        ok = (g[i]!=g[j]) & (role[i]==role[j]); i, j = i[ok], j[ok]
+        ok = (g[i]!=g[j]) & (role[i]==role[j])
+        i, j = i[ok], j[ok]
         if not len(i): break
         new, d, n = np.repeat(sums[None], len(i), 0), x[j]-x[i], np.arange(len(i))
-        new[n,g[i]] += d; new[n,g[j]] -= d
-        c = cost(new); k = int(np.argmin(c))
+        new[n,g[i]] += d
+        new[n,g[j]] -= d
+        c = cost(new)
+        k = int(np.argmin(c))
         if c[k]>=cost(sums)-1e-12: break
-        sums = new[k]; g[i[k]], g[j[k]] = g[j[k]], g[i[k]]
+        sums = new[k]
+        g[i[k]], g[j[k]] = g[j[k]], g[i[k]]
     return g
 
+# %% ../../nbs/lib/29_data.splits.ipynb #9137c427
 def split_patients(
     data, # MammoData, or a patch table
     *,
@@ -133,6 +142,7 @@ def line_of(
     place = {i:k for k,i in enumerate(sorted(key, key=key.get))}
     return np.array([place[i] for i in ids], int)
 
+# %% ../../nbs/lib/29_data.splits.ipynb #44c42b36
 def half(
     table:pd.DataFrame, # Patch table of the training set
     *,
@@ -146,10 +156,12 @@ def half(
     if by=="patient": cls = ids.map(pd.Series(cls, index=ids.to_numpy()).groupby(level=0).max()).to_numpy()     # a patient with any lesion counts as one
     keep = np.zeros(len(table), bool)
     for c in np.unique(cls):
-        rows = np.flatnonzero(cls==c); place = line_of(ids.iloc[rows], seed=seed, purpose="half")
+        rows = np.flatnonzero(cls==c)
+        place = line_of(ids.iloc[rows], seed=seed, purpose="half")
         keep[rows] = place < np.ceil(share*len(set(ids.iloc[rows]))-1e-9)
     return keep
 
+# %% ../../nbs/lib/29_data.splits.ipynb #795f6261
 def nested_subsets(
     table:pd.DataFrame, # Patch table of the training set
     ks:tuple, # Numbers of positive patches, e.g. (100,250,500,750,1000,1300)
@@ -196,7 +208,8 @@ def folds(
     for k in range(n):
         held = tests==k if disjoint else balanced_groups(c, (1-test,test), rng=rng(seed,"fold test",scope,k if rotating else 0))==1
         inner = balanced_groups(c[~held], (1-val,val), rng=rng(seed,"fold val",scope,k))
-        col = np.full(len(c),"test",object); col[~held] = np.where(inner==1,"val","train")
+        col = np.full(len(c),"test",object)
+        col[~held] = np.where(inner==1,"val","train")
         out[f"fold{k}"] = col
     return out
 
@@ -211,7 +224,8 @@ def pooled_split(
     if protocol!="authors": raise ParameterError("a pooled random split puts one patient on both sides", "protocol", "use split_patients, or protocol='authors' to re-enact paper 03")
     train, rest = train_test_split(np.arange(n), test_size=.3, random_state=seed)
     test, val = train_test_split(rest, test_size=.33, random_state=seed)
-    out = np.full(n,"train",object); out[test], out[val] = "test", "val"
+    out = np.full(n,"train",object)
+    out[test], out[val] = "test", "val"
     return out
 
 # %% ../../nbs/lib/29_data.splits.ipynb #b28d05e1
@@ -245,6 +259,7 @@ def check_leaks(
     if found: raise LeakError("; ".join(found), "leak check", "split by patient, remove doubles, or train the generator on training patients only")
     return pd.DataFrame(lines, columns=["a","b","check","left","right","shared","unknown"])
 
+# %% ../../nbs/lib/29_data.splits.ipynb #4ed1abfc
 def without_doubles(
     ps, # PatchSet
     *others, # PatchSets whose pixels must not come again

@@ -20,14 +20,22 @@ from ..core import DataError
 
 # %% ../../nbs/lib/20_data.table.ipynb #f0902c0c
 TEXT_COLUMNS = ("dataset","subset","patient_id","study_id","image_id","path","laterality","view","birads","official_split","device")
+
 NUMBER_COLUMNS = ("rows","cols","spacing_mm","bits","density","age")
+
 SHARED_COLUMNS = ("dataset","subset","patient_id","study_id","image_id","path","laterality","view","rows","cols","spacing_mm","bits",
                   "density","birads","age","official_split","device","quirks")
+
 IMAGE_COLUMNS = SHARED_COLUMNS + ("has_lesion","normal")
+
 LESION_COLUMNS = SHARED_COLUMNS + ("lesion_id","x0","y0","x1","y1","polygon","mask_path","lesion_type","label","label_source","label_raw")
+
 BOX = ("x0","y0","x1","y1")
+
 VIEWS, SIDES = ("CC","MLO","other"), ("L","R")
+
 LESION_TYPES = ("mass","calcification","distortion","asymmetry","other")
+
 LABELS = ("benign","malignant","unknown")
 
 def _typed(df, columns):
@@ -42,6 +50,7 @@ def empty_images() -> pd.DataFrame: # No rows, all columns
     "The image table of a data set without images."
     return _typed(pd.DataFrame(columns=list(IMAGE_COLUMNS)), IMAGE_COLUMNS)
 
+# %% ../../nbs/lib/20_data.table.ipynb #361ae711
 def empty_lesions() -> pd.DataFrame: # No rows, all columns
     "The lesion table of a data set without lesions."
     return _typed(pd.DataFrame(columns=list(LESION_COLUMNS)), LESION_COLUMNS)
@@ -180,6 +189,7 @@ def outline_box(
     x0,x1,y0,y1 = max(x0,0), min(x1,cols), max(y0,0), min(y1,rows)
     return (int(x0),int(y0),int(x1),int(y1)) if x0<x1 and y0<y1 else None
 
+# %% ../../nbs/lib/20_data.table.ipynb #a42ab305
 def box_iou(
     a, # `(x0,y0,x1,y1)`
     b, # Same
@@ -192,7 +202,9 @@ def box_iou(
 
 # %% ../../nbs/lib/20_data.table.ipynb #d02286ee
 _SIDE = dict(l="L", left="L", le="L", r="R", right="R", ri="R")
+
 _VIEW = dict(cc="CC", mlo="MLO", ml="MLO", o="MLO", lo="MLO", ro="MLO", lmlo="MLO", rmlo="MLO", lcc="CC", rcc="CC")
+
 _LABEL = dict(benign="benign", malignant="malignant", malign="malignant", benign_without_callback="benign", b="benign", m="malignant", unknown="unknown")
 
 def word(
@@ -202,18 +214,22 @@ def word(
     if value is None or (isinstance(value, float) and np.isnan(value)): return ""
     return str(value).strip().strip('"').strip()
 
+# %% ../../nbs/lib/20_data.table.ipynb #f0d16521
 def side_of(value) -> str: # `L`, `R` or NaN
     "Laterality in the common spelling."
     return _SIDE.get(word(value).casefold(), np.nan)
 
+# %% ../../nbs/lib/20_data.table.ipynb #3ce3e734
 def view_of(value) -> str: # `CC`, `MLO` or `other`
     "View in the common spelling; `ML`, `O`, `LO`, `RO` are how INbreast and BCDR write MLO."
     return _VIEW.get(word(value).casefold(), "other")
 
+# %% ../../nbs/lib/20_data.table.ipynb #936974b0
 def label_of(value) -> str: # `benign`, `malignant` or `unknown`
     "Class in the common spelling; what is no known word is unknown."
     return _LABEL.get(word(value).casefold(), "unknown")
 
+# %% ../../nbs/lib/20_data.table.ipynb #afd54a33
 def number_of(value, low:float=-np.inf, high:float=np.inf) -> float: # NaN when it is no number in the range
     "A table cell as a number, NaN when missing, unreadable or out of range."
     try: x = float(word(value).replace(",", "."))
@@ -234,6 +250,7 @@ def find_files(
         out += [Path(folder)/f for f in files if not f.startswith(".") and (not suffixes or Path(f).suffix.lower() in suffixes)]
     return sorted(out)
 
+# %% ../../nbs/lib/20_data.table.ipynb #4c8776ac
 MAX_TABLE = 500_000_000 # Refuse larger tables, bytes
 
 def read_table(
@@ -257,6 +274,7 @@ def read_table(
     if df.columns.duplicated().any(): raise DataError(f"column '{df.columns[df.columns.duplicated()][0]}' occurs twice", path, "repair the header line")
     return df.astype(object).map(word)
 
+# %% ../../nbs/lib/20_data.table.ipynb #d4a64063
 def inside(
     root:Path, # Folder a table speaks of
     name:str, # Path in a cell of the table

@@ -120,6 +120,7 @@ def read_pickle(
         if r.returncode or not target.exists(): raise WeightsError(f"cut off, or no file of torch ({(r.stderr.strip().splitlines() or ['no message'])[-1][:160]})", path, "fetch it again")
         return load_bytes(target.read_bytes())
 
+# %% ../../nbs/lib/49c_gans.adopt.ipynb #3f0611a6
 def is_torch_file(path:Path) -> bool:
     "Is this a file of `torch.save`? Those are zips too, often without an ending."
     if not zipfile.is_zipfile(path): return False
@@ -127,6 +128,7 @@ def is_torch_file(path:Path) -> bool:
         with zipfile.ZipFile(path) as z: return any(PurePosixPath(n).name == "data.pkl" and len(PurePosixPath(n).parts) == 2 for n in z.namelist())
     except (zipfile.BadZipFile, OSError, ValueError): return False
 
+# %% ../../nbs/lib/49c_gans.adopt.ipynb #63b41044
 def read_weights(
     path:Path, # `.safetensors`, or a file of `torch.save`
 ) -> dict: # name -> tensor
@@ -159,10 +161,14 @@ def dcgan_state(
     for n in names:
         if state[n].dim() == 2 and "embed" in n and 2*state[n].shape[0] == w[0].shape[0]: raise WeightsError(f"is conditional ('{n}')", where, "only unconditional DCGANs are read from bare weights")
     ours, used = {}, set()
-    for i,t in enumerate(convs): ours[f"layers.{3*i}.weight"] = state[t]; used.add(t)
+    for i,t in enumerate(convs):
+        ours[f"layers.{3*i}.weight"] = state[t]
+        used.add(t)
     for i,n in enumerate(norms):
         for k in ("weight","bias","running_mean","running_var","num_batches_tracked"):
-            if f"{n}.{k}" in state: ours[f"layers.{3*i+1}.{k}"] = state[f"{n}.{k}"]; used.add(f"{n}.{k}")
+            if f"{n}.{k}" in state:
+                ours[f"layers.{3*i+1}.{k}"] = state[f"{n}.{k}"]
+                used.add(f"{n}.{k}")
         ours.setdefault(f"layers.{3*i+1}.num_batches_tracked", torch.tensor(0))
     config = dict(kind="dcgan", nz=w[0].shape[0], widths=[t.shape[1] for t in w[:-1]], channels=w[-1].shape[1])
     return config, {k: v.float() if v.is_floating_point() else v for k,v in ours.items()}, [n for n in names if n not in used]
@@ -179,7 +185,9 @@ def pick_network(
     for k,v in flat.items(): groups.setdefault(k.rpartition("/")[0], {})[k.rpartition("/")[2].removeprefix("module.")] = v
     fits, why = {}, None
     for name,state in groups.items():
-        try: dcgan_state(state, where); fits[name] = state
+        try:
+            dcgan_state(state, where)
+            fits[name] = state
         except WeightsError as e: why = why or e
     if not fits: raise why or WeightsError("holds no tensors", where, "fetch it again")
     named = [n for n in NAMES if n in fits]
@@ -194,10 +202,12 @@ def raw_range(
 ) -> dict: # low, high (0.1 and 99.9 % quantile), below (share of pixels under -0.05)
     "What gray values a generator puts out, before they are made bytes."
     was, G = G.training, G.eval()
-    z = G.latents(n, rng(0, "range")); x = torch.cat([G(*(a[i:i+16] for a in z)) for i in range(0, n, 16)]).flatten().double().numpy()
+    z = G.latents(n, rng(0, "range"))
+    x = torch.cat([G(*(a[i:i+16] for a in z)) for i in range(0, n, 16)]).flatten().double().numpy()
     G.train(was)
     return dict(low=float(np.quantile(x, .001)), high=float(np.quantile(x, .999)), below=float((x < -.05).mean()))
 
+# %% ../../nbs/lib/49c_gans.adopt.ipynb #57741aec
 def range_of(
     G, # Generator from noise
     where, # Named in errors
@@ -208,12 +218,14 @@ def range_of(
     if r["below"] < .002: return (0., 1.)
     raise ParameterError(f"{100*r['below']:.1f} % of the output is under -0.05: neither clearly [-1,1] nor [0,1]", where, "give value_range, e.g. --value-range=-1,1")
 
+# %% ../../nbs/lib/49c_gans.adopt.ipynb #c6c910b7
 def check_images(
     folder:Path, # Generator folder
     n:int = 32, # Patches drawn
 ) -> dict: # size, spread, clipped, wraps, …
     "Shape, gray values and wrap-around of what a generator draws; what is no picture is a `WeightsError`."
-    G = load_generator(folder); kind = G.config["kind"]
+    G = load_generator(folder)
+    kind = G.config["kind"]
     if kind == "context": # it paints into patches: flat gray will do
         from mammo_nb.gans.context import edit
         L = edit(G, np.full((2, G.size, G.size), 90, np.uint8), seed=0)
@@ -224,7 +236,8 @@ def check_images(
     if x.std() < .5: raise WeightsError(f"draws constant patches (gray {x.mean():.0f})", folder, "the weights do not fit this network, or the value range is wrong")
     if max(out["black"], out["white"]) > .98: raise WeightsError("draws black or white patches only", folder, "the value range is wrong")
     if kind == "singan": return out
-    low, high = G.card["value_range"]; r = raw_range(G, n)
+    low, high = G.card["value_range"]
+    r = raw_range(G, n)
     width = high - low
     out |= dict(raw_low=r["low"], raw_high=r["high"], wraps=float(_outside(G, low, high, n)))
     if low == 0 and r["low"] < -.25*width: warnings.warn(f"{G.card['stream']}: values down to {r['low']:.2f} under a value range that begins at 0")
@@ -233,7 +246,8 @@ def check_images(
 
 @torch.no_grad()
 def _outside(G, low, high, n): # Share of pixels a cast without clamp would wrap around
-    z = G.latents(n, rng(0, "range")); x = torch.cat([G(*(a[i:i+16] for a in z)) for i in range(0, n, 16)])
+    z = G.latents(n, rng(0, "range"))
+    x = torch.cat([G(*(a[i:i+16] for a in z)) for i in range(0, n, 16)])
     return ((x < low) | (x > high)).double().mean()
 
 # %% ../../nbs/lib/49c_gans.adopt.ipynb #4905278e
@@ -252,6 +266,7 @@ def licence_of(
         told = next((l.strip() for l in parcel.read(name).decode("utf-8", "replace").splitlines() if l.strip()), "")[:80]
     return str(told or "").strip()
 
+# %% ../../nbs/lib/49c_gans.adopt.ipynb #a083412d
 def _need_licence(told, path):
     if not told: raise DataError("carries no licence, so nobody may use it", path, "ask its makers, and say what they told you with license=… (--license)")
     return told
@@ -279,7 +294,8 @@ def _ours(parcel, name, tmp, license): # A package or generator folder written b
 
 def _foreign(parcel, weights, tmp, *, meta, license, arch, value_range, config): # Weights without a card of ours
     told = _need_licence(license or licence_of(parcel, {}, meta), parcel.path)
-    file = tmp/("foreign.safetensors" if weights.endswith(".safetensors") else "foreign.pt"); file.write_bytes(parcel.read(weights))
+    file = tmp/("foreign.safetensors" if weights.endswith(".safetensors") else "foreign.pt")
+    file.write_bytes(parcel.read(weights))
     try: flat = read_weights(file)
     except WeightsError as e: raise WeightsError(e.what, f"{parcel.path}: {weights}", e.fix) from e
     finally: file.unlink()
@@ -287,7 +303,8 @@ def _foreign(parcel, weights, tmp, *, meta, license, arch, value_range, config):
     try: G.load_state_dict(state)
     except RuntimeError as e: raise WeightsError(f"the weights do not fit this network: {str(e).splitlines()[-1].strip()[:200]}", weights, "check latent size and widths in `config`") from e
     told_range = value_range or ((-1., 1.) if G.config["kind"] in ("singan","context") else range_of(G, parcel.path))
-    about = meta.get("description") or {}; sel = meta.get("selection") or {}
+    about = meta.get("description") or {}
+    sel = meta.get("selection") or {}
     card = dict(license=told, value_range=list(map(float, told_range)), value_range_from="given" if value_range else "judged by the output", tensors_left_out=left,
                 stream=Path(weights).stem, title=about.get("title"), doi=about.get("doi"), datasets=[str(s).lower() for s in sel.get("dataset") or []],
                 training=dict(epoch=about.get("provided_after_epoch")))
@@ -295,10 +312,13 @@ def _foreign(parcel, weights, tmp, *, meta, license, arch, value_range, config):
 
 def _network(flat, weights, where, *, meta, arch, config): # -> (network, state dict that should fit, names left over)
     if config is not None: # all arguments are given: names as in our own classes, or those of a DCGAN
-        if config.get("kind") == "singan": from mammo_nb.gans import singan; KINDS["singan"] = singan.SinGAN
+        if config.get("kind") == "singan":
+            from mammo_nb.gans import singan
+            KINDS["singan"] = singan.SinGAN
         G = build_generator(config)
         if set(flat) == set(G.state_dict()) or config["kind"] != "dcgan": return G, flat, []
-        _, state, left = dcgan_state(pick_network(flat, weights), weights); return G, state, left
+        _, state, left = dcgan_state(pick_network(flat, weights), weights)
+        return G, state, left
     found, state, left = dcgan_state(pick_network(flat, weights), weights)
     return build_generator({**found, **ARCHS[named_arch(arch, found, meta, where)]}), state, left
 
@@ -356,9 +376,11 @@ def _take(parcel, tmp, path, *, license, arch, value_range, config):
     return _foreign(parcel, names[0], tmp, meta=meta, license=license, arch=arch, value_range=value_range, config=config)
 
 def _single(path): # One file as a parcel
-    p = Parcel.__new__(Parcel); p.path, p.zip, p.sizes = path.parent, None, {path.name: path.stat().st_size}
+    p = Parcel.__new__(Parcel)
+    p.path, p.zip, p.sizes = path.parent, None, {path.name: path.stat().st_size}
     return p
 
+# %% ../../nbs/lib/49c_gans.adopt.ipynb #95349e76
 def save_any(folder:Path, G, card:dict) -> Path: # The folder
     "Write any generator in the one form that `load_generator` reads, pyramids too."
     if not hasattr(G, "size"): G.size = list(G.shapes[-1])
@@ -390,6 +412,7 @@ def find_generators(
         out.append(dict(name=name, stage=found[0][1], kind=info.get("config", {}).get("kind"), epoch=(info.get("training") or {}).get("epoch"), folder=found[-1][2], folders=[f for *_,f in found]))
     return pd.DataFrame(out, columns=["name","stage","kind","epoch","folder","folders"])
 
+# %% ../../nbs/lib/49c_gans.adopt.ipynb #efdff609
 def as_generator(
     path:Path, # Anything `import_generator` takes, a generator folder, a folder of `train_gan`, or a stage folder with one generator
     **options, # license, arch, value_range, config of `import_generator`
@@ -398,7 +421,9 @@ def as_generator(
     path = Path(path).expanduser()
     package = path.is_dir() and any((path/n).exists() for n in ("metadata.json","__init__.py"))
     if path.is_dir() and not package:
-        if (path/"G.safetensors").exists() and (path/"generator.json").exists(): load_generator(path); return [path]
+        if (path/"G.safetensors").exists() and (path/"generator.json").exists():
+            load_generator(path)
+            return [path]
         found = find_generators(path)
         if len(found) > 1: raise ParameterError(f"holds {len(found)} generators", path, "give one of them: " + ", ".join(map(str, found.folder[:4])))
         if len(found): return list(found.folders[0])
@@ -410,7 +435,8 @@ def check_unseen(
     patients, # Patient ids, with the data set before the colon
 ) -> str: # Why these patients cannot have trained it
     "Refuse a generator that may have been trained on these patients."
-    patients = sorted({str(p) for p in patients}); ours = {p.split(":")[0].lower() for p in patients}
+    patients = sorted({str(p) for p in patients})
+    ours = {p.split(":")[0].lower() for p in patients}
     where = card.get("title") or card.get("stream") or "generator"
     if "members" in card:
         if seen := seen_patients(card, patients): raise LeakError(f"was trained on {len(seen)} of these patients, e.g. {seen[0]}", where, "take other patients, or another generator")

@@ -31,6 +31,7 @@ def init_normal(
         if getattr(m, "bias", None) is not None: m.bias.zero_()
     return net
 
+# %% ../../nbs/lib/40_gans.blocks.ipynb #df2dc1e8
 def n_params(net:nn.Module) -> int:
     "Number of trainable weights."
     return sum(p.numel() for p in net.parameters())
@@ -68,12 +69,15 @@ class Generator(nn.Module):
         "Inputs for n patches: z ~ N(0, 1)."
         return (torch.from_numpy(rng.standard_normal((n, self.config["nz"]), dtype=np.float32)),)
 
+# %% ../../nbs/lib/40_gans.blocks.ipynb #9e84a098
 KINDS = {} # kind -> class
+
 def register(cls):
     "Class decorator: let `build_generator` find this generator by its `kind`."
     KINDS[cls.kind] = cls
     return cls
 
+# %% ../../nbs/lib/40_gans.blocks.ipynb #48471184
 def build_generator(
     config:dict, # `G.config`: `kind` and the arguments of its class
 ) -> Generator: # With initial weights; the real ones are loaded by gans.share
@@ -92,6 +96,7 @@ def activation(name:str, slope:float=.2) -> nn.Module:
     if name not in ("relu", "leaky"): raise ParameterError(f"'{name}' is no activation here", "act", nearest(name, ["relu", "leaky"]))
     return nn.ReLU(True) if name == "relu" else nn.LeakyReLU(slope, True)
 
+# %% ../../nbs/lib/40_gans.blocks.ipynb #ad3c2d7f
 @register
 class DCGANGenerator(Generator):
     "Generator of Radford 2016 at one more size; Szafranowska 2022 part 2.3.1, Alyafi 2019 Fig. 3."

@@ -40,6 +40,7 @@ def first_of_batch(
     told = [re.match(r"batch_(\d+)_", p.name) for p in here.parent.iterdir()] if here.parent.is_dir() else []
     return sum(int(t[1]) < int(m[1]) for t in told if t)
 
+# %% ../../nbs/lib/49a_gans.bundle.ipynb #597091cb
 def save_pictures(images, output_path, first:int=0, names:str="{:05d}.png") -> list: # Paths
     "Write pictures `(n,h,w)` as PNG, numbered from `first`."
     out = Path(output_path)
@@ -75,11 +76,13 @@ def prepared(
     changed = tuple(f.stat().st_mtime_ns if f.is_file() else 0 for f in (model_file, model_file.with_name("generator.json")))
     return _loaded(str(model_file.parent), str(pick_device(str(device))), changed), seed, first
 
+# %% ../../nbs/lib/49a_gans.bundle.ipynb #fc40504f
 def handed_out(images, output_path, save_images:bool, first:int): # list of uint8 `(h,w,1)`, or None when saved
     "Save or return, as medigan asks."
     if not save_images: return [x[...,None] for x in images]
     save_pictures(images, output_path, first)
 
+# %% ../../nbs/lib/49a_gans.bundle.ipynb #ab3ed3ef
 def generate(
     model_file, # Path of `G.safetensors`; `generator.json` lies beside it
     num_samples:int = 16, # Pictures wanted
@@ -109,6 +112,7 @@ def read_patches(
         raise DataError(f"needs uint8 patches of {size}×{size} px, found {len(x)}" + (f", one of {np.shape(x[0])}" if len(x) else ""), path, "cut them at this size")
     return np.stack(x)
 
+# %% ../../nbs/lib/49a_gans.bundle.ipynb #ecb63180
 def generate_painted(
     model_file, # Path of `G.safetensors`; `generator.json` lies beside it
     num_samples:int = 16, # Pictures wanted; there are fewer where nothing worth keeping was painted
@@ -136,8 +140,11 @@ def generate_painted(
             if have >= first + num_samples: break
             L = edit(G, base[order[i:i+16]], seed=seed_of(seed, "painted", k, i), device=next(G.parameters()).device)
             if what == "residual": x = np.rint(127.5 + 127.5*L).clip(0, 255).astype(np.uint8)
-            else: p = paint(base[order[i:i+16]], L, task=task); x = p.pixels[p.kept]
-            out.append(x); have += len(x)
+            else:
+                p = paint(base[order[i:i+16]], L, task=task)
+                x = p.pixels[p.kept]
+            out.append(x)
+            have += len(x)
     x = np.concatenate([*out, base[:0]])[first:first+num_samples]
     if len(x) < num_samples: logging.getLogger(__name__).warning("%d of %d patches: nothing worth keeping was painted in the others", len(x), num_samples)
     return handed_out(x, output_path, save_images, first)
@@ -145,9 +152,16 @@ def generate_painted(
 # %% ../../nbs/lib/49a_gans.bundle.ipynb #d01acdbb
 def _bare(tree): # Without annotations, which are only text in a bundle
     class Strip(ast.NodeTransformer):
-        def visit_arg(self, n): n.annotation = None; return n
-        def visit_FunctionDef(self, n): n.returns = None; self.generic_visit(n); return n
-        def visit_AnnAssign(self, n): self.generic_visit(n); return ast.copy_location(ast.Assign([n.target], n.value) if n.value else ast.Pass(), n)
+        def visit_arg(self, n):
+            n.annotation = None
+            return n
+        def visit_FunctionDef(self, n):
+            n.returns = None
+            self.generic_visit(n)
+            return n
+        def visit_AnnAssign(self, n):
+            self.generic_visit(n)
+            return ast.copy_location(ast.Assign([n.target], n.value) if n.value else ast.Pass(), n)
     return ast.fix_missing_locations(Strip().visit(tree))
 
 def global_names(
@@ -169,7 +183,9 @@ class Source:
         self.module, self.text = module, Path(spec.origin).read_text(encoding="utf-8")
         self.defs, self.names, self.stars, self.patches, self.before = {}, {}, [], {}, []
         for node in ast.parse(self.text).body:
-            if isinstance(node, (ast.Import, ast.ImportFrom)): self.learn(node); continue
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                self.learn(node)
+                continue
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 if owner := patched(node): self.patches[f"{owner}.{node.name}"] = node
                 else: self.defs[node.name] = node
@@ -189,16 +205,19 @@ class Source:
             if a.name == "*": self.stars.append(base)
             else: self.names[a.asname or a.name] = (base, a.name, a.asname)
 
+# %% ../../nbs/lib/49a_gans.bundle.ipynb #43beb758
 def ours(module:str) -> bool:
     "Is this a module of this package?"
     return module.split(".")[0] == "mammo_nb"
 
+# %% ../../nbs/lib/49a_gans.bundle.ipynb #022914d6
 def patched(node) -> str: # Class that a function decorated with fastcore's `patch` belongs to, else ""
     "Owner of a method defined outside its class."
     called = [d.func if isinstance(d, ast.Call) else d for d in node.decorator_list]
     if not any(isinstance(c, ast.Name) and c.id == "patch" for c in called): return ""
     return ast.unparse(node.args.args[0].annotation)
 
+# %% ../../nbs/lib/49a_gans.bundle.ipynb #5cccec21
 @lru_cache(None)
 def source(module:str) -> Source: return Source(module)
 
@@ -212,6 +231,7 @@ def code_of(src:Source, node) -> str:
         if isinstance(n, ast.ImportFrom) and (n.level or ours(n.module or "")): drop |= set(range(n.lineno, n.end_lineno+1))
     return "\n".join(lines[i-1] for i in range(start, node.end_lineno+1) if i not in drop)
 
+# %% ../../nbs/lib/49a_gans.bundle.ipynb #d8aa3814
 def method_code(src:Source, name:str) -> str: # `Class.method`
     "A patched method as plain Python: a function, then put into its class."
     owner, method = name.split(".")
@@ -224,7 +244,8 @@ def method_code(src:Source, name:str) -> str: # `Class.method`
     return f"{text}\n{owner}.{method} = {wrap.format(f'{owner}_{method}')}"
 
 def _local_imports(src, node): # Names a function imports from our modules inside its body
-    inner = Source.__new__(Source); inner.module, inner.names, inner.stars, inner.before = src.module, {}, [], []
+    inner = Source.__new__(Source)
+    inner.module, inner.names, inner.stars, inner.before = src.module, {}, [], []
     for n in ast.walk(node):
         if isinstance(n, ast.ImportFrom) and (n.level or ours(n.module or "")): inner.learn(n)
     return inner.names
@@ -292,6 +313,7 @@ def wheels_of(bundle:Bundle) -> list: # Requirement lines
         raise RunError(f"the code needs {', '.join(strange)}", "package", f"write it with {', '.join(WHEELS)} alone")
     return [WHEELS[t] for t in ("numpy","safetensors","torch", *(t for t in tops if t not in ("numpy","safetensors","torch")))]
 
+# %% ../../nbs/lib/49a_gans.bundle.ipynb #40a69398
 def bundle_code(bundle:Bundle, doc:str, tail:str="") -> str:
     "One Python file: docstring, imports of libraries, our definitions in the order of their modules."
     seen = {}

@@ -38,6 +38,7 @@ def keras_init(
         if getattr(m, "bias", None) is not None: m.bias.zero_()
     return net
 
+# %% ../../nbs/lib/45_gans.cgan.ipynb #ed200200
 def from_keras(
     make, # Function without arguments that builds a module
     rng:torch.Generator = None, # Source of the weights; None: torch's own generator
@@ -55,6 +56,7 @@ def keras_edge(
     total = max(kernel - stride, 0)
     return total//2, total - total//2
 
+# %% ../../nbs/lib/45_gans.cgan.ipynb #361fbb8a
 class SameConv(nn.Conv2d):
     "Keras's `Conv2D(padding='same')`."
     def __init__(self, n_in:int, n_out:int, kernel:int, stride:int=2):
@@ -62,6 +64,7 @@ class SameConv(nn.Conv2d):
         self.edge = keras_edge(kernel, stride)*2
     def forward(self, x:Tensor) -> Tensor: return super().forward(F.pad(x, self.edge)) # `(b,c,s,s)` -> `(b,k,s/stride,s/stride)`
 
+# %% ../../nbs/lib/45_gans.cgan.ipynb #7065e6eb
 class SameConvT(nn.ConvTranspose2d):
     "Keras's `Conv2DTranspose(padding='same')`: the transpose of `SameConv`."
     def __init__(self, n_in:int, n_out:int, kernel:int, stride:int=2):
@@ -121,6 +124,7 @@ def drop(
     if rng is None or not p: return x
     return x * (torch.rand(x.shape, generator=rng, device=x.device) >= p).to(x.dtype).div_(1 - p)
 
+# %% ../../nbs/lib/45_gans.cgan.ipynb #8a63208e
 class CGANDiscriminator(nn.Module):
     "Discriminator of the CBIS-DDSM paper, part III.2 'Discriminator architecture'."
     def __init__(self,
@@ -217,6 +221,7 @@ def rows(self:CGAN,
     inside = (u*count[c]).long().clamp(max=count[c]-1)
     return list(torch.argsort(labels, stable=True)[count.cumsum(0)[c] - count[c] + inside].split(self.batch))
 
+# %% ../../nbs/lib/45_gans.cgan.ipynb #011cfaa7
 @patch
 def of_updates(self:CGAN,
     n:int, # Updates, e.g. 30_000
@@ -235,6 +240,7 @@ def fakes_for_d(self:CGAN, game:Game, y:Tensor) -> Tensor: # Labels `(b,)` -> `(
     G.train()
     return fake
 
+# %% ../../nbs/lib/45_gans.cgan.ipynb #5c5b8a2e
 @patch
 def step_d(self:CGAN, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake
     "The discriminator learns from real patches and from generated ones of the same labels."
@@ -249,6 +255,7 @@ def step_d(self:CGAN, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake
     else: game.descend("d", loss := bce_d(on_real, on_fake, target=real.new_ones(()))/2)
     return {"loss_d": loss.detach(), "d_real": on_real.detach().sigmoid().mean(), "d_fake": on_fake.detach().sigmoid().mean()}
 
+# %% ../../nbs/lib/45_gans.cgan.ipynb #63417dbc
 @patch
 def step_g(self:CGAN, game:Game, real:Tensor) -> dict: # loss_g
     "The generator learns from new noise and random labels to be called real."
@@ -309,12 +316,14 @@ def digits(
     "scikit-learn's handwritten digits (Alpaydin & Kaynak 1998), smoothly enlarged."
     from sklearn.datasets import load_digits
     d = load_digits()
-    order = np_rng(seed, "digits").permutation(len(d.target)); held = round(share*len(order))
+    order = np_rng(seed, "digits").permutation(len(d.target))
+    held = round(share*len(order))
     pick = np.sort(order[held:] if train else order[:held])
     x = torch.from_numpy(d.images[pick]/16).float()[:,None]
     x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)[:,0]
     return (x*255).round().to(torch.uint8).numpy(), d.target[pick].astype(np.int64)
 
+# %% ../../nbs/lib/45_gans.cgan.ipynb #b5d34aa4
 def _small_digits(x): # uint8 `(n,s,s)` to rows of 64 gray values
     return F.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(x)).float()[:,None], 8).flatten(1).numpy()/255
 

@@ -34,7 +34,9 @@ class Task(NamedTuple):
     g_steps:int   # Generator's steps for one of the discriminator
     types:tuple   # Lesion types it is about
 
+# %% ../../nbs/lib/46_gans.context.ipynb #002d34b7
 TASKS = {"mass": Task(2, 0, 1, 2, ("mass",)), "calc": Task(2, 0, 1, 1, ("calcification",)), "remove": Task(0, 2, -1, 1, ("mass","calcification"))}
+
 CLASSES = ("malignant", "benign", "normal")
 
 def task_of(name:str) -> Task:
@@ -67,14 +69,16 @@ class Spectral:
     held = None # The divided weight while it is kept
     def start(self, rng:torch.Generator, steps:int=15):
         "A random pair of vectors, moved towards the singular ones."
-        self.u.copy_(F.normalize(torch.randn(self.u.shape, generator=rng), dim=0)); self.v.zero_()
+        self.u.copy_(F.normalize(torch.randn(self.u.shape, generator=rng), dim=0))
+        self.v.zero_()
         for _ in range(steps): self.iterate()
 
     @torch.no_grad()
     def iterate(self):
         "One step of the power method."
         w = self.weight.flatten(1)
-        self.v.copy_(F.normalize(w.T @ self.u, dim=0)); self.u.copy_(F.normalize(w @ self.v, dim=0))
+        self.v.copy_(F.normalize(w.T @ self.u, dim=0))
+        self.u.copy_(F.normalize(w @ self.v, dim=0))
 
     def divided(self) -> Tensor:
         "The weight over its norm; gradients pass through both, the vectors count as constant."
@@ -83,25 +87,31 @@ class Spectral:
         with torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext(): # clones: backward needs the vectors of this pass
             return self.weight / torch.dot(self.u.clone(), self.weight.flatten(1) @ self.v.clone())
 
+# %% ../../nbs/lib/46_gans.context.ipynb #0a581fa5
 class SNConv2d(Spectral, nn.Conv2d):
     "Convolution with spectral norm."
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.register_buffer("u", torch.empty(self.weight.shape[0])); self.register_buffer("v", torch.empty(self.weight[0].numel()))
+        self.register_buffer("u", torch.empty(self.weight.shape[0]))
+        self.register_buffer("v", torch.empty(self.weight[0].numel()))
     def forward(self, x): return self._conv_forward(x, self.divided(), self.bias)
 
+# %% ../../nbs/lib/46_gans.context.ipynb #b932e067
 class SNLinear(Spectral, nn.Linear):
     "Dense layer with spectral norm."
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.register_buffer("u", torch.empty(self.weight.shape[0])); self.register_buffer("v", torch.empty(self.weight.shape[1]))
+        self.register_buffer("u", torch.empty(self.weight.shape[0]))
+        self.register_buffer("v", torch.empty(self.weight.shape[1]))
     def forward(self, x): return F.linear(x, self.divided(), self.bias)
 
+# %% ../../nbs/lib/46_gans.context.ipynb #91da739f
 def iterate(net:nn.Module) -> None:
     "One step of the power method in every layer that has spectral norm."
     for m in net.modules():
         if isinstance(m, Spectral): m.iterate()
 
+# %% ../../nbs/lib/46_gans.context.ipynb #b8d9d69f
 @contextlib.contextmanager
 def held(net:nn.Module):
     "Divide each weight once for all passes inside the block."
@@ -143,17 +153,20 @@ def made(
     with torch.no_grad():
         for name,m in net.named_modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
-                m.weight.normal_(0, (.1 if name in heads else 1)*math.sqrt(2/(1+slope**2)/m.weight[0].numel()), generator=rng); m.bias.zero_()
+                m.weight.normal_(0, (.1 if name in heads else 1)*math.sqrt(2/(1+slope**2)/m.weight[0].numel()), generator=rng)
+                m.bias.zero_()
             if isinstance(m, Spectral): m.start(rng)
             if isinstance(m, SelfAttention): m.gamma.zero_()
         if hasattr(net, "alpha"): net.alpha.fill_(1.)
 
+# %% ../../nbs/lib/46_gans.context.ipynb #6bd56d85
 def levels_of(size:int, bottom:int) -> int: # Halvings from `size` to `bottom`
     "How often a patch is halved until it is `bottom` pixels wide."
     n = math.log2(size/bottom) if size > bottom > 0 else 0
     if n < 2 or n % 1: raise ParameterError(f"{size} px cannot be halved to {bottom} px at least twice", "size", "choose 64, 128 or 256")
     return int(n)
 
+# %% ../../nbs/lib/46_gans.context.ipynb #05e28891
 def on_meta() -> bool:
     "Are we inside `torch.device('meta')`, where a network has shapes but no numbers?"
     return torch.get_default_device().type == "meta"
@@ -166,6 +179,7 @@ def crop_border(
     "Zero border and clipping, Wu 2020 `Border cropping` and section 2."
     return F.pad(raw[..., border:raw.shape[2]-border, border:raw.shape[3]-border].clamp(-1, 1), (border,)*4)
 
+# %% ../../nbs/lib/46_gans.context.ipynb #4f40a371
 @register
 class ContextGenerator(Generator):
     "U-net of Wu 2020, Fig. 2: a residual from a patch and one random number a block."
@@ -230,11 +244,13 @@ def draw(self:ContextGenerator,
     x = self.to_full(x)
     return x if self.stage == "full" else torch.lerp(F.interpolate(low, scale_factor=2., mode="nearest").float(), x.float(), self.alpha)
 
+# %% ../../nbs/lib/46_gans.context.ipynb #bb0dd6bd
 @patch
 def residual(self:ContextGenerator, raw:Tensor) -> Tensor: # From `draw`
     "Border and clipping; the border is that share of the side at any size."
     return crop_border(raw.float(), -(-self.config["border"]*raw.shape[-1]//self.size))
 
+# %% ../../nbs/lib/46_gans.context.ipynb #d2bd9da8
 @patch
 def forward(self:ContextGenerator, x:Tensor, z:Tensor, raw:bool=False) -> Tensor: # `(b,1,s,s)` in [-1,1]; with `raw` what `draw` gives
     "What is added to these patches, at full size."
@@ -290,6 +306,7 @@ def called(
     "Cross-entropy of one answer: -E[log p(answer)], Wu 2020 section 2."
     return -F.log_softmax(logits.float(), 1)[:, ANSWERS.index(answer)].mean()
 
+# %% ../../nbs/lib/46_gans.context.ipynb #c5e206cc
 def noise_penalty(
     score, # Patches to one number a patch
     real:Tensor, # Real patches, `(b,1,s,s)` in [-1,1]
@@ -362,17 +379,20 @@ def check(self:ContextGAN) -> None:
     if self.progressive and (self.half % self.per_epoch or self.fade % self.per_epoch or self.fade < 1):
         raise ParameterError(f"half={self.half} and fade={self.fade} must be multiples of per_epoch={self.per_epoch}", "recipe", "stages change between epochs")
 
+# %% ../../nbs/lib/46_gans.context.ipynb #99426991
 @patch
 def stage(self:ContextGAN, epoch:int) -> str: # Finished epochs -> `half`, `fade` or `full`
     "What is trained in this epoch, Wu 2020 `Progressive growing`."
     done = epoch*self.per_epoch
     return "full" if not self.progressive or done >= self.half + self.fade else "half" if done < self.half else "fade"
 
+# %% ../../nbs/lib/46_gans.context.ipynb #c84c2907
 @patch(as_prop=True)
 def steps_g(self:ContextGAN) -> int:
     "Updates of the generator for one of the discriminator."
     return self.g_steps or task_of(self.task).g_steps
 
+# %% ../../nbs/lib/46_gans.context.ipynb #12786be2
 @patch
 def small(self:ContextGAN,
     size:int = None, # Patch side, px
@@ -399,12 +419,14 @@ def cycled(
     "Rows in random order, again and again until there are n."
     return torch.cat([rows[torch.randperm(len(rows), generator=rng)] for _ in range(-(-n//len(rows)))])[:n]
 
+# %% ../../nbs/lib/46_gans.context.ipynb #257d4856
 @patch
 def groups(self:ContextGAN) -> list: # Class of each group of a batch
     "Target, other and, where there are any, benign patches for the discriminator, then those that are edited."
     t = task_of(self.task)
     return [t.target, t.base, *([1] if self.benign else []), *[t.base]*self.steps_g]
 
+# %% ../../nbs/lib/46_gans.context.ipynb #468effb5
 @patch
 def rows(self:ContextGAN, n:int, labels:Tensor, rng:torch.Generator) -> list: # `per_epoch` tensors of row numbers
     "The patches of each update of an epoch, class by class."
@@ -415,6 +437,7 @@ def rows(self:ContextGAN, n:int, labels:Tensor, rng:torch.Generator) -> list: # 
     cols = [cycled(found[c], self.per_epoch*self.batch, rng).view(self.per_epoch, self.batch) for c in self.groups()]
     return list(torch.cat(cols, 1))
 
+# %% ../../nbs/lib/46_gans.context.ipynb #2baefd61
 @patch
 def real(self:ContextGAN, game:Game, rows:Tensor) -> Tensor: # `(groups*batch,1,s,s)` in [-1,1]
     "Patches of all groups, flipped and turned by multiples of 90 degrees, Wu 2020 section 3."
@@ -432,31 +455,37 @@ def stacked(
     y = (x + L).clamp(-1, 1)
     return y if channels == 1 else torch.cat([L, x, y], 1)
 
+# %% ../../nbs/lib/46_gans.context.ipynb #7026174c
 @patch
 def seen(self:ContextGAN, game:Game, x:Tensor, L:Tensor = None) -> Tensor: # `(b,channels,side,side)`
     "A patch with its residual (0 for a real one) at the side that is trained now."
     if game.D.stage == "half": x = F.avg_pool2d(x, 2)
     return stacked(x, torch.zeros_like(x) if L is None else L, self.d_channels)
 
+# %% ../../nbs/lib/46_gans.context.ipynb #8b7aade3
 @patch
 def edited(self:ContextGAN, game:Game, x:Tensor) -> tuple: # (what the discriminator sees, share of clipped pixels)
     "Patches with a new residual."
     raw = game.G(x, torch.rand(len(x), game.G.blocks, generator=game.rng["noise"], device=x.device)*2 - 1, raw=True)
     return self.seen(game, x, game.G.residual(raw)), (raw.detach().abs() > 1).float().mean()
 
+# %% ../../nbs/lib/46_gans.context.ipynb #1c15e832
 @patch
 def start_epoch(self:ContextGAN, game:Game, epoch:int) -> None:
     "Stage of this epoch; a new stage is another step."
     stage = self.stage(epoch)
     if game.G.stage != stage:
-        game.G.stage = game.D.stage = stage; game.recapture()
+        game.G.stage = game.D.stage = stage
+        game.recapture()
     for net in (game.G, game.D): net.alpha.fill_({"half": 0., "fade": 0., "full": 1.}[stage])
 
+# %% ../../nbs/lib/46_gans.context.ipynb #f5e0e611
 @patch
 def pattern(self:ContextGAN, game:Game) -> tuple:
     "What decides which kernels a step runs."
     return game.g_turn, game.D.stage
 
+# %% ../../nbs/lib/46_gans.context.ipynb #6ebced36
 @patch
 def fade_in(self:ContextGAN, game:Game) -> None:
     "Weight of the full side in this update, from 1/3000 to 1."
@@ -467,7 +496,9 @@ def fade_in(self:ContextGAN, game:Game) -> None:
 @patch
 def step_d(self:ContextGAN, game:Game, real:Tensor) -> dict: # loss_d, penalty, d_real, d_fake
     "One step of the discriminator on all four classes, Wu 2020 `Semi-supervised training loss`."
-    self.fade_in(game); iterate(game.D); score = 0 if self.gp_scalar == "target" else slice(None)
+    self.fade_in(game)
+    iterate(game.D)
+    score = 0 if self.gp_scalar == "target" else slice(None)
     target, *others = (self.seen(game, x) for x in real[:(3 if self.benign else 2)*self.batch].split(self.batch))
     with torch.no_grad(): fake, _ = self.edited(game, real[-self.batch:])
     with held(game.D):
@@ -479,6 +510,7 @@ def step_d(self:ContextGAN, game:Game, real:Tensor) -> dict: # loss_d, penalty, 
     p = lambda logits: logits.detach().softmax(1)[:,0].mean()
     return {"loss_d": loss.detach(), "penalty": gp.detach(), "d_real": p(on_target), "d_fake": p(on_fake)}
 
+# %% ../../nbs/lib/46_gans.context.ipynb #99590a86
 @patch
 def step_g(self:ContextGAN, game:Game, real:Tensor) -> dict: # loss_g, clipped
     "The generator's steps, each on other patches: make the discriminator call them `target`."

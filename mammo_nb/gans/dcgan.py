@@ -41,6 +41,7 @@ class ConvGAN(Recipe):
             raise ParameterError(f"widths make {G.size} px (G) and {D.size} px (D), size is {self.size}", "recipe", "use small() or widths_for()")
         return G, D
 
+# %% ../../nbs/lib/43_gans.dcgan.ipynb #4dcb0d3f
 @dataclass(frozen=True)
 class DCGAN(ConvGAN):
     "DCGAN of Szafranowska 2022 part 2.3.1 by default."
@@ -71,12 +72,14 @@ def start_epoch(self:DCGAN, game:Game, epoch:int) -> None:
     drawn = smooth_labels(1, *self.labels, torch_rng(game.seed, "epoch label", epoch, device=game.device))
     game.label = game.label.copy_(drawn) if hasattr(game, "label") else drawn.clone()     # one tensor in one place
 
+# %% ../../nbs/lib/43_gans.dcgan.ipynb #cd27eb37
 @patch
 def target(self:DCGAN, game:Game, n:int) -> Tensor: # `(n,)`
     "What real patches of this batch should be called."
     if self.labels_per == "epoch": return game.label.expand(n)
     return smooth_labels(n, *self.labels, game.rng["label"], per=self.labels_per)
 
+# %% ../../nbs/lib/43_gans.dcgan.ipynb #ca09c4f9
 @patch
 def step_d(self:DCGAN, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake
     "One step of the discriminator, Goodfellow 2014 algorithm 1."
@@ -86,11 +89,13 @@ def step_d(self:DCGAN, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake
     game.descend("d", loss)
     return {"loss_d": loss.detach(), "d_real": on_real.detach().sigmoid().mean(), "d_fake": on_fake.detach().sigmoid().mean()}
 
+# %% ../../nbs/lib/43_gans.dcgan.ipynb #a36db1bf
 @patch
 def step_g(self:DCGAN, game:Game, real:Tensor) -> dict: # loss_g
     "One step of the generator with the non-saturating loss, on the patches D has just seen."
     with frozen(game.D): loss = bce_g(game.D(game.fake), target=game.label if self.labels_g else game.fake.new_ones(()))
-    game.descend("g", loss); game.fake = None
+    game.descend("g", loss)
+    game.fake = None
     return {"loss_g": loss.detach()}
 
 # %% ../../nbs/lib/43_gans.dcgan.ipynb #eac13ab9

@@ -34,6 +34,7 @@ def need_opacus(): # The module, or an error that names the package
     except ImportError as e: raise MammoError("the package 'opacus' is not installed", "gans.dp", "install the extra: mammo_nb[privacy]") from e
     return opacus
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #b69b06f2
 def patient_rows(
     units:Tensor, # Patient of each patch, `(n,)` 0 … k-1
     rate:float, # Chance of each patient to take part in a step
@@ -58,6 +59,7 @@ def score(
     "The score of one patch as a function of the weights."
     return functional_call(D, params, (x[None],))[0]
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #59208fb0
 def per_sample(
     D:nn.Module, # Discriminator
     loss, # Function (weights, *one row of each argument) -> scalar
@@ -68,6 +70,7 @@ def per_sample(
     if not len(args[0]): return {k: v.new_zeros(0, *v.shape) for k,v in p.items()}, args[0].new_zeros(0)
     return vmap(grad_and_value(loss), in_dims=(None, *[0]*len(args)), chunk_size=32)(p, *args)
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #9cf54ae1
 def group_norm(D:nn.Module) -> nn.Module: # Changed in place
     "Group norm in the place of batch norm, groups as in `opacus.validators`."
     for name,m in list(D.named_modules()):
@@ -116,9 +119,11 @@ class Private:
 
     def extra(self, game:Game) -> dict: return {"account": game.account}
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #6baff91e
 @dataclass(frozen=True)
 class PrivateDCGAN(Private, DCGAN): "DCGAN with a private discriminator."
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #fad589be
 @dataclass(frozen=True)
 class PrivateWGANGP(Private, WGANGP): "WGAN-GP with a private critic."
 
@@ -134,6 +139,7 @@ def begin_account(recipe:Private, game:Game) -> tuple: # (accountant, private op
     opt.attach_step_hook(account.get_optimizer_hook_fn(sample_rate=recipe.rate))
     return account, opt
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #b77d665b
 @patch
 def descend_private(self:Game,
     loss, # Function (weights, *one row of each argument) -> scalar
@@ -148,6 +154,7 @@ def descend_private(self:Game,
     self.private.zero_grad(set_to_none=True)
     return {"loss_d": losses.sum()/self.recipe.batch, "clipped": (norms > self.recipe.clip).float().sum()/self.recipe.batch}
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #fa7af36e
 @patch
 def step_d(self:PrivateDCGAN, game:Game, real:Tensor) -> dict:
     "Goodfellow 2014 algorithm 1, patient by patient: each real patch with one generated."
@@ -156,6 +163,7 @@ def step_d(self:PrivateDCGAN, game:Game, real:Tensor) -> dict:
     def loss(p, x, g, t): return bce(score(game.D, p, x), t) + softplus(score(game.D, p, g))
     return game.descend_private(loss, real, fake, self.target(game, len(real)))
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #cfb1c10d
 @patch
 def step_d(self:PrivateWGANGP, game:Game, real:Tensor) -> dict:
     "Szafranowska 2022 eq. 2, patient by patient, the penalty inside."
@@ -166,6 +174,7 @@ def step_d(self:PrivateWGANGP, game:Game, real:Tensor) -> dict:
         return score(game.D, p, g) - score(game.D, p, x) + self.penalty*((slope.square().sum() + 1e-12).sqrt() - 1).square()
     return game.descend_private(loss, real, fake, mix)
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #65883686
 @patch
 def step_g(self:PrivateWGANGP, game:Game, real:Tensor) -> dict:
     "WGAN-GP's step on as many latents as a batch has on average."
@@ -182,6 +191,7 @@ def unit_codes(
     "Number the patients."
     return np.unique(np.asarray(patients).astype(str), return_inverse=True)[1]
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #b1a52525
 @lru_cache(64)
 def epsilon_of(
     noise:float, # Standard deviation of the noise over the clip
@@ -192,9 +202,11 @@ def epsilon_of(
     "What so many steps cost, by Opacus' Rényi accountant."
     need_opacus()
     from opacus.accountants import RDPAccountant
-    a = RDPAccountant(); a.history = [(noise, rate, steps)]
+    a = RDPAccountant()
+    a.history = [(noise, rate, steps)]
     return float(a.get_epsilon(delta=delta))
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #4e9b47ad
 def spent(
     recipe:Private, # From `make_private`
     epochs:int, # Finished epochs
@@ -202,6 +214,7 @@ def spent(
     "What so many epochs cost."
     return epsilon_of(recipe.noise, recipe.rate, epochs*recipe.steps_epoch, recipe.delta)
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #b6b67a1a
 @lru_cache(64)
 def noise_for(
     epsilon:float, # Budget
@@ -215,6 +228,7 @@ def noise_for(
     try: return float(get_noise_multiplier(target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant="rdp", epsilon_tolerance=.01*min(1, epsilon)))
     except ValueError as e: raise ParameterError(f"no noise is enough for {epsilon} in {steps} steps", "epsilon", "train fewer epochs, or allow more") from e
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #e42325ed
 def make_private(
     recipe, # DCGAN or WGANGP, e.g. from `RECIPES`
     patients, # Patient of each training patch
@@ -234,7 +248,8 @@ def make_private(
     n, k = len(patients), len(patients) if unit == "patch" else len(set(map(str, patients)))
     if epsilon <= 0: raise ParameterError(f"must be above 0, got {epsilon}", "epsilon")
     if not 0 < delta < 1/k: raise ParameterError(f"must be between 0 and 1/{k} ({unit}s), got {delta}", "delta", "one over ten times the patients is usual")
-    batch = min(recipe.batch, k); steps = max(1, round(n/batch))
+    batch = min(recipe.batch, k)
+    steps = max(1, round(n/batch))
     told = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
     out = cls(**told | dict(batch=batch, epsilon=float(epsilon), delta=delta, clip=clip, units=k, unit=unit, steps_epoch=steps, key=str(key)))
     out.secret()
@@ -249,6 +264,7 @@ def privacy_card(
     return dict(mechanism="DP-SGD on the discriminator (Opacus)", unit=recipe.unit, units=recipe.units, epsilon=round(spent(recipe, epochs), 4), delta=recipe.delta, noise_multiplier=recipe.noise,
                 sample_rate=recipe.rate, clip=recipe.clip, steps=epochs*recipe.steps_epoch, accountant="rdp", seed_public=not recipe.key)
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #23af7b50
 def privacy_words(
     card:dict, # From `privacy_card`
 ) -> str: # Markdown
@@ -258,6 +274,7 @@ def privacy_words(
     return (f"Trained with differential privacy for each {card['unit']}: ε = {card['epsilon']:.2f} at δ = {card['delta']:g} (add or remove one of {card['units']} {card['unit']}s), counted by Opacus' Rényi accountant over "
             f"{card['steps']} steps with noise {card['noise_multiplier']:.2f}, clip {card['clip']:g} and sampling rate {card['sample_rate']:.3f}. It covers the generator's weights and whatever is drawn from them, not the audit, the choice of settings or logs.{weak}{seed}")
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #4b8a8425
 def train_private(
     recipe:Private, # From `make_private`
     pixels, # Patches, uint8 `(n,s,s)` or `(n,views,s,s)`
@@ -292,12 +309,15 @@ def phantom_pairs(
         behind = {}
         for v in (phantom_view(plan, plan["affected"], view=w, style=style, seed=seed, scale=scale, behind=behind) for w in ("CC","MLO")):
             for l in v.lesions:
-                h, w = v.pixels.shape; side = min(h, w, round(max(l["x1"]-l["x0"], l["y1"]-l["y0"]) + 2*margin_mm/v.spacing_mm))
+                h, w = v.pixels.shape
+                side = min(h, w, round(max(l["x1"]-l["x0"], l["y1"]-l["y0"]) + 2*margin_mm/v.spacing_mm))
                 x, y = (int(np.clip((l[a+"0"]+l[a+"1"]-side)//2, 0, end-side)) for a,end in (("x",w),("y",h)))
-                out.append([area_resize((p[y:y+side,x:x+side]*255).astype(np.uint8), size) for p in (v.pixels, v.clean)]); who.append(f"{style}{seed}:{plan['patient_id']}")
+                out.append([area_resize((p[y:y+side,x:x+side]*255).astype(np.uint8), size) for p in (v.pixels, v.clean)])
+                who.append(f"{style}{seed}:{plan['patient_id']}")
     out = np.array(out, np.uint8).reshape(-1, 2, size, size)
     return out[:,0], out[:,1], np.array(who, object)
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #e2207afe
 def transfer_auc(
     synthetic:np.ndarray, # Synthetic lesions, uint8 `(n,s,s)`
     healthy:np.ndarray, # Real healthy patches to learn with
@@ -323,6 +343,7 @@ def private_or_not(recipe, patients, *, epsilon, epochs:int, **kw): # -> Recipe;
     r = make_private(recipe, patients, epsilon=60. if math.isinf(epsilon) else epsilon, epochs=epochs, **kw)
     return replace(r, noise=1e-9, epsilon=math.inf) if math.isinf(epsilon) else r
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #eaece7e6
 def curve_point(
     recipe, # From `private_or_not`
     train:tuple, # Lesions, healthy tissue, patients: from `phantom_pairs`
@@ -348,6 +369,7 @@ def curve_point(
     return dict(kid=k.value, kid_lo=k.lo, kid_hi=k.hi, auroc=transfer_auc(fake, train[1], test[:2]), auroc_real=transfer_auc(train[0], train[1], test[:2]),
                 attack_d=a[0], attack_pixels=a[1], spread=float(t.history.spread.dropna().iloc[-1]), loss_d=float(t.history.loss_d.iloc[-1]))
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #4f77276f
 def utility_curve(
     train:tuple, # Lesions, healthy tissue, patients: from `phantom_pairs`
     test:tuple, # The same of other patients
@@ -365,8 +387,11 @@ def utility_curve(
     for seed in seeds:
         for name,recipe in recipes.items():
             for eps in budgets:
-                r = private_or_not(recipe, train[2], epsilon=eps, epochs=epochs, delta=delta); at = folder/f"{name}-{'off' if eps is None else f'{eps:g}'}-{seed}"
-                if (at/"point.json").exists(): rows.append(read_json(at/"point.json")); continue
+                r = private_or_not(recipe, train[2], epsilon=eps, epochs=epochs, delta=delta)
+                at = folder/f"{name}-{'off' if eps is None else f'{eps:g}'}-{seed}"
+                if (at/"point.json").exists():
+                    rows.append(read_json(at/"point.json"))
+                    continue
                 told = dict(recipe=name, epsilon="off" if eps is None else f"{eps:g}", seed=seed, noise=getattr(r, "noise", 0.), patients=len(set(train[2])), patches=len(train[0]), epochs=epochs)
                 rows.append(told | curve_point(r, train, test, epochs=epochs, folder=at/"gan", seed=seed, device=device))
                 write_json(at/"point.json", rows[-1])
@@ -383,6 +408,7 @@ def curve_summary(
     rows = [dict(recipe=r, epsilon=e, measure=m, noise=g.noise.mean(), **{k if k != "n" else "seeds": v for k,v in over_seeds(g[m]).items()}) for (r,e),g in t.groupby(["recipe","epsilon"], sort=False) for m in CURVES]
     return pd.DataFrame(rows)
 
+# %% ../../nbs/lib/49b_gans.dp.ipynb #c337b289
 def curve_figure(
     t:pd.DataFrame, # From `utility_curve`
 ): # matplotlib figure
@@ -393,7 +419,8 @@ def curve_figure(
     for ax,(m,title) in zip(axs.flat, CURVES.items()):
         for i,(r,g) in enumerate(t.groupby("recipe", sort=False)):
             x = g.epsilon.map(order.index) + .06*(2*i-1)
-            ax.plot(x, g[m], "o", ms=4, alpha=.6, color=colour(r, i)); mean = g.assign(x=x).groupby("x")[m].mean()
+            ax.plot(x, g[m], "o", ms=4, alpha=.6, color=colour(r, i))
+            mean = g.assign(x=x).groupby("x")[m].mean()
             ax.plot(mean.index, mean, color=colour(r, i), lw=1.4, label=r)
         if m == "auroc": ax.axhline(t.auroc_real.mean(), color=colour("real"), lw=1, ls="--", label="real lesions")
         if m != "kid": ax.axhline(.5, color=colour("chance"), lw=1, ls=":", label="chance")

@@ -52,6 +52,7 @@ def cuda_capture(
     with torch.cuda.graph(graph, stream=stream): fn()
     return graph
 
+# %% ../../nbs/lib/41a_gans.engine.ipynb #5eb88160
 @dataclass
 class Slot:
     "One kind of step."
@@ -59,6 +60,7 @@ class Slot:
     seen:int = 0     # Steps run eagerly
     graph:object = None # What replays it
 
+# %% ../../nbs/lib/41a_gans.engine.ipynb #b765c4a1
 class Engine:
     "Runs steps, and replays those that come again and again."
     WARMUP, MOST = 3, 12   # Eager steps before the capture; kinds of steps that are captured at most
@@ -89,7 +91,9 @@ class Engine:
     def ready(self):
         "Steps are run inside this block: kernels of the mode, and one stream for eager and captured steps."
         with kernels(self.mode):
-            if not self.stream: yield self; return
+            if not self.stream:
+                yield self
+                return
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             try:
                 with torch.cuda.stream(self.stream): yield self
@@ -106,11 +110,15 @@ def __call__(self:Engine,
 ) -> None:
     "Run one step, or replay it."
     slot = self.slots.get(key)
-    if not self.capture and not (slot and slot.graph) or slot is None and len(self.slots) == self.MOST: fn(**inputs); return
+    if not self.capture and not (slot and slot.graph) or slot is None and len(self.slots) == self.MOST:
+        fn(**inputs)
+        return
     if slot is None: slot = self.slots[key] = Slot({k: v.clone() for k,v in inputs.items()})
     else: [slot.inputs[k].copy_(v) for k,v in inputs.items()]
     if slot.graph is None and slot.seen >= self.WARMUP: self.record(slot, fn)
-    if slot.graph is None: fn(**slot.inputs); slot.seen += 1
+    if slot.graph is None:
+        fn(**slot.inputs)
+        slot.seen += 1
     else: slot.graph.replay()
 
 def default_generator(
@@ -120,6 +128,7 @@ def default_generator(
     device = torch.device(device)
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else None
 
+# %% ../../nbs/lib/41a_gans.engine.ipynb #d139f6d4
 @patch
 def record(self:Engine, slot:Slot, fn) -> None:
     "Capture a step; when that fails, nothing has happened to the run but a logged line."
@@ -130,8 +139,12 @@ def record(self:Engine, slot:Slot, fn) -> None:
         self.stop(str(e.__context__ or e).strip().splitlines()[0][:200])
         self.forget()                     # earlier graphs draw from the generators that are replaced here
         for k,state in kept.items():      # a generator may be left as if still captured
-            self.generators[k] = torch.Generator(self.device); self.generators[k].set_state(state)
-        if common: fresh = torch.Generator(self.device); fresh.set_state(old); common.graphsafe_set_state(fresh.graphsafe_get_state())
+            self.generators[k] = torch.Generator(self.device)
+            self.generators[k].set_state(state)
+        if common:
+            fresh = torch.Generator(self.device)
+            fresh.set_state(old)
+            common.graphsafe_set_state(fresh.graphsafe_get_state())
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #41062bdf
 def rate_for(
@@ -141,6 +154,7 @@ def rate_for(
     "Adam's step as a number that a captured step reads anew: a tensor on CUDA."
     return torch.tensor(lr, device=device) if torch.device(device).type == "cuda" else lr
 
+# %% ../../nbs/lib/41a_gans.engine.ipynb #5781e0b8
 def set_rate(
     opt:torch.optim.Optimizer, # Changed in place
     lr:float, # New step
@@ -156,7 +170,9 @@ WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_uniq
 
 class Watch(TorchDispatchMode):
     "Collects operators that wait for the device or bring data from the host."
-    def __init__(self): super().__init__(); self.found = []
+    def __init__(self):
+        super().__init__()
+        self.found = []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__ if hasattr(func, "__name__") else str(func)
         at = args[1] if name.startswith("index") and isinstance(args[1], (list, tuple)) else ()
@@ -164,6 +180,7 @@ class Watch(TorchDispatchMode):
         if masks or any(name == w or name.startswith(w + ".") for w in WAITS): self.found.append("index by a mask" if masks else name.split(".")[0])
         return func(*args, **(kwargs or {}))
 
+# %% ../../nbs/lib/41a_gans.engine.ipynb #10288724
 def waits(
     fn, # Function without arguments
 ) -> list: # Names of operators, in order

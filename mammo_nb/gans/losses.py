@@ -20,6 +20,7 @@ def bce_d(
     target = torch.as_tensor(target, dtype=real.dtype, device=real.device).expand_as(real)
     return bce(real, target) + softplus(fake).mean()
 
+# %% ../../nbs/lib/41_gans.losses.ipynb #ae629e33
 def bce_g(
     fake:Tensor, # Logits of generated patches, `(b,)`
     target:Tensor = 1., # What the generator wants them to be called
@@ -47,6 +48,7 @@ def wasserstein_d(
     "Critic's loss without penalty, first two terms of Szafranowska 2022 eq. 2: E[D(G(z))] - E[D(x)]."
     return fake.mean() - real.mean()
 
+# %% ../../nbs/lib/41_gans.losses.ipynb #0cdcd5ab
 def wasserstein_g(fake:Tensor) -> Tensor: # Scores of generated patches to a scalar
     "Generator's loss: -E[D(G(z))]."
     return -fake.mean()

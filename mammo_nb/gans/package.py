@@ -25,6 +25,7 @@ from .share import load_generator, sample_generator
 
 # %% ../../nbs/lib/49_gans.package.ipynb #6f3a761d
 PUBLIC = ("value_range", "stream", "training", "patients", "datasets", "scope", "zoom", "k", "classes", "privacy", "title", "license", "doi", "task", "source") # Fields of a card that are handed on
+
 MEMBERS = ("members", "patients_hash") # … and those that tell who trained it
 
 def public_card(
@@ -37,6 +38,7 @@ def public_card(
     if "training" not in out and "recipe" in card: out["training"] = {k: card[k] for k in ("recipe","seed") if k in card} | {"patches": 1}
     return {k: v for k,v in out.items() if v is not None}
 
+# %% ../../nbs/lib/49_gans.package.ipynb #47372997
 @torch.no_grad()
 def without_image(G): # -> G
     "Forget the noise map from which a pyramid rebuilds its training image; it draws the same new images as before."
@@ -64,6 +66,7 @@ def licence_text(
     spdx = {"mit": "MIT", "apache-2.0": "Apache-2.0", "bsd-3-clause": "BSD-3-Clause"}.get(known, known.upper())
     return f"{head}\nCode in __init__.py: Apache-2.0, from mammo_nb (see LICENSE-CODE.txt)\n\n" + (text or f"SPDX-License-Identifier: {spdx}\nFull text: {LICENSES[known]}") + "\n"
 
+# %% ../../nbs/lib/49_gans.package.ipynb #cda39c64
 def code_licence() -> str:
     "Text of the licence of our code."
     here = repo_root()/"LICENSE"
@@ -88,15 +91,18 @@ def metric_table(
     for c in ("extractor","resize","note"): t[c] = t[c].fillna("").astype(str) if c in t else ""
     return t.reset_index(drop=True)
 
+# %% ../../nbs/lib/49_gans.package.ipynb #b3647198
 def number(v:float) -> str: # Four significant digits
     "A number for a card."
     return f"{v:.4g}" if math.isfinite(v) else "–"
 
+# %% ../../nbs/lib/49_gans.package.ipynb #3dfdaa9d
 def shown_metrics(t:pd.DataFrame) -> pd.DataFrame: # For the card: Metric, Value, 95 % interval, n, Extractor, Note
     "A metric table as people read it."
     between = [f"{number(a)} to {number(b)}" if math.isfinite(a) and math.isfinite(b) else "–" for a,b in zip(t.lo, t.hi)]
     return pd.DataFrame({"Metric": t.metric, "Value": t.value.map(number), "95 % interval": between, "n real": t.n_real.astype(int), "n synthetic": t.n_fake.astype(int), "Extractor": t.extractor, "Note": t.note})
 
+# %% ../../nbs/lib/49_gans.package.ipynb #d39ee4bb
 def measure(
     folders, # Generator folder or folders
     real:np.ndarray, # Real patches it was not trained on, uint8 `(n,h,w)`
@@ -127,11 +133,13 @@ def audit_dict(
     if isinstance(table, dict): table = pd.DataFrame(table).to_dict("records")
     return {"words": str(audit["words"]), "table": list(table), "memory": list(audit.get("memory") or []), "summary": audit.get("summary")}
 
+# %% ../../nbs/lib/49_gans.package.ipynb #5113f619
 def shown_audit(
     rows:list, # `table` of an audit: one dict an attack
 ) -> pd.DataFrame: # Attack, AUROC, control, recognised, accused, patients, verdict, as far as they are there
     "The attacks of an audit as people read them, intervals behind their numbers."
-    t = pd.DataFrame(rows); out = pd.DataFrame(index=t.index)
+    t = pd.DataFrame(rows)
+    out = pd.DataFrame(index=t.index)
     say = lambda v, k=1: "–" if v is None or not math.isfinite(float(v)) else f"{k*float(v):.2f}" if k == 1 else f"{k*float(v):.0f} %"
     def with_interval(c, lo, hi, k=1): return [say(r.get(c), k) + (f" [{say(r[lo], k).removesuffix(' %')}, {say(r[hi], k)}]" if r.get(lo) is not None and math.isfinite(float(r[lo])) else "") for r in rows]
     for c,name,lo,hi,k in (("auc","AUROC","lo","hi",1), ("control","Members against members","control_lo","control_hi",1), ("tpr","Members recognised","tpr_lo","tpr_hi",100), ("fpr","Outsiders accused","","fpr_hi",100)):
@@ -141,6 +149,7 @@ def shown_audit(
     if "attack" in t: out.insert(0, "Attack", t.attack)
     return out
 
+# %% ../../nbs/lib/49_gans.package.ipynb #f8f844d2
 def privacy_of(card:dict) -> str: # Sentence of the accountant, "" without private training
     "What a card says about differentially private training."
     if not (p := card.get("privacy")): return ""
@@ -155,15 +164,18 @@ def kind_of(card:dict) -> str: # `dcgan`, `wgangp`, …
     recipe = (card.get("training") or {}).get("recipe") or {}
     return "wgangp" if card["config"]["kind"] == "dcgan" and "penalty" in recipe else card["config"]["kind"]
 
+# %% ../../nbs/lib/49_gans.package.ipynb #91d56588
 def on_phantoms(card:dict) -> bool:
     "Was it trained on phantoms, whatever layout they were written in?"
     return "phantom" in str((card.get("source") or {}).get("data", "")).lower()
 
+# %% ../../nbs/lib/49_gans.package.ipynb #c20dd746
 def data_names(card:dict) -> list: # Names for cards
     "What it was trained on; phantoms are not the data set whose layout they have."
     names = [str(x) for x in card.get("datasets") or []]
     return [f"phantoms in the layout of {x}" for x in names] or ["phantoms"] if on_phantoms(card) else names
 
+# %% ../../nbs/lib/49_gans.package.ipynb #f1619972
 def front_matter(
     card:dict, # Of the package
     t:pd.DataFrame, # From `metric_table`
@@ -194,13 +206,15 @@ SINGLE = "Trained on **one image of one patient**. Its patches rearrange that im
 
 def provenance(card:dict) -> list: # Lines `(what, how many)`
     "Training data and counts of a card, with what is not known."
-    t = card.get("training") or {}; r = t.get("recipe") or {}
+    t = card.get("training") or {}
+    r = t.get("recipe") or {}
     rows = [("Data sets", ", ".join(data_names(card)) or "not said"), ("Lesions", card.get("scope") or "not said"), ("Patients", card.get("patients")), ("Patches", t.get("patches")),
             ("Epochs", t.get("epoch")), ("Patches seen in training", t.get("images_seen")), ("Seed", t.get("seed")), ("Parameters", card.get("parameters")), ("Patch side, px", "×".join(map(str, card["size"])) if isinstance(card.get("size"), (list, tuple)) else card.get("size")),
             ("Gray values", "black {:g}, white {:g}".format(*card["value_range"]))]
     if card.get("source"): rows.append(("Run", ", ".join(f"{k} {v}" for k,v in card["source"].items())))
     return [(k, "not said" if v is None else f"{v:,}" if isinstance(v, int) and k != "Seed" else str(v)) for k,v in rows]
 
+# %% ../../nbs/lib/49_gans.package.ipynb #844bb0f4
 def model_card(
     card:dict, # Of the package: generator.json
     *,
@@ -249,10 +263,12 @@ images = Generators().generate("{medigan_id(card, name)}", 16, save_images=False
 mammo_nb: `mammo_import {name}.zip`, then {ours}.{"" if paints else " The same seed gives the same patches in all of them."}
 The weights are tensors in safetensors; `generator.json` has the architecture as plain arguments. No file here needs unpickling.'''
 
+# %% ../../nbs/lib/49_gans.package.ipynb #289807b2
 def medigan_id(card:dict, name:str) -> str: # `00000_DCGAN_MMG_…_ROI`
     "Id in medigan's form; the number is for its maintainers to give."
     return f"00000_{kind_of(card).upper()}_MMG_{re.sub(r'[^A-Z0-9]+', '_', name.upper())}_ROI"
 
+# %% ../../nbs/lib/49_gans.package.ipynb #5a34839f
 def medigan_metadata(
     card:dict, # Of the package
     *,
@@ -293,19 +309,23 @@ class Package:
     zip:Path    # The same as medigan takes it
     card:dict   # Its generator.json
 
+# %% ../../nbs/lib/49_gans.package.ipynb #36724d69
 def package_name(text:str) -> str: # A name Python can import
     "Letters, digits and underscores; never first a digit."
     name = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") or "generator"
     return f"g_{name}" if name[0].isdigit() else name
 
+# %% ../../nbs/lib/49_gans.package.ipynb #bfddbdd3
 def write_zip(folder:Path, path:Path, name:str) -> Path: # The zip
     "All files of a folder under `name/`, in order and with fixed times."
     with write_whole(path) as tmp, zipfile.ZipFile(tmp, "w", zipfile.ZIP_DEFLATED) as z:
         for f in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
-            info = zipfile.ZipInfo(f"{name}/{f.relative_to(folder).as_posix()}", (1980,1,1,0,0,0)); info.external_attr = 0o644 << 16
+            info = zipfile.ZipInfo(f"{name}/{f.relative_to(folder).as_posix()}", (1980,1,1,0,0,0))
+            info.external_attr = 0o644 << 16
             z.writestr(info, f.read_bytes(), zipfile.ZIP_DEFLATED)
     return Path(path)
 
+# %% ../../nbs/lib/49_gans.package.ipynb #f4b97fd8
 def sheet(
     x:np.ndarray, # uint8 `(n,h,w)`, n a multiple of `cols`
     cols:int = 8, # Patches in a row
@@ -314,6 +334,7 @@ def sheet(
     n, h, w = x.shape
     return x.reshape(n//cols, cols, h, w).swapaxes(1, 2).reshape(n//cols*h, cols*w)
 
+# %% ../../nbs/lib/49_gans.package.ipynb #9de566b8
 def drawn_by(
     folder:Path, # Generator folder
     n:int, # Patches
@@ -324,6 +345,7 @@ def drawn_by(
     entry = generate_painted if "input_path" in more else generate
     return np.stack(entry(Path(folder)/"G.safetensors", n, seed=seed, device="cpu", **more))[...,0]
 
+# %% ../../nbs/lib/49_gans.package.ipynb #95de6f01
 def prove(
     tmp:Path, # Filled package folder
     folder:Path, # The generator it was made from
@@ -333,7 +355,8 @@ def prove(
     card, more = load_generator(tmp).card, {}
     with tempfile.TemporaryDirectory() as t:
         if card["config"]["kind"] == "context": # it paints into patches: any will do
-            np.save(f"{t}/base.npy", rng(0, "base").integers(0, 256, (n, card["size"], card["size"]), dtype=np.uint8)); more = dict(input_path=f"{t}/base.npy", what="residual")
+            np.save(f"{t}/base.npy", rng(0, "base").integers(0, 256, (n, card["size"], card["size"]), dtype=np.uint8))
+            more = dict(input_path=f"{t}/base.npy", what="residual")
         ours, files, alone = drawn_by(folder, n, 1, **more), drawn_by(tmp, n, 1, **more), draw_alone(tmp, n, seed=1, **more)
     for way,theirs in (("its files", files), ("its own code", alone)):
         if not np.array_equal(ours, theirs): raise RunError(f"{way} draw other patches than the generator", folder, "this is a fault of the exporter; please report it")
@@ -366,8 +389,10 @@ def export_generator(
         save_any(tmp, without_image(G), card=told)
         info = load_generator(tmp).card
         code, needs = package_code(G, f"{told['title']}. See README.md. Written by mammo_nb from its own modules; Apache-2.0.\n\n    generate(\"G.safetensors\", 16, seed=0)")
-        write_text(tmp/"__init__.py", code); write_text(tmp/"requirements.txt", "\n".join(needs) + "\n")
-        write_text(tmp/"LICENSE", grant); write_text(tmp/"LICENSE-CODE.txt", code_licence())
+        write_text(tmp/"__init__.py", code)
+        write_text(tmp/"requirements.txt", "\n".join(needs) + "\n")
+        write_text(tmp/"LICENSE", grant)
+        write_text(tmp/"LICENSE-CODE.txt", code_licence())
         write_text(tmp/"README.md", model_card(info, name=folder.name, metrics=table, audit=found, about=about))
         write_json(tmp/"metadata.json", medigan_metadata(info, name=folder.name, needs=needs, metrics=table, audit=found, date=date))
         if info["config"]["kind"] != "context": (tmp/"samples.png").write_bytes(png_bytes(sheet(sample_generator(tmp, 32, seed=0)[0])))
@@ -388,6 +413,7 @@ def told_by_run(
     source = dict(paper=info.get("paper"), data=info.get("data"), protocol=info.get("parameters", {}).get("protocol"), preset=info.get("parameters", {}).get("preset"), commit="" if info.get("commit") == "no git" else str(info.get("commit", ""))[:12])
     return dict(metrics=quality if quality is not None and quality.is_file() else None, audit=audit, card=dict(source={k: v for k,v in source.items() if v}))
 
+# %% ../../nbs/lib/49_gans.package.ipynb #a89d142a
 def export_run(
     run:Path, # Run folder of any paper, stage folder, folder of `train_gan`, or generator folder
     out:Path = None, # Where the packages go, default `packages` in the run folder
@@ -397,7 +423,8 @@ def export_run(
     **options, # Of `export_generator`
 ) -> list: # Package
     "Hand on the generators of a run."
-    run = Path(run).expanduser(); found = find_generators(run)
+    run = Path(run).expanduser()
+    found = find_generators(run)
     if not len(found): raise WeightsError("no generator below this folder", run, "run the stage 'generators' first, or give a folder of train_gan")
     t = found[found.name.str.contains(only, regex=False)]
     if not len(t): raise ParameterError(f"no generator is named like '{only}'", "only", "there are " + ", ".join(found.name))
@@ -435,22 +462,27 @@ def main_export(
         if a.list:
             found = find_generators(a.run)
             if not len(found): raise WeightsError("no generator here", a.run, "a run's generators lie in the cache it was made with: set MAMMO_NB_CACHE as it was then, or name a stage folder")
-            print(found[["name","kind","epoch","folder"]].to_string(index=False)); return 0
+            print(found[["name","kind","epoch","folder"]].to_string(index=False))
+            return 0
         text = Path(a.license_file).read_text(encoding="utf-8") if a.license_file else ""
         metrics = a.metrics or None
         if a.real: metrics = _measured(a.run, a.real, a.only)
         for p in export_run(a.run, a.out or None, only=a.only, snapshot=a.snapshot, license=a.license, license_text=text, holder=a.holder, title=a.title, about=a.about, metrics=metrics,
                             audit=a.audit or None, members=a.members, check=not a.no_check): print(f"package {p.folder}\nzip     {p.zip}")
-    except (MammoError, OSError) as e: print(f"mammo_export: {e}", file=sys.stderr); return 1
+    except (MammoError, OSError) as e:
+        print(f"mammo_export: {e}", file=sys.stderr)
+        return 1
     return 0
 
 def _measured(run, real, only): # Metrics of one generator against real patches
     from mammo_nb.data.patches import PatchSet
-    t = find_generators(run); t = t[t.name.str.contains(only, regex=False)]
+    t = find_generators(run)
+    t = t[t.name.str.contains(only, regex=False)]
     if len(t) != 1: raise ParameterError(f"--real measures one generator, {len(t)} are meant", "only", "there are " + ", ".join(find_generators(run).name))
     ps = PatchSet.load(Path(real))
     return measure(t.folders.iloc[0][-1:], ps.pixels[:,0], groups=ps.table.patient_id.to_numpy())
 
+# %% ../../nbs/lib/49_gans.package.ipynb #5e24b66e
 def main_import(
     argv=None, # Arguments, default those of the command line
 ) -> int: # 0, or 1 with a message
@@ -466,7 +498,9 @@ def main_import(
     try:
         folder = import_generator(a.path, into=a.into or None, license=a.license, arch=a.arch, value_range=_bounds(a.value_range), config=_config(a.config))
         card = load_generator(folder).card
-    except (MammoError, OSError) as e: print(f"mammo_import: {e}", file=sys.stderr); return 1
+    except (MammoError, OSError) as e:
+        print(f"mammo_import: {e}", file=sys.stderr)
+        return 1
     print(f"{TITLES.get(kind_of(card), '')}, {card['size']} px, gray values {card['value_range']}, licence {card['license']}\ngenerator {folder}")
     return 0
 

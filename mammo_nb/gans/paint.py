@@ -32,18 +32,24 @@ class Rule:
     close_for:tuple = ("calc",) # Tasks with closing, ours
     at:int = 256                # Side of the patches these lengths are for, px
 
+# %% ../../nbs/lib/46a_gans.paint.ipynb #5b6da21f
 def disc(r:float) -> np.ndarray: # bool, odd side
     "All pixels whose centre is at most r away, at least the four neighbours."
-    r = max(r, 1.); k = int(r); y, x = np.mgrid[-k:k+1,-k:k+1]
+    r = max(r, 1.)
+    k = int(r)
+    y, x = np.mgrid[-k:k+1,-k:k+1]
     return x*x + y*y <= r*r
 
+# %% ../../nbs/lib/46a_gans.paint.ipynb #7797a81e
 def closed(
     mask:np.ndarray, # bool `(s,s)`
     r:float, # Radius, px
 ) -> np.ndarray: # bool, holds `mask`
     "Closing with a disc; the border of the picture is no edge."
     if not mask.any(): return mask.copy()
-    r = max(r, 1.); k = int(r) + 1; away = lambda x: np.rint(ndimage.distance_transform_edt(x)**2) > r*r   # by squared distances: ten times as fast as moving a disc of 15 px
+    r = max(r, 1.)
+    k = int(r) + 1
+    away = lambda x: np.rint(ndimage.distance_transform_edt(x)**2) > r*r   # by squared distances: ten times as fast as moving a disc of 15 px
     return away(np.pad(~away(~np.pad(mask, k)), 1))[k+1:-k-1,k+1:-k-1] | mask
 
 # %% ../../nbs/lib/46a_gans.paint.ipynb #8445e602
@@ -89,6 +95,7 @@ class Painted:
         "Some of the patches."
         return Painted(*(getattr(self, k)[idx] for k in ("pixels","mask","kept","reason","share")))
 
+# %% ../../nbs/lib/46a_gans.paint.ipynb #89fe9010
 def paint(
     patches:np.ndarray, # uint8 `(n,s,s)`
     residual:np.ndarray, # `(n,s,s)` in [-1,1], from `edit`
@@ -142,7 +149,8 @@ def synthesize(
             p = paint(patches[rows], edit(generator, patches[rows], seed=seed_of(seed, "synthesize", k, i), device=device), task=task, rule=rule)
             good = np.flatnonzero(p.kept)[:n-have]
             lost.update(p.subset(slice(good[-1]+1 if have + len(good) == n else None)).discards)   # those looked at until enough were kept
-            parts.append(p.subset(good)); have += len(good)
+            parts.append(p.subset(good))
+            have += len(good)
             told += [dict(source=int(rows[j]), round=k) for j in good]
     made = Painted(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("pixels","mask","kept","reason","share")))
     return made, pd.DataFrame(told, columns=["source","round"]), dict(sorted(lost.items()))
@@ -157,6 +165,7 @@ class RowEdit:
     painted:Painted     # What became of each
     img:np.ndarray      # uint8 `(h,w)`, the mammogram with the edited patches
 
+# %% ../../nbs/lib/46a_gans.paint.ipynb #133cec1a
 def edit_row(
     generator, # ContextGenerator, or the folder of one
     img:np.ndarray, # uint8 `(h,w)`

@@ -39,6 +39,7 @@ def patient_card(
     ids = sorted({str(p) for p in patients})
     return {"patients": len(ids), "patients_hash": hash_of(ids), "members": [hash_of(p) for p in ids], **more}
 
+# %% ../../nbs/lib/48_gans.share.ipynb #bc27a384
 def seen_patients(
     card:dict, # `G.card`, or the content of generator.json
     patients, # Patient ids to look for
@@ -109,7 +110,8 @@ def load_generator(
     if info["config"].get("kind") == "singan" and "singan" not in KINDS: KINDS["singan"] = importlib.import_module("mammo_nb.gans.singan").SinGAN
     G, state = build_generator(info["config"]), _tensors(folder, info)
     _fits(state, G.state_dict(), folder/"G.safetensors")
-    G.load_state_dict(state); G.card = {"sha256": file_hash(folder/"G.safetensors"), **info}
+    G.load_state_dict(state)
+    G.card = {"sha256": file_hash(folder/"G.safetensors"), **info}
     return G.to(device).eval().requires_grad_(False)
 
 # %% ../../nbs/lib/48_gans.share.ipynb #3c7f94f4
@@ -120,6 +122,7 @@ def spread_counts(
     "As even as it goes; what is left over goes to snapshots at even distances."
     return [(i+1)*n//k - i*n//k for i in range(k)]
 
+# %% ../../nbs/lib/48_gans.share.ipynb #c29a89f7
 def generator_id(info:dict) -> str: # Content of generator.json -> 12 hex digits
     "Name of a generator by its weights."
     return info["sha256"][:12]
@@ -152,6 +155,7 @@ def draw(
         out.append(output_to_uint8(x[:,0], value_range=G.card["value_range"]))
     return np.concatenate(out) if out else np.zeros((0, size or G.size, size or G.size), np.uint8)
 
+# %% ../../nbs/lib/48_gans.share.ipynb #2293de17
 def sample_generator(
     folders, # One snapshot folder or a list of them
     n:int, # Patches wanted
@@ -169,7 +173,8 @@ def sample_generator(
     for f,k in zip(folders, spread_counts(n, len(folders))):
         if not k: continue
         G = load_generator(f, device=device)
-        x, card = draw(G, k, seed=seed, bs=bs, size=size), G.card; parts.append(x)
+        x, card = draw(G, k, seed=seed, bs=bs, size=size), G.card
+        parts.append(x)
         told = dict(generator=generator_id(card), snapshot=f.name, epoch=card.get("training", {}).get("epoch"), patients_hash=card.get("patients_hash"))
         rows += [{**told, "number": i} for i in range(k)]
     return np.concatenate(parts), pd.DataFrame(rows)

@@ -35,6 +35,7 @@ def cubic(
     x = np.abs(x)
     return np.where(x <= 1, (1.5*x - 2.5)*x*x + 1, np.where(x <= 2, ((-.5*x + 2.5)*x - 4)*x + 2, 0.))
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #a84980bf
 @functools.lru_cache(256)
 def cubic_matrix(
     n_in:int, # Pixels on the line
@@ -66,6 +67,7 @@ def to_tanh(
     x = torch.from_numpy(np.ascontiguousarray(u8 if u8.ndim == 4 else u8[...,None])).permute(0,3,1,2)
     return ((x.to(torch.float64)/255).to(torch.float32)*2 - 1).clamp(-1,1).contiguous().to(device)
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #de7cc306
 def to_uint8(
     x:Tensor, # `(n,c,h,w)` in [-1,1], a little more is cut
 ) -> np.ndarray: # uint8 `(n,h,w)` for one channel, else `(n,h,w,c)`
@@ -73,6 +75,7 @@ def to_uint8(
     u8 = ((x.float()+1)*127.5).round().clamp(0,255).to(torch.uint8).permute(0,2,3,1).cpu().numpy()
     return u8[...,0] if u8.shape[-1] == 1 else u8
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #1b6cb079
 def resize(
     x:Tensor, # `(n,c,h,w)` in [-1,1]
     size:tuple, # Rows and columns wanted
@@ -131,6 +134,7 @@ class Pyramid:
     shapes:tuple # (rows, columns) of each scale, coarsest first
     factor:float # Ratio of neighbouring scales
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #446f0aff
 def pyramid(
     rows:int, # Of the image
     cols:int, # Of the image
@@ -173,6 +177,7 @@ class SinGANG(nn.Module):
         "Noise with the image below added, `(n,c,h,w)`, and that image itself."
         return self.layers(F.pad(z + prev, (5,)*4)) + prev
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #bd64b118
 class SinGAND(nn.Module):
     "Discriminator of one scale: a score for each 11 x 11 window, `(n,models,h-10,w-10)`."
     def __init__(self, width:int, channels:int=1, models:int=1):
@@ -182,14 +187,18 @@ class SinGAND(nn.Module):
 
     def forward(self, x:Tensor) -> Tensor: return self.layers(x)
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #9068d65d
 def init_(net:nn.Module, gen:torch.Generator) -> nn.Module:
     "The published start: weights N(0,0.02), norms N(1,0.02), biases of convolutions as torch draws them."
     with torch.no_grad():
         for m in net.modules():
             if isinstance(m, nn.Conv2d):
                 m.weight.normal_(0, .02, generator=gen)
-                bound = 1/math.sqrt(m.weight[0].numel()); m.bias.uniform_(-bound, bound, generator=gen)
-            elif isinstance(m, (nn.BatchNorm2d, nn.InstanceNorm2d)): m.weight.normal_(1, .02, generator=gen); m.bias.zero_()
+                bound = 1/math.sqrt(m.weight[0].numel())
+                m.bias.uniform_(-bound, bound, generator=gen)
+            elif isinstance(m, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+                m.weight.normal_(1, .02, generator=gen)
+                m.bias.zero_()
     return net
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #eb364625
@@ -204,6 +213,7 @@ def stack_nets(
     both.load_state_dict({k: torch.cat([s[k] for s in states]) if v.dim() else v for k,v in states[0].items()})
     return both
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #7ce4a1de
 def unstack_nets(
     net:nn.Module, # With several models
     models:int, # How many
@@ -233,14 +243,17 @@ class Kept:
         at,n = slice(i, i+1), self.norm.weight.numel()
         return replace(self, x=self.x[at], c=self.c[at], a=self.a[at], mean=self.mean[i*n:(i+1)*n], rstd=self.rstd[i*n:(i+1)*n])
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #f7f55d78
 def side_by_side(x:Tensor) -> Tensor: # `(k,c,h,w)` -> `(1,k*c,h,w)`
     "Images as channels of one: batch norm is then instance norm."
     return x.view(1, -1, *x.shape[2:])
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #854938b9
 def for_each(x:Tensor, w:Tensor) -> Tensor: # `(k,…)` and `(c,)` -> `(k*c,)`
     "A norm's weight for each image's channels."
     return w if len(x) == 1 else torch.cat([w]*len(x))
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #eaf9695c
 def pass_on(
     net:nn.Module, # `SinGANG` or `SinGAND`
     x:Tensor, # `(k,models*c,h,w)`, each image with statistics of its own
@@ -251,7 +264,8 @@ def pass_on(
         conv,norm = block[0], block[1]
         c = F.conv2d(x, conv.weight, conv.bias, groups=conv.groups)
         y,mean,rstd = aten.native_batch_norm(side_by_side(c), for_each(x, norm.weight), for_each(x, norm.bias), None, None, True, 0., norm.eps)
-        kept.append(Kept(conv, norm, x, c, F.leaky_relu_(y.view_as(c), .2), mean, rstd)); x = kept[-1].a
+        kept.append(Kept(conv, norm, x, c, F.leaky_relu_(y.view_as(c), .2), mean, rstd))
+        x = kept[-1].a
     return F.conv2d(x, net.layers[4].weight, net.layers[4].bias, groups=net.layers[4].groups), kept
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #75ea6757
@@ -259,6 +273,7 @@ def add_grad(p:Tensor, g:Tensor) -> None:
     "Add to a weight's gradient."
     p.grad = g if p.grad is None else p.grad.add_(g)
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #fd9da316
 def conv_back(
     conv:nn.Module, # The convolution
     x:Tensor, # Its input
@@ -272,6 +287,7 @@ def conv_back(
     if weight: add_grad(conv.weight, gw)
     return gx
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #97f24c34
 def norm_back(
     k:Kept, # Of the block
     g:Tensor, # Gradient behind the norm
@@ -282,10 +298,12 @@ def norm_back(
     gx,gw,gb = aten.native_batch_norm_backward(side_by_side(g), side_by_side(k.c), weight, None, None, k.mean, k.rstd, True, k.norm.eps, [True]*3)
     return gx.view_as(g), gw, gb
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #b0d41869
 def relu_back(k:Kept, g:Tensor) -> Tensor: # Gradient of the block's output -> of its norm's
     "Back through a LeakyReLU."
     return aten.leaky_relu_backward(g, k.a, .2, True)
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #a1fa3c9e
 def image_grad(
     net:nn.Module, # That was passed
     kept:list, # From `pass_on`
@@ -300,6 +318,7 @@ def image_grad(
         g = conv_back(k.conv, k.x, before)
     return g, on_the_way[::-1]
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #901ada2a
 def weight_grads(
     net:nn.Module, # That was passed; its gradients grow
     kept:list, # From `pass_on`
@@ -311,7 +330,8 @@ def weight_grads(
     g = conv_back(net.layers[4], kept[3].a, g, weight=True)
     for i,k in reversed(list(enumerate(kept))):
         g,gw,gb = norm_back(k, relu_back(k, g), k.norm.weight)
-        add_grad(k.norm.weight, gw.view(len(k.x), -1).sum(0)); add_grad(k.norm.bias, gb.view(len(k.x), -1).sum(0))
+        add_grad(k.norm.weight, gw.view(len(k.x), -1).sum(0))
+        add_grad(k.norm.bias, gb.view(len(k.x), -1).sum(0))
         if more: g[-1:] += more[i]
         g = conv_back(k.conv, k.x, g, image=i > 0, weight=True)
 
@@ -326,6 +346,7 @@ def pixel_penalty(
     unit = torch.where(size > 0, each/size, torch.zeros_like(each))
     return (size-1).square().mean((1,2,3)), ((size-1)*(2/size[0].numel())*unit).view_as(g)
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #a501edb5
 def penalty_back(
     net:nn.Module, # D; its gradients grow
     kept:list, # Of the mixed image alone
@@ -347,6 +368,7 @@ def penalty_back(
     conv_back(last, u, u.new_ones(1, last.out_channels, u.shape[2]-2, u.shape[3]-2), image=False, weight=True)
     return more
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #730c3dc4
 def d_step(
     D:nn.Module,
     opt, # Its optimiser
@@ -367,7 +389,9 @@ def d_step(
         g,on_the_way = image_grad(D, alone, torch.ones_like(score[2:]))
         penalty,u = pixel_penalty(g, models)
         more = penalty_back(D, alone, on_the_way, gp*u)
-        up = torch.zeros_like(score); up[0].fill_(-1/n); up[1].fill_(1/n)
+        up = torch.zeros_like(score)
+        up[0].fill_(-1/n)
+        up[1].fill_(1/n)
         weight_grads(D, kept, up, more)
     opt.step()
     mean = score.mean((2,3))
@@ -400,6 +424,7 @@ class StepAdam(torch.optim.Adam):
         adam(live, [q.grad for q in live], *([s[k] for s in kept] for k in ("exp_avg", "exp_avg_sq")), [], [s["step"] for s in kept], fused=o["fused"], capturable=o["capturable"],
              amsgrad=False, beta1=o["betas"][0], beta2=o["betas"][1], lr=o["lr"], weight_decay=0., eps=o["eps"], maximize=False)
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #067467f8
 @dataclass
 class Made:
     "What G made in one call, and what the way back needs."
@@ -407,6 +432,7 @@ class Made:
     tanh:Tensor # Without the image below
     kept:list # A `Kept` for each block
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #74855469
 def make(
     G:nn.Module, # In training; its running statistics follow
     z:Tensor, # `(k,models*c,h,w)` noise, scaled
@@ -418,6 +444,7 @@ def make(
     follow(kept)
     return Made(y + prev, y, kept)
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #51c6eea5
 def follow(kept:list) -> None:
     "Running statistics of batch norm, image by image."
     norms,n = [k.norm for k in kept], len(kept[0].x)
@@ -425,10 +452,12 @@ def follow(kept:list) -> None:
     for i in range(n): torch._foreach_lerp_([m.running_mean for m in norms] + [m.running_var for m in norms], [t[i] for t in seen], norms[0].momentum)
     torch._foreach_add_([m.num_batches_tracked for m in norms], n)
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #7d88e7ed
 def make_back(G:nn.Module, made:Made, g:Tensor) -> None: # `g`: gradient of the images
     "Back from images to G's weights."
     weight_grads(G, made.kept, g*(1 - made.tanh.square()))
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #1a0c6a06
 def pull_on(
     D:nn.Module,
     fake:Tensor, # `(1,models*c,h,w)`
@@ -437,6 +466,7 @@ def pull_on(
     score,kept = pass_on(D, fake)
     return image_grad(D, kept, torch.full_like(score, -1/score[0,0].numel()))[0], -score.mean((0,2,3))
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #2a495502
 @torch.no_grad()
 def g_steps(
     G:nn.Module,
@@ -456,7 +486,9 @@ def g_steps(
     def off(made): return made.image[-1:] - real
     for j in range(recipe.g_steps):
         opt.zero_grad()
-        if j and recipe.g_graph == "recompute": pair = make(G, z, prev); pull,adv = pull_on(D, pair.image[:1])
+        if j and recipe.g_graph == "recompute":
+            pair = make(G, z, prev)
+            pull,adv = pull_on(D, pair.image[:1])
         rec = pair if not j or recipe.g_graph == "recompute" else make(G, z[1:], prev[1:])
         if rec is not pair: make_back(G, fake, pull)
         make_back(G, rec, torch.cat([pull, off(rec)*(2*recipe.alpha/per)])[-len(rec.image):])
@@ -552,6 +584,7 @@ def save(self:SinGAN,
     write_json(folder/"generator.json", {"config": self.config, "value_range": [-1,1], "card": card or {}})
     return folder
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #63a589b4
 @patch(cls_method=True)
 def load(cls:SinGAN,
     folder:Path, # With `G.safetensors` and `generator.json`
@@ -608,7 +641,10 @@ def begin(self:SinGANFit):
     r,n,who = self.recipe, self.scale, self.groups()[self.group]
     width = r.width_at(n)
     def fresh(i, kind, old):
-        if n and old is not None and r.width_at(n-1) == width: net = type(old)(width, self.channels).to(self.device); net.load_state_dict(old.state_dict()); return net
+        if n and old is not None and r.width_at(n-1) == width:
+            net = type(old)(width, self.channels).to(self.device)
+            net.load_state_dict(old.state_dict())
+            return net
         return init_(kind(width, self.channels), torch_rng(self.seed, "singan start", self.keys[i], n, kind.__name__)).to(self.device)
     G = stack_nets([fresh(i, SinGANG, self.nets[i].G[n-1] if n else None).train() for i in who])
     D = stack_nets([fresh(i, SinGAND, self.last_D[i]).train() for i in who])
@@ -623,6 +659,7 @@ def begin(self:SinGANFit):
                      amps=amp.repeat_interleave(self.channels).view(1,-1,1,1), acc=torch.zeros(5, len(who), device=self.device), block=None)
     self.adam()
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #4d438822
 @patch
 def adam(self:SinGANFit):
     "Fresh optimisers for the current networks, and a step not captured yet."
@@ -636,6 +673,7 @@ def block_steps(self:SinGANFit) -> int:
     h,w = self.plan.shapes[self.scale]
     return max(1, min(32, 2**29//(12*self.recipe.d_steps*self.recipe.width_at(self.scale)*h*w)))
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #7a3a23b8
 @patch
 @torch.no_grad()
 def draw_block(self:SinGANFit, number:int):
@@ -674,6 +712,7 @@ def step_once(self:SinGANFit,
     loss_g = g_steps(G, D, L["opt_G"], pair=pair, real=L["real"], recipe=r, models=len(L["who"]), **both)
     L["acc"] += torch.cat([loss_d, loss_g, torch.ones_like(loss_g[:1])])
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #39bf0df1
 @patch
 def advance(self:SinGANFit):
     "The next step, with its chance and its rate."
@@ -686,7 +725,8 @@ def advance(self:SinGANFit):
     for o in (L["opt_G"], L["opt_D"]): set_rate(o, r.lr*(.1 if since+1 >= r.lr_drop else 1))
     if B["z_rec"] is not None and (r.z_rec == "redrawn" or s == 0): L["z_rec"].copy_(B["z_rec"][at:at+1])
     self.engine("step", self.step_once, noise=B["noise"][at:at+1], prev=B["prev"][at], mix=B["mix"][at])
-    self.step += 1; self.count += 1
+    self.step += 1
+    self.count += 1
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #ef0808f6
 @patch
@@ -695,11 +735,14 @@ def finish(self:SinGANFit):
     L = self.live
     G,D = (unstack_nets(L[k].requires_grad_(False), len(L["who"])) for k in "GD")
     for j,i in enumerate(L["who"]):
-        self.nets[i].G.append(G[j].eval().requires_grad_(False)); self.nets[i].amps.append(float(L["amp"][j])); self.last_D[i] = D[j]
+        self.nets[i].G.append(G[j].eval().requires_grad_(False))
+        self.nets[i].amps.append(float(L["amp"][j]))
+        self.last_D[i] = D[j]
         if self.scale == 0: self.nets[i].z_rec.copy_(L["z_rec"].chunk(len(L["who"]), 1)[j])
     self.live, self.step, self.group = None, 0, self.group+1
     if self.group == len(self.groups()): self.group, self.scale = 0, self.scale+1
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #5b41021f
 @patch
 def note(self:SinGANFit) -> dict: # Mean losses since the last note, over the group's images
     "Read the losses off the device into the history; a loss that is no number stops the run."
@@ -711,6 +754,7 @@ def note(self:SinGANFit) -> dict: # Mean losses since the last note, over the gr
         raise RunError("a loss is no longer a number; the last checkpoint was kept", f"SinGAN scale {self.scale}, step {self.step}", "lower lr, or try another seed")
     return {k: float(np.mean(v)) for k,v in zip(names, mean)}
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #eda0bbc3
 @patch
 def state(self:SinGANFit) -> dict:
     "Everything a checkpoint needs."
@@ -718,6 +762,7 @@ def state(self:SinGANFit) -> dict:
     return dict(place=[self.scale, self.group, self.step, self.count], history=self.history, live=live, last_D=self.last_D,
                 nets=[dict(config=n.config, state=n) for n in self.nets])
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #5c9e6e17
 @patch
 def restore(self:SinGANFit, saved:dict):
     "Go on where `state` was taken."
@@ -729,7 +774,8 @@ def restore(self:SinGANFit, saved:dict):
         fill(self.nets[i], n["state"])
     for i,d in enumerate(saved["last_D"]):
         if d is not None:
-            self.last_D[i] = SinGAND(d["layers.0.0.weight"].shape[0], self.channels).to(self.device); fill(self.last_D[i], d)
+            self.last_D[i] = SinGAND(d["layers.0.0.weight"].shape[0], self.channels).to(self.device)
+            fill(self.last_D[i], d)
     if saved["live"] is not None:
         self.begin()
         for k,v in saved["live"].items(): fill(self.live[k], v)
@@ -748,6 +794,7 @@ def check_singan_image(
     pyramid(*image.shape[:2], recipe=recipe, where=where)
     if image.min() == image.max(): raise DataError(f"constant patch (every pixel is {image.min()})", where, "choose another patch: there is nothing to learn")
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #337d8a4f
 def fit_singans(
     images, # uint8 `(k,h,w)` or `(k,h,w,3)`, or a list of images of any sizes
     *,
@@ -794,7 +841,9 @@ def _fit_one_size(images, *, recipe, folder, name, seed, dev, merge, mode, log, 
     kept = ck.load()
     if kept: fit.restore(kept["state"])
     try: _run(fit, ck, log)
-    except KeyboardInterrupt: ck.save(fit.state(), step=fit.count); raise
+    except KeyboardInterrupt:
+        ck.save(fit.state(), step=fit.count)
+        raise
     for net,home,key,card in zip(fit.nets, homes, keys, cards): net.save(home, card | {"image_hash": key, "recipe": asdict(recipe), "seed": seed})
     write_json(finished, {"identity": identity, "history": fit.history})
     ck.prune(0)

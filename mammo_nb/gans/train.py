@@ -49,6 +49,7 @@ def pack(
         return {"tuple" if isinstance(obj, tuple) else "list": [pack(v, f"{name}.{i}", tensors)[0] for i,v in enumerate(obj)]}, tensors
     raise RunError(f"a {type(obj).__name__} cannot be kept in a checkpoint", name, "give its numbers, or an object with state_dict()")
 
+# %% ../../nbs/lib/42_gans.train.ipynb #266200c2
 def unpack(
     skeleton, # First value of `pack`
     tensors:dict, # Second value of `pack`
@@ -123,12 +124,15 @@ def save(self:Checkpoint,
     info = {"step": step, "identity": self.identity, "meta": meta or {}, "state": skeleton, "sha256": hashlib.sha256(data).hexdigest()}
     info = json.loads(json.dumps(info, default=str))
     write_json(self._json(step), info | {"seal": hash_of(info)})
-    self.saved_at = time.monotonic(); self.cost = self.saved_at - begun
+    self.saved_at = time.monotonic()
+    self.cost = self.saved_at - begun
     for s in self.steps():      # damaged ones that were passed over are ahead of us
         if s > step: self._json(s).unlink(missing_ok=True)
-    self.prune(); self._say(step=step, bytes=len(data))
+    self.prune()
+    self._say(step=step, bytes=len(data))
     return self._json(step)
 
+# %% ../../nbs/lib/42_gans.train.ipynb #193c1963
 @patch
 def prune(self:Checkpoint,
     keep:int = None, # How many stay, default `self.keep`
@@ -160,7 +164,9 @@ def load(self:Checkpoint,
     for step in reversed(self.steps()):
         try: info, state = self._read(step)
         except RunError as e:
-            warnings.warn(f"checkpoint passed over: {e}"); self._say(step=step, damaged=str(e)); continue
+            warnings.warn(f"checkpoint passed over: {e}")
+            self._say(step=step, damaged=str(e))
+            continue
         if info["identity"] != self.identity:
             raise RunError(f"a checkpoint of another run is in this folder; {differs(info['identity'], self.identity)}", self._json(step),
                            "choose another folder, or remove this one to start afresh")
@@ -170,6 +176,7 @@ def load(self:Checkpoint,
                 raise RunError(f"'{k}' does not fit: {e}", self._json(step), "it was written by another version; remove it to start afresh") from e
         return {"step": info["step"], "meta": info["meta"], "state": state}
 
+# %% ../../nbs/lib/42_gans.train.ipynb #96848600
 def differs(
     old:dict, # Plain values
     new:dict, # Plain values
@@ -184,6 +191,7 @@ class StopFlag:
     "Has somebody asked to stop?"
     asked = 0 # Signal number
 
+# %% ../../nbs/lib/42_gans.train.ipynb #5dc00cb8
 @contextlib.contextmanager
 def stop_asked():
     "Turn the first SIGINT or SIGTERM inside the block into `flag.asked`; outside the main thread nothing changes."
@@ -265,6 +273,7 @@ def as_pixels(
         raise DataError(f"each of the {len(x)} patches has one gray value only", "pixels", "check the scaling of the images")
     return x
 
+# %% ../../nbs/lib/42_gans.train.ipynb #584edb12
 def real_batch(
     data:Tensor, # `(n,views,s,s)` uint8 on the device
     idx:Tensor, # Rows of the batch, on the device
@@ -293,6 +302,7 @@ def batches(
     "All patches in a new order; a last batch of a single patch is left out."
     return [i for i in torch.randperm(n, generator=rng).split(batch) if len(i) > 1]
 
+# %% ../../nbs/lib/42_gans.train.ipynb #9ee92eaf
 @patch
 def rows(self:Recipe,
     n:int, # Patches
@@ -302,6 +312,7 @@ def rows(self:Recipe,
     "The patches of each batch of an epoch: all of them in a new order."
     return batches(n, self.batch, rng)
 
+# %% ../../nbs/lib/42_gans.train.ipynb #9bcffa8c
 @patch
 def real(self:Recipe,
     game, # Its `data` `(n,views,s,s)` and `labels` `(n,)` or None are on the device
@@ -310,11 +321,13 @@ def real(self:Recipe,
     "The real patches of a batch."
     return real_batch(game.data, rows, self, game.rng["real"])
 
+# %% ../../nbs/lib/42_gans.train.ipynb #5dc3dfa0
 @patch
 def pattern(self:Recipe, game): # Anything hashable
     "Kind of the next step: steps of one kind and batch size run the same kernels."
     return game.g_turn
 
+# %% ../../nbs/lib/42_gans.train.ipynb #fa120284
 @patch
 def preview(self:Recipe,
     game, # With the trained networks
@@ -323,6 +336,7 @@ def preview(self:Recipe,
     "What the pictures and the alarm look at: patches of the shared generator."
     return game.show(*latents)
 
+# %% ../../nbs/lib/42_gans.train.ipynb #a2e316ed
 @patch
 def reference(self:Recipe,
     data:Tensor, # `(n,views,s,s)` uint8
@@ -331,6 +345,7 @@ def reference(self:Recipe,
     "What the previews of a varied generator are as varied as: real patches, view 0."
     return (data[:, 0][:,None].float()/127.5 - 1) / (2 if self.real_range == "unit" else 1)
 
+# %% ../../nbs/lib/42_gans.train.ipynb #bfe1dba8
 def as_labels(
     labels, # Whole numbers from 0, one a patch, or None
     n:int, # Patches
@@ -393,6 +408,7 @@ def z(self:Game, n:int) -> Tensor: # Patches wanted -> `(n,nz)` on the device
     "Latent vectors of a training batch, N(0, 1)."
     return torch.randn(n, self.recipe.nz, generator=self.rng["noise"], device=self.device)
 
+# %% ../../nbs/lib/42_gans.train.ipynb #97d89079
 @patch
 def descend(self:Game,
     player:str, # `g` or `d`
@@ -400,8 +416,11 @@ def descend(self:Game,
 ) -> None:
     "One step of Adam down this loss for one player."
     opt = self.opt_g if player == "g" else self.opt_d
-    opt.zero_grad(set_to_none=True); loss.backward(); opt.step()
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    opt.step()
 
+# %% ../../nbs/lib/42_gans.train.ipynb #f976d0fd
 @patch
 @torch.no_grad()
 def average(self:Game) -> None:
@@ -410,21 +429,25 @@ def average(self:Game) -> None:
     torch._foreach_lerp_(list(self.ema.parameters()), list(self.G.parameters()), 1 - self.recipe.ema)
     for old,new in zip(self.ema.buffers(), self.G.buffers()): old.copy_(new)
 
+# %% ../../nbs/lib/42_gans.train.ipynb #a0ea80f5
 @patch(as_prop=True)
 def shared(self:Game) -> nn.Module:
     "The generator that is kept and shown: the average where there is one."
     return self.G if self.ema is None else self.ema
 
+# %% ../../nbs/lib/42_gans.train.ipynb #f0086d51
 @patch
 @torch.no_grad()
 def show(self:Game,
     *latents, # Inputs of the generator
 ) -> Tensor: # Patches, on the device
     "What the shared generator makes of these latents, as it would after training (running statistics)."
-    G = self.shared; was = G.training
+    G = self.shared
+    was = G.training
     try: return G.eval()(*(z.to(self.device) for z in latents))
     finally: G.train(was)
 
+# %% ../../nbs/lib/42_gans.train.ipynb #e1c676c5
 @patch
 @contextlib.contextmanager
 def precise(self:Game):
@@ -433,11 +456,13 @@ def precise(self:Game):
     try: yield
     finally: self.wide = was
 
+# %% ../../nbs/lib/42_gans.train.ipynb #07ebd620
 @patch
 def recapture(self:Game) -> None:
     "The step has changed (another size, a fade has ended): capture it again."
     self.engine.forget()
 
+# %% ../../nbs/lib/42_gans.train.ipynb #3ec06c7a
 @contextlib.contextmanager
 def frozen(net:nn.Module):
     "No gradients for these weights inside the block; gradients still pass through."
@@ -452,12 +477,16 @@ def step(self:Game, rows:Tensor) -> None:
     self.rows, n = rows, len(rows)
     real = self.recipe.real(self, rows)
     losses = self.recipe.step_d(self, real)
-    if self.g_turn: losses |= self.recipe.step_g(self, real); self.average()
+    if self.g_turn:
+        losses |= self.recipe.step_g(self, real)
+        self.average()
     for name,v in losses.items():
         if name not in self.sums: self.sums[name] = torch.zeros(2, device=self.device)
-        self.sums[name][0] += v.detach()*n; self.sums[name][1] += n
+        self.sums[name][0] += v.detach()*n
+        self.sums[name][1] += n
     self.clock += 1
 
+# %% ../../nbs/lib/42_gans.train.ipynb #89102845
 def train_epoch(
     game:Game, # Changed in place
     data:Tensor, # `(n,views,s,s)` uint8 on the device
@@ -467,7 +496,9 @@ def train_epoch(
     after=None, # Called with the number of finished batches after each step
 ) -> dict: # Name -> mean over the epoch, floats
     "Algorithm 1 of Goodfellow 2014 and Gulrajani 2017: one step of D a batch, one of G every `g_every` batches."
-    if game.data is not data: game.data = data; game.recapture()
+    if game.data is not data:
+        game.data = data
+        game.recapture()
     recipe = game.recipe
     labels = None if game.labels is None else game.labels.cpu()
     todo = recipe.rows(len(data), labels, torch_rng(game.seed, "order", epoch))
@@ -495,6 +526,7 @@ def spread(
     apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
     return (apart.sum() / (len(flat)*(len(flat)-1)) / math.sqrt(flat.shape[1])).item()
 
+# %% ../../nbs/lib/42_gans.train.ipynb #41826c8c
 COLLAPSED = Recipe.alarm # Share of the real patches' spread under which an epoch is marked, where the recipe says no other
 
 def grid(
@@ -524,7 +556,9 @@ def _finished(folder, identity): # The result of a finished run, or None
         raise RunError(f"another training is in this folder; {differs(info['identity'], identity)}", folder, "choose another folder, or remove this one")
     if any(not (folder/f).exists() or file_hash(folder/f) != h for f,h in info["files"].items()):
         warnings.warn(f"{folder}: a finished training was changed; it is done again")
-        (folder/"done.json").unlink(); Checkpoint(folder).prune(keep=0); return
+        (folder/"done.json").unlink()
+        Checkpoint(folder).prune(keep=0)
+        return
     return Trained(folder, [folder/s for s in info["snapshots"]], pd.read_csv(folder/"history.csv"), [folder/g for g in info["grids"]])
 
 def _seal(folder, identity, snapshots, grids):
@@ -552,7 +586,9 @@ class Training:
         "Take up the newest whole checkpoint, if there is one."
         for p in self.folder.rglob(".*.part*"): p.unlink(missing_ok=True)     # left behind by a killed writer
         self.game.start_epoch(0)
-        def objects(state): self.game.start_epoch(state["epoch"]); return self.game.objects()
+        def objects(state):
+            self.game.start_epoch(state["epoch"])
+            return self.game.objects()
         if not (saved := self.store.load(objects)): return
         self.epoch, self.batch, self.history = (saved["state"][k] for k in ("epoch", "batch", "history"))
         self.sums = saved["state"]["sums"]
@@ -583,6 +619,7 @@ def after_batch(self:Training, batch:int, flag) -> None:
         raise RunError(f"stopped by the system in epoch {self.epoch+1}; the state is saved", self.folder, "give the same command again to go on")
     if self.store.due(): self.save()
 
+# %% ../../nbs/lib/42_gans.train.ipynb #4a8fa6d2
 @patch
 def after_epoch(self:Training, means:dict, seconds:float) -> None:
     "Close an epoch: history, picture, snapshot, log."
@@ -602,11 +639,13 @@ def after_epoch(self:Training, means:dict, seconds:float) -> None:
     self.log(stage="gan", kind=self.recipe.kind, epoch=self.epoch, epochs=self.epochs, seconds=round(seconds, 3),
              images_per_s=round(len(self.data)/max(seconds, 1e-9), 1), **{k: v for k,v in row.items() if k not in ("epoch", "images")})
 
+# %% ../../nbs/lib/42_gans.train.ipynb #0a3f2984
 @patch(as_prop=True)
 def value_range(self:Training) -> tuple:
     "Gray values the generator was trained on, as (black, white)."
     return (0., 1.) if self.recipe.real_range == "unit" else (-1., 1.)
 
+# %% ../../nbs/lib/42_gans.train.ipynb #5913f124
 @patch
 def keep(self:Training) -> None:
     "Keep the generator as it is now."
@@ -663,10 +702,12 @@ def run(self:Training) -> None:
             self.after_epoch(means, time.monotonic() - start)
             if self.store.due(): self.save()
 
+# %% ../../nbs/lib/42_gans.train.ipynb #a9ffba93
 @patch
 def finish(self:Training) -> Trained:
     "Write the history and the last checkpoint, drop the older ones, seal the folder."
-    self.save(); self.store.prune(keep=1)
+    self.save()
+    self.store.prune(keep=1)
     history = pd.DataFrame(self.history)
     snapshots = [self.folder/"snapshots"/f"epoch-{e:05d}" for e in self.kept]
     grids = [self.folder/"grids"/f"epoch-{e:05d}.png" for e in history.epoch[history.get("spread", history.epoch).notna()]]

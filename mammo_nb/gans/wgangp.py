@@ -24,7 +24,10 @@ def piece_gradient(
     "Gradient of the sum of scores with respect to the patches, of a critic that is linear piece by piece."
     passed = []
     with torch.no_grad():
-        for m in critic.layers: y = m(x); passed.append((m, x, y)); x = y
+        for m in critic.layers:
+            y = m(x)
+            passed.append((m, x, y))
+            x = y
     g = torch.ones_like(x)
     for m,x,y in reversed(passed):
         if isinstance(m, nn.Conv2d):
@@ -32,10 +35,12 @@ def piece_gradient(
         elif isinstance(m, nn.LeakyReLU): g = torch.ops.aten.leaky_relu_backward(g, y, m.negative_slope, True)
     return g
 
+# %% ../../nbs/lib/44_gans.wgangp.ipynb #0916dc7a
 def is_piecewise(critic:nn.Module) -> bool:
     "Only convolutions and LeakyReLUs in a row?"
     return all(isinstance(m, (nn.Conv2d, nn.LeakyReLU, nn.Identity)) for m in getattr(critic, "layers", [None]))
 
+# %% ../../nbs/lib/44_gans.wgangp.ipynb #f117c716
 def penalty_of(
     critic:nn.Module, # One score a patch
     real:Tensor, # Real patches, `(b,1,h,w)` in [-1,1]
@@ -63,6 +68,7 @@ class WGANGP(ConvGAN):
     def pattern(self, game): return game.phase if self.ahead else game.g_turn
     def extra(self, game): return {"fakes": game.fakes} if self.ahead else {}
 
+# %% ../../nbs/lib/44_gans.wgangp.ipynb #cd4f4390
 @patch
 def step_d(self:WGANGP, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake, penalty
     "One step of the critic, Szafranowska 2022 eq. 2."
@@ -73,11 +79,13 @@ def step_d(self:WGANGP, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fak
     game.descend("d", loss)
     return {"loss_d": loss.detach(), "d_real": on_real.detach().mean(), "d_fake": on_fake.detach().mean(), "penalty": gp.detach()}
 
+# %% ../../nbs/lib/44_gans.wgangp.ipynb #7f954b31
 @patch
 def start_epoch(self:WGANGP, game:Game, epoch:int) -> None:
     "A place for the patches of all critic steps."
     if self.ahead and not hasattr(game, "fakes"): game.fakes = torch.zeros(self.g_every, self.batch, 1, self.size, self.size, device=game.device)
 
+# %% ../../nbs/lib/44_gans.wgangp.ipynb #53ae9bd1
 @patch
 def fakes(self:WGANGP, game:Game, n:int) -> Tensor: # `(n,1,s,s)`
     "Generated patches for this critic step."
@@ -85,6 +93,7 @@ def fakes(self:WGANGP, game:Game, n:int) -> Tensor: # `(n,1,s,s)`
     if game.phase == 0: game.fakes.copy_(game.G(game.z(self.g_every*self.batch)).view_as(game.fakes))
     return game.fakes[game.phase, :n]
 
+# %% ../../nbs/lib/44_gans.wgangp.ipynb #984cae24
 @patch
 def step_g(self:WGANGP, game:Game, real:Tensor) -> dict: # loss_g
     "One step of the generator on new latents."

@@ -50,6 +50,7 @@ def as_positive(
     if positive not in names: raise ParameterError(f"'{positive}' is no class", "positive", nearest(positive, list(names)))
     return (y, p) if positive==names[1] else (~y, 1-p)
 
+# %% ../../nbs/lib/33_metrics.auc.ipynb #d06cc7ce
 def auc(
     y, # Targets 0 or 1
     p, # Score of class 1
@@ -60,6 +61,7 @@ def auc(
     y, p = check_scores(y, p, names=names)
     return float(skm.roc_auc_score(y, p))
 
+# %% ../../nbs/lib/33_metrics.auc.ipynb #3c8914d5
 def auprc(
     y, # Targets 0 or 1
     p, # Score of class 1
@@ -97,6 +99,7 @@ def binary_scores(
                 recall=float(skm.recall_score(pos, called, **kw)), auroc=auc(y, p, names=names),
                 auprc=float(skm.average_precision_score(pos, score)), prevalence=float(pos.mean()), n=len(pos), positive=positive)
 
+# %% ../../nbs/lib/33_metrics.auc.ipynb #9ff072b4
 def both_scores(y, p, *, names:tuple=NAMES, threshold:float=.5) -> pd.DataFrame: # One row a positive class
     "`binary_scores` for both choices of the positive class; see there for the arguments."
     return pd.DataFrame([binary_scores(y, p, positive=c, names=names, threshold=threshold) for c in names]).set_index("positive")
@@ -134,6 +137,7 @@ def roc_points(y, p, *, names:tuple=NAMES) -> pd.DataFrame: # fpr, tpr, threshol
     fpr, tpr, thr = skm.roc_curve(y, p, drop_intermediate=False)
     return pd.DataFrame(dict(fpr=fpr, tpr=tpr, threshold=thr))
 
+# %% ../../nbs/lib/33_metrics.auc.ipynb #afd3a099
 def pr_points(y, p, *, positive:str=NAMES[1], names:tuple=NAMES) -> pd.DataFrame: # recall, precision, threshold
     "Points of the precision-recall curve of `positive`, thresholds on its own score; the first point is (0, 1)."
     y, p = as_positive(*check_scores(y, p, names=names, what="pr curve"), positive, names)
@@ -152,8 +156,10 @@ def best_threshold(
     "Threshold that is best on this set, half-way between two neighbouring scores; the lowest among equals."
     y, p = check_scores(y, p, names=names, what="best_threshold")
     if by not in ("youden","f1"): raise ParameterError(f"unknown rule '{by}'", "best_threshold", nearest(by, ["youden","f1"]))
-    s = np.unique(p); cuts = np.r_[s[0]-1e-6, (s[1:]+s[:-1])/2, s[-1]]
-    tp = np.array([(p[y]>c).sum() for c in cuts]); fp = np.array([(p[~y]>c).sum() for c in cuts])
+    s = np.unique(p)
+    cuts = np.r_[s[0]-1e-6, (s[1:]+s[:-1])/2, s[-1]]
+    tp = np.array([(p[y]>c).sum() for c in cuts])
+    fp = np.array([(p[~y]>c).sum() for c in cuts])
     P, N = y.sum(), (~y).sum()
     if by=="youden": gain = tp/P - fp/N
     elif positive==names[1]: gain = 2*tp/(tp+fp+P)
@@ -172,6 +178,7 @@ def ovr_auc(
     if P.ndim!=2 or P.shape!=(len(y), len(names)): raise DataError(f"probabilities are {P.shape}, expected {(len(y),len(names))}", "ovr_auc")
     return {c: auc(y==i, P[:,i], names=(f"not {c}",c)) if 0 < (y==i).sum() < len(y) else float("nan") for i,c in enumerate(names)}
 
+# %% ../../nbs/lib/33_metrics.auc.ipynb #e02bba88
 def confusion(
     y, # Class numbers, `(n,)`
     called, # Predicted class numbers, `(n,)`

@@ -26,6 +26,7 @@ def patient_codes(
     codes, known = pd.factorize(ids.astype(str), sort=True)
     return codes, known
 
+# %% ../../nbs/lib/35_metrics.boot.ipynb #1bc3cb41
 def patient_weights(
     k:int, # Number of patients
     *,
@@ -39,12 +40,15 @@ def patient_weights(
 # %% ../../nbs/lib/35_metrics.boot.ipynb #4c71b4a9
 def _steps(score):
     "Order of falling score and the starts of the runs of equal scores in it."
-    order = np.argsort(-score, kind="stable"); s = score[order]
+    order = np.argsort(-score, kind="stable")
+    s = score[order]
     return order, np.r_[0, np.flatnonzero(np.diff(s))+1]
 
 def _walk(w, y, order, starts):
     "Positive and negative weight of each step, `(b,steps)`."
-    a = w[:,order]; pos = a*y[order]; neg = a - pos
+    a = w[:,order]
+    pos = a*y[order]
+    neg = a - pos
     if len(starts)==len(order): return pos, neg
     return np.add.reduceat(pos, starts, axis=1), np.add.reduceat(neg, starts, axis=1)
 
@@ -53,7 +57,8 @@ def _auroc(w, y, order, starts):
     return 1 - (pos*(np.cumsum(neg, 1) - neg/2)).sum(1)/(pos.sum(1)*neg.sum(1))
 
 def _auprc(w, y, order, starts):
-    pos, neg = _walk(w, y, order, starts); tp = np.cumsum(pos, 1)
+    pos, neg = _walk(w, y, order, starts)
+    tp = np.cumsum(pos, 1)
     return (pos*tp/np.maximum(tp + np.cumsum(neg, 1), 1e-300)).sum(1)/tp[:,-1]
 
 # %% ../../nbs/lib/35_metrics.boot.ipynb #b5df11ed
@@ -70,7 +75,8 @@ def weighted_metric(
     pos, score = as_positive(y, p, positive, names)
     called = (p > threshold) == (positive==names[1])
     if name in ("auroc","auprc"):
-        order, starts = _steps(score); f = _auroc if name=="auroc" else _auprc
+        order, starts = _steps(score)
+        f = _auroc if name=="auroc" else _auprc
         return lambda w: f(w, pos, order, starts)
     T = np.stack([pos&called, ~pos&called, pos&~called, ~pos&~called], 1).astype(float)
     rules = dict(accuracy=lambda tp,fp,fn,tn: (tp+tn)/(tp+fp+fn+tn), f1=lambda tp,fp,fn,tn: 2*tp/(2*tp+fp+fn),
@@ -99,13 +105,17 @@ def bca(
 ) -> dict: # lo, hi, se, p (two-sided, against 0)
     "Bias-corrected and accelerated interval (Efron 1987), widened for few patients (Hesterberg 2015), and the p it implies."
     below = lambda at: ((draws < at-1e-12).sum() + .5*(np.abs(draws-at) <= 1e-12).sum())/len(draws)
-    edge = .5/len(draws); z_of = lambda q: stats.norm.ppf(np.clip(q, edge, 1-edge))
-    u = jack.mean() - jack if len(jack) else np.zeros(1); ss = (u**2).sum()
+    edge = .5/len(draws)
+    z_of = lambda q: stats.norm.ppf(np.clip(q, edge, 1-edge))
+    u = jack.mean() - jack if len(jack) else np.zeros(1)
+    ss = (u**2).sum()
     a, z0, se = ((u**3).sum()/(6*ss**1.5) if ss>1e-24 else 0.), z_of(below(value)), float(draws.std(ddof=1))
-    z = _quantile_z(level, n); ends = [_bca_end(s, z0, a) for s in (-z,z)]
+    z = _quantile_z(level, n)
+    ends = [_bca_end(s, z0, a) for s in (-z,z)]
     tail = len(draws)*(1-level)/2 >= 5                                  # are there draws so far out?
     lo, hi = np.quantile(draws, ends) if tail else (value-z*se, value+z*se)
-    w = z_of(below(0.)) - z0; zeta = w/(1 + a*w) - z0
+    w = z_of(below(0.)) - z0
+    zeta = w/(1 + a*w) - z0
     p = 2*stats.t.sf(abs(zeta)/np.sqrt(n/(n-1)), n-1) if n>1 else 1.
     return dict(lo=float(lo), hi=float(hi), se=se, p=float(min(p,1)))
 
@@ -126,7 +136,8 @@ def boot_contrasts(
     C = np.atleast_2d(np.asarray(C, float))
     if C.shape[1]!=len(cells): raise ParameterError(f"{C.shape[1]} coefficients for {len(cells)} cells", "boot_contrasts")
     if not (C!=0).any(1).all(): raise ParameterError("a contrast without cells", "boot_contrasts")
-    used = np.flatnonzero((C!=0).any(0)); C = C[:,used]
+    used = np.flatnonzero((C!=0).any(0))
+    C = C[:,used]
     ys, ps = zip(*(check_scores(cells[i]["y"], _score(cells[i], metric), names=names, what=metric) for i in used))
     fs = [weighted_metric(metric, y, p, positive=positive, names=names, threshold=threshold) for y,p in zip(ys,ps)]
     parts, k = _joint_patients([cells[i].get("patients") for i in used], [len(y) for y in ys])
@@ -158,7 +169,8 @@ def _joint_patients(who, sizes):
 
 def _values(fs, parts, k, *, n_boot=0, rng=None):
     "Each cell in each of n_boot resamples, or with each patient left out in turn; `(rows,cells)`, in blocks that fit the cache."
-    rows = n_boot or k; block, out = max(1, int(2e6/max(k, *map(len, parts)))), []
+    rows = n_boot or k
+    block, out = max(1, int(2e6/max(k, *map(len, parts)))), []
     with np.errstate(invalid="ignore", divide="ignore"):
         for start in range(0, rows, block):
             stop = min(start+block, rows)
@@ -183,7 +195,8 @@ def boot_scores(
     "Value and patient-bootstrap interval (`bca`) of each metric of one classifier."
     kw = dict(positive=positive, names=names, threshold=threshold, n_boot=n_boot, level=level, seed=seed)
     out = pd.concat([boot_contrasts([dict(y=y,p=p,patients=patients)], [1], metric=m, **kw) for m in metrics], ignore_index=True)
-    out.insert(0, "metric", list(metrics)); out.insert(1, "positive", positive)
+    out.insert(0, "metric", list(metrics))
+    out.insert(1, "positive", positive)
     return out.drop(columns="p").assign(n=len(np.asarray(y)))
 
 # %% ../../nbs/lib/35_metrics.boot.ipynb #5dfbc31a
@@ -206,7 +219,8 @@ def boot_diff(
     cells = [dict(y=y,p=a,patients=patients), dict(y=y,p=b,patients=patients)]
     if len(np.asarray(a))!=len(np.asarray(b)): raise DataError(f"{len(a)} and {len(b)} scores cannot be paired", "boot_diff", "score both classifiers on the same patches")
     out = pd.concat([boot_contrasts(cells, [1,-1], metric=m, **kw) for m in metrics], ignore_index=True)
-    out.insert(0, "metric", list(metrics)); out.insert(1, "positive", positive)
+    out.insert(0, "metric", list(metrics))
+    out.insert(1, "positive", positive)
     return out.assign(n=len(np.asarray(y)))
 
 # %% ../../nbs/lib/35_metrics.boot.ipynb #e7fccc92
@@ -216,12 +230,16 @@ def over_seeds(
     level:float=.95, # Of the interval
 ) -> dict: # mean, sd (ddof 1), n, lo, hi; with one seed sd, lo and hi are NaN
     "Mean, sample sd and Student-t interval of the mean over independent runs."
-    v = np.asarray(values, float); v = v[np.isfinite(v)]; n = len(v)
+    v = np.asarray(values, float)
+    v = v[np.isfinite(v)]
+    n = len(v)
     if n==0: return dict(mean=np.nan, sd=np.nan, n=0, lo=np.nan, hi=np.nan)
     if n==1: return dict(mean=float(v[0]), sd=np.nan, n=1, lo=np.nan, hi=np.nan)
-    sd = v.std(ddof=1); half = stats.t.ppf((1+level)/2, n-1)*sd/np.sqrt(n)
+    sd = v.std(ddof=1)
+    half = stats.t.ppf((1+level)/2, n-1)*sd/np.sqrt(n)
     return dict(mean=float(v.mean()), sd=float(sd), n=n, lo=float(v.mean()-half), hi=float(v.mean()+half))
 
+# %% ../../nbs/lib/35_metrics.boot.ipynb #697ee745
 def paired_seeds(
     a, # One value a seed
     b, # The other row, same seeds in the same order
@@ -235,9 +253,11 @@ def paired_seeds(
     p = np.nan if d["n"]<2 else float(a.mean()==b.mean()) if d["sd"]==0 else 2*stats.t.sf(abs(d["mean"])/(d["sd"]/np.sqrt(d["n"])), d["n"]-1)
     return dict(d, p=float(p), **prob_better(a, b, level=level))
 
+# %% ../../nbs/lib/35_metrics.boot.ipynb #cbebb70a
 def prob_better(a, b, *, level:float=.95) -> dict: # better, better_lo, better_hi
     "P(a > b) over paired runs (Bouthillier 2021), ties one half, with Wilson's score interval; the arguments are those of `paired_seeds`."
-    a, b = np.asarray(a, float), np.asarray(b, float); n = len(a)
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    n = len(a)
     q, z2 = float(((a>b) + .5*(a==b)).mean()), stats.norm.ppf((1+level)/2)**2
     mid, half = (q + z2/(2*n))/(1+z2/n), np.sqrt(z2*(q*(1-q)/n + z2/(4*n*n)))/(1+z2/n)
     return dict(better=q, better_lo=float(mid-half), better_hi=float(mid+half))
@@ -250,9 +270,11 @@ def corrected_t(
     level:float=.95, # Of the interval
 ) -> dict: # mean, se, lo, hi, p, n
     "Corrected resampled t-test (Nadeau & Bengio 2003)."
-    d = np.asarray(diffs, float); J = len(d)
+    d = np.asarray(diffs, float)
+    J = len(d)
     if J<2: raise DataError(f"{J} split is too few", "corrected_t")
-    se = np.sqrt((1/J + test_share)*d.var(ddof=1)); q = stats.t.ppf((1+level)/2, J-1)*se
+    se = np.sqrt((1/J + test_share)*d.var(ddof=1))
+    q = stats.t.ppf((1+level)/2, J-1)*se
     p = float(d.mean()==0) if se==0 else 2*stats.t.sf(abs(d.mean())/se, J-1)
     return dict(mean=float(d.mean()), se=float(se), lo=float(d.mean()-q), hi=float(d.mean()+q), p=float(p), n=J)
 
@@ -261,7 +283,9 @@ def holm(
     p, # p-values; NaN (not run) stays NaN and is not counted
 ) -> np.ndarray: # Adjusted p-values, same order
     "Holm's (1979) adjusted p-values."
-    p = np.asarray(p, float); out = np.full(p.shape, np.nan); ok = np.flatnonzero(np.isfinite(p))
+    p = np.asarray(p, float)
+    out = np.full(p.shape, np.nan)
+    ok = np.flatnonzero(np.isfinite(p))
     order = ok[np.argsort(p[ok], kind="stable")]
     out[order] = np.minimum(1, np.maximum.accumulate(p[order]*np.arange(len(order),0,-1)))
     return out

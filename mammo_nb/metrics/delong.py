@@ -22,7 +22,8 @@ def placements(
     p:np.ndarray, # Scores of class 1, `(n,)`
 ) -> tuple: # Placement of each lesion `(m,)` and of each healthy patch `(n-m,)`; the mean of each is the AUROC
     "Share of healthy patches below each lesion, and of lesions above each healthy patch, ties one half (DeLong 1988)."
-    pos, neg = p[y], p[~y]; m, n = len(pos), len(neg)
+    pos, neg = p[y], p[~y]
+    m, n = len(pos), len(neg)
     both = rankdata(np.r_[pos, neg])
     return (both[:m] - rankdata(pos))/n, 1 - (both[m:] - rankdata(neg))/m
 
@@ -39,6 +40,7 @@ class DeLong:
     k_neg:int # Patients with a patch of class 0
     clustered:bool # Were patients given?
 
+# %% ../../nbs/lib/34_metrics.delong.ipynb #7eee5441
 def delong(
     y, # Targets 0 or 1, `(n,)`
     S, # Scores of class 1, `(n,)` of one model or `(k,n)` of k models
@@ -47,10 +49,13 @@ def delong(
     names:tuple=NAMES, # Class names, for messages
 ) -> DeLong:
     "AUROC and its covariance for k models: DeLong 1988, clustered as Obuchowski 1997."
-    S = np.atleast_2d(np.asarray(S, float)); y0 = y
+    S = np.atleast_2d(np.asarray(S, float))
+    y0 = y
     for s in S: y, _ = check_scores(y0, s, names=names, what="auc")
-    codes, known = patient_codes(patients, len(y)); K = len(known)
-    V = [placements(y, s) for s in S]; auc = np.array([v.mean() for v,_ in V])
+    codes, known = patient_codes(patients, len(y))
+    K = len(known)
+    V = [placements(y, s) for s in S]
+    auc = np.array([v.mean() for v,_ in V])
     m, n = int(y.sum()), int((~y).sum())
     add = lambda rows, who: np.stack([np.bincount(codes[who], weights=v, minlength=K) for v in rows])
     X, Y = add([v - a for (v,_),a in zip(V,auc)], y), add([v - a for (_,v),a in zip(V,auc)], ~y)
@@ -84,6 +89,7 @@ def auc_interval(
     l, h = np.log(a/(1-a)) + np.array([-1,1])*z*se/(a*(1-a))
     return float(1/(1+np.exp(-l))), float(1/(1+np.exp(-h)))
 
+# %% ../../nbs/lib/34_metrics.delong.ipynb #3a73526d
 def paired_test(
     y, # Targets 0 or 1
     a, # Scores of the first model
@@ -95,10 +101,13 @@ def paired_test(
     names:tuple=NAMES, # Class names, for messages
 ) -> dict: # auc_a, auc_b, diff (a - b), lo, hi, se, z, p, test, n, n_patients
     "Two-sided test of equal AUROC of two models on the same patches; identical rankings give p = 1."
-    d = delong(y, np.stack([a,b]), patients=patients, names=names); c = np.array([1,-1])
-    diff, var = float(c@d.auc), max(float(c@d.cov@c), 0); se = np.sqrt(var) if var>1e-16 else 0.
+    d = delong(y, np.stack([a,b]), patients=patients, names=names)
+    c = np.array([1,-1])
+    diff, var = float(c@d.auc), max(float(c@d.cov@c), 0)
+    se = np.sqrt(var) if var>1e-16 else 0.
     z = diff/se if se else 0. if abs(diff)<1e-12 else np.nan
-    df = _df(d, dist); q = stats.t.ppf((1+level)/2, df)*se if se or abs(diff)<1e-12 else np.nan
+    df = _df(d, dist)
+    q = stats.t.ppf((1+level)/2, df)*se if se or abs(diff)<1e-12 else np.nan
     return dict(auc_a=float(d.auc[0]), auc_b=float(d.auc[1]), diff=diff, lo=float(diff-q), hi=float(diff+q), se=float(se), z=float(z), p=float(2*stats.t.sf(abs(z), df)),
                 test="DeLong" + (", patients as clusters (Obuchowski)" if d.clustered else ""), n=d.n_pos+d.n_neg, n_patients=d.n_patients)
 
@@ -108,7 +117,9 @@ def joint_test(
     C=None, # Contrasts `(q,k)`; None compares every model with the last
 ) -> dict: # chi2, df, p
     "Wald test that all contrasts of the AUROCs are zero (DeLong 1988)."
-    k = len(d.auc); C = np.c_[np.eye(k-1), -np.ones(k-1)] if C is None else np.atleast_2d(np.asarray(C, float))
-    v, V = C@d.auc, C@d.cov@C.T; df = int(np.linalg.matrix_rank(V, hermitian=True))
+    k = len(d.auc)
+    C = np.c_[np.eye(k-1), -np.ones(k-1)] if C is None else np.atleast_2d(np.asarray(C, float))
+    v, V = C@d.auc, C@d.cov@C.T
+    df = int(np.linalg.matrix_rank(V, hermitian=True))
     chi2 = float(v@np.linalg.pinv(V, hermitian=True)@v)
     return dict(chi2=chi2, df=df, p=float(stats.chi2.sf(chi2, df)) if df else 1.)

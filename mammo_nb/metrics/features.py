@@ -36,7 +36,8 @@ def texture_patches(
     "Test material: `1/f^power` noise around mid grey, with a blob."
     g = rng(seed, "texture_patches", size)
     fy,fx = np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size), indexing="ij")
-    f = np.hypot(fy, fx); f[0,0] = np.inf
+    f = np.hypot(fy, fx)
+    f[0,0] = np.inf
     x = np.fft.irfft2(np.fft.rfft2(g.standard_normal((n,size,size))) * f**(-power/2), s=(size,size))
     x = 110 + 28*x/x.std((1,2), keepdims=True)
     if blob:
@@ -83,6 +84,7 @@ class Extractor:
         "Name, length, size and resize rule in words."
         return f"{self.name} ({self.dim}-d, {self.size} px, {self.rule}, {self.hash[:8]})"
 
+# %% ../../nbs/lib/30_metrics.features.ipynb #55ffbe79
 def _check_patches(x, what):
     if getattr(x, "ndim", 0) != 3 or x.dtype != np.uint8:
         raise DataError(f"{what} must be uint8 patches (n, h, w), got {getattr(x,'dtype',type(x).__name__)} {tuple(getattr(x,'shape',()))}", "features",
@@ -192,6 +194,7 @@ def find_inception(
         f"fetch {INCEPTION_URL} on a machine with a network and put it into {places[0] if not weights or places[0].is_dir() else hub}, "
         "or ask for extractor='embedded', which needs no file")
 
+# %% ../../nbs/lib/30_metrics.features.ipynb #7906b2cf
 def _read_inception(path):
     if path.suffix == ".safetensors":
         try: return load_file(path)
@@ -210,7 +213,9 @@ def load_inception(
     own = net.layers.state_dict()
     state = {k:v for k,v in state.items() if not k.startswith(("fc.","AuxLogits."))}
     for k,v in own.items():
-        if k.endswith("num_batches_tracked"): state.setdefault(k, v); continue
+        if k.endswith("num_batches_tracked"):
+            state.setdefault(k, v)
+            continue
         if k not in state: raise WeightsError(f"'{k}' is missing: not Inception's weights", path, "see find_inception for the right file")
         if state[k].shape != v.shape: raise WeightsError(f"'{k}' is {tuple(state[k].shape)}, Inception has {tuple(v.shape)}", path, "see find_inception for the right file")
     net.layers.load_state_dict({k:state[k] for k in own})
@@ -233,7 +238,9 @@ def make_extractor(
     "The extractor of that name, with its weights checked."
     if rule not in RESIZE_RULES: raise ParameterError(f"unknown resize rule '{rule}'", "rule", nearest(rule, RESIZE_RULES))
     if name == "auto":
-        try: find_inception(weights); name = "inception"
+        try:
+            find_inception(weights)
+            name = "inception"
         except WeightsError: name = "embedded"
     if name not in EXTRACTORS: raise ParameterError(f"unknown extractor '{name}'", "extractor", nearest(name, [*EXTRACTORS, "auto"]))
     return EXTRACTORS[name](rule=rule, weights=weights)

@@ -35,7 +35,8 @@ def _check_features(real, fake, least=2):
 
 # %% ../../nbs/lib/31_metrics.fid.ipynb #c75ba0ee
 def _moments(x):
-    m = x.mean(0); a = (x-m)/np.sqrt(len(x)-1)
+    m = x.mean(0)
+    a = (x-m)/np.sqrt(len(x)-1)
     return m, (np.linalg.qr(a, mode="r") if len(a) > a.shape[1] else a)
 
 def _nuclear(m, device): # Sum of the singular values; in float64 on either kind of device
@@ -64,7 +65,8 @@ def fid_inf(
 ) -> float:
     "FID extrapolated to infinitely many patches of both kinds (Chong and Forsyth 2020), by subsets of equal n."
     real, fake = _check_features(real, fake, 20)
-    n = min(len(real), len(fake)); sizes = np.unique(np.linspace(n/4, n, points).astype(int))
+    n = min(len(real), len(fake))
+    sizes = np.unique(np.linspace(n/4, n, points).astype(int))
     g = rng(seed, "fid_inf")
     pick = lambda f, k: f[g.permutation(len(f))[:k]]
     v = [np.mean([fid(pick(real, k), pick(fake, k)) for _ in range(repeats)]) for k in sizes]
@@ -132,7 +134,8 @@ def prdc(
 ) -> dict: # name -> Estimate, and `n`
     "Precision and recall (Kynkäänniemi 2019), density and coverage (Naeem 2020), at equal n."
     real, fake = _check_features(real, fake, k+2)
-    g = rng(seed, "prdc"); n = min(len(real), len(fake))
+    g = rng(seed, "prdc")
+    n = min(len(real), len(fake))
     real, fake = (f[np.sort(g.permutation(len(f))[:n])] for f in (real, fake))
     radius = lambda f: np.partition(cdist(f, f), k, axis=1)[:,k]
     d, r, q = cdist(real, fake), radius(real), radius(fake)
@@ -175,6 +178,7 @@ def report_row(
     e = value if isinstance(value, Estimate) else Estimate(float(value), np.nan, np.nan)
     return dict(zip(REPORT_COLUMNS, (metric, *e, n_real, n_fake, extractor.name, extractor.hash, extractor.rule, note)))
 
+# %% ../../nbs/lib/31_metrics.fid.ipynb #69df10b6
 def generator_report(
     real:np.ndarray, # Real patches, uint8 `(n, h, w)`, or their features `(n, dim)`
     fake:np.ndarray, # Generated patches, uint8 `(m, h, w)`, or their features

@@ -31,12 +31,14 @@ def nearest_rows(
     idx[np.isinf(dist)] = -1
     return idx, dist
 
+# %% ../../nbs/lib/36_metrics.memory.ipynb #1f5e02f3
 def flips_of(
     pixels:np.ndarray, # `(n, h, w)`
 ) -> np.ndarray: # `(4, n, h, w)`: as is, left-right, up-down, both
     "The four flips of each patch."
     return np.stack([pixels, pixels[:,:,::-1], pixels[:,::-1], pixels[:,::-1,::-1]])
 
+# %% ../../nbs/lib/36_metrics.memory.ipynb #d7de29c8
 def nearest_training(
     query:np.ndarray, # uint8 `(n, h, w)`
     train:np.ndarray, # Training patches, uint8 `(m, h, w)`
@@ -49,7 +51,9 @@ def nearest_training(
     "The nearest training patch of each patch."
     q, kinds = features(query, extractor, device=device), flips_of(train) if flips else train[None]
     found = [nearest_rows(q, features(np.ascontiguousarray(t), extractor, device=device), apart=apart) for t in kinds]
-    d = np.stack([f[1] for f in found]); best = d.argmin(0); row = np.arange(len(q))
+    d = np.stack([f[1] for f in found])
+    best = d.argmin(0)
+    row = np.arange(len(q))
     return pd.DataFrame(dict(train=np.stack([f[0] for f in found])[best,row], flip=best, distance=d[best,row]))
 
 # %% ../../nbs/lib/36_metrics.memory.ipynb #00a40872

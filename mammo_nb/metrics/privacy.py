@@ -43,10 +43,16 @@ def tpr_at(
 @dataclass(frozen=True)
 class Attack:
     "How well one score tells members from outsiders."
-    auc:float; lo:float; hi:float # AUROC and 95 % interval, patients as clusters
-    tpr:float; tpr_lo:float; tpr_hi:float # Members recognised at 1 % accused outsiders
-    fpr:float; fpr_hi:float # Outsiders accused at this threshold, and the most it may really be
+    auc:float
+    lo:float
+    hi:float # AUROC and 95 % interval, patients as clusters
+    tpr:float
+    tpr_lo:float
+    tpr_hi:float # Members recognised at 1 % accused outsiders
+    fpr:float
+    fpr_hi:float # Outsiders accused at this threshold, and the most it may really be
 
+# %% ../../nbs/lib/38_metrics.privacy.ipynb #fbecf044
 def attack_scores(
     y, # 1 member, 0 outsider
     score, # Higher = more like a member
@@ -58,11 +64,13 @@ def attack_scores(
 ) -> Attack:
     "AUROC (clustered DeLong) and true positives at a low false positive rate, with intervals over patients."
     y, score = np.asarray(y).astype(bool), np.asarray(score, float)
-    d = delong(y, score, patients=patients, names=("outsiders","members")); lo, hi = auc_interval(d)
+    d = delong(y, score, patients=patients, names=("outsiders","members"))
+    lo, hi = auc_interval(d)
     codes, known = patient_codes(patients, len(y))
     w = patient_weights(len(known), n_boot=boots, rng=rng(seed, "attack"))[:,codes]
     t, f = tpr_at(y, score, fpr=fpr)[0]
-    draws = tpr_at(y, score, fpr=fpr, weights=w)[:,0]; draws = draws[np.isfinite(draws)]
+    draws = tpr_at(y, score, fpr=fpr, weights=w)[:,0]
+    draws = draws[np.isfinite(draws)]
     ci = lambda share, k, how: stats.binomtest(round(share*k), k).proportion_ci(.95, method=how)
     wil = ci(t, d.k_pos, "wilson")
     low, high = np.quantile(draws, [.025,.975]) if len(draws) else (0., 1.)
@@ -77,6 +85,7 @@ def looks(
     px = pixels[:,None] if pixels.ndim == 3 else pixels
     return [x for v in range(min(views, px.shape[1])) for x in flips_of(np.asarray(px[:,v]))]
 
+# %% ../../nbs/lib/38_metrics.privacy.ipynb #1ca9d0a9
 def discriminator_scores(
     D, # Network `(b,1,s,s)` -> `(b,)`, or function from uint8 `(n,s,s)` to scores
     pixels:np.ndarray, # uint8 `(n, s, s)` or `(n, views, s, s)`
@@ -102,7 +111,8 @@ def _recipe_of(identity, folder): # The recipe a training was started with
     import importlib
     from mammo_nb.gans.train import Recipe
     def all_of(cls): return {cls.__name__:cls} | {k:v for c in cls.__subclasses__() for k,v in all_of(c).items()}
-    told = dict(identity["recipe"]); name = told.pop("name")
+    told = dict(identity["recipe"])
+    name = told.pop("name")
     for m in RECIPE_MODULES:
         if name in all_of(Recipe): break
         importlib.import_module(f"mammo_nb.gans.{m}")
@@ -116,7 +126,8 @@ def load_discriminator(
 ): # nn.Module in evaluation mode, `(b,1,s,s)` -> `(b,)`
     "The discriminator of a training, from its last whole checkpoint."
     from mammo_nb.gans.train import Checkpoint
-    folder = Path(folder); steps = Checkpoint(folder).steps()
+    folder = Path(folder)
+    steps = Checkpoint(folder).steps()
     if not steps: raise WeightsError("no checkpoint here, so no discriminator", folder, "point at the folder train_gan was given; exported generators come without one")
     identity = read_json(folder/f"checkpoint-{steps[-1]:08d}.json")["identity"]
     saved = Checkpoint(folder, identity=identity).load()
@@ -147,11 +158,14 @@ def member_control(
     deals:int = 200, # How often they are dealt
 ) -> np.ndarray: # AUROCs, `(deals,)`
     "AUROC of an attack on members of whom some are called outsiders."
-    codes, known = patient_codes(patients, len(np.asarray(score))); k = len(known)
+    codes, known = patient_codes(patients, len(np.asarray(score)))
+    k = len(known)
     if k < 2: raise DataError("all members are of one patient", "member control", "two are needed")
     n_out, g = max(1, min(outsiders, k//2)), rng(seed, "member control")
     out = np.stack([np.isin(codes, g.permutation(k)[:n_out]) for _ in range(deals)])
-    ranks = stats.rankdata(score); m = (~out).sum(1); n = out.sum(1)
+    ranks = stats.rankdata(score)
+    m = (~out).sum(1)
+    n = out.sum(1)
     return ((~out @ ranks) - m*(m+1)/2)/(m*n)
 
 # %% ../../nbs/lib/38_metrics.privacy.ipynb #2a04d7f8
@@ -215,6 +229,7 @@ class Audit:
         if not isinstance(d, dict) or not {"table","memory","pairs","why"} <= set(d): raise DataError("this is no audit", Path(folder)/"audit.json")
         return Audit.from_dict(d)
 
+# %% ../../nbs/lib/38_metrics.privacy.ipynb #0306032b
 def no_audit(
     why:str, # E.g. `no held-out patients of this centre`
 ) -> Audit:
@@ -236,7 +251,8 @@ def audit_words(
 ) -> str: # Markdown
     "The audit in words."
     if a.why: return f"**Membership cannot be audited:** {a.why}."
-    t = a.table; first, blind = t.iloc[0], t[t.attack==NAMES["blind"]]
+    t = a.table
+    first, blind = t.iloc[0], t[t.attack==NAMES["blind"]]
     out = [f"Membership attacks on {first.n_members} training patches of {first.members_patients} patients against {first.n_held} patches of {first.held_patients} held-out patients"
            + (f", with {int(first.n_fake)} samples" if first.n_fake else "") + ". Intervals count patients.", "\n".join(_row_words(r) for r in t.itertuples() if r.attack != NAMES["blind"])]
     for r in blind.itertuples():
@@ -317,7 +333,9 @@ def audit(
         D = load_discriminator(discriminator, device=device) if isinstance(discriminator, (str,Path)) else discriminator
         scores["discriminator"] = np.concatenate([discriminator_scores(D, p, views=v, value_range=value_range, device=device) for p in px])
     for name in extractors:
-        scores[name], m, t = _space(name, fake, px, who, seed, device, pairs); memory.append(m); near.append(t)
+        scores[name], m, t = _space(name, fake, px, who, seed, device, pairs)
+        memory.append(m)
+        near.append(t)
     rows = []
     for name,s in scores.items():
         a, control = attack_scores(y, s, all_who, seed=seed, boots=boots), member_control(s[y==1], who[0], outsiders=k[1], seed=seed)

@@ -44,6 +44,7 @@ class Probe(NamedTuple):
     n:int # Patches
     patients:int # Groups
 
+# %% ../../nbs/lib/37_metrics.probe.ipynb #dfb458c2
 def _pairs(y, s):
     "Won pairs (ties half) of each positive (row) against each negative (column)."
     d = s[y==1][:,None]-s[y==0][None]
@@ -73,7 +74,8 @@ def probe_auc(
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x.iloc[a], y[a])
         p, w = _pairs(y[b], model.decision_function(x.iloc[b])), weight[:,groups[b]]
         pos, neg = w[:,y[b]==1], w[:,y[b]==0]
-        won = won + ((pos@p)*neg).sum(1); all_ = all_ + pos.sum(1)*neg.sum(1)
+        won = won + ((pos@p)*neg).sum(1)
+        all_ = all_ + pos.sum(1)*neg.sum(1)
     if all_[0]==0: raise DataError("no fold holds both classes", "probe", "more patients are needed")
     auc = (won/np.where(all_>0,all_,np.nan))
     lo, hi = np.nanpercentile(auc[1:], [2.5,97.5])

@@ -39,6 +39,7 @@ def read_published(
         raise WeightsError(f"its SHA-256 begins {sha[:8]}, its name says {told[:16]}", path, "copy it again, or convert your own weights to safetensors")
     return torch.load(path, map_location="cpu", weights_only=True)      # hash checked, tensors only
 
+# %% ../../nbs/lib/32_metrics.sifid.ipynb #0ebf6c8d
 def find_published(
     names:tuple, # File names, the preferred first
     weights:str="", # File or folder; empty = torch's hub cache, then this package's cache
@@ -65,6 +66,7 @@ class PlaceExtractor:
     hash:str # Of weights and preparation
     net:Callable # float32 `(b,h,w)`, 0 to 255 -> `(b,dim,h',w')`
 
+# %% ../../nbs/lib/32_metrics.sifid.ipynb #52438fe2
 class InceptionStem(nn.Module):
     "Inception v3 in front of its first pooling: 64 features a place, grey levels given three times, in [-1,1]."
     def __init__(self):
@@ -77,12 +79,14 @@ class InceptionStem(nn.Module):
         x = (x/127.5 - 1)[:,None].expand(-1,3,-1,-1)
         return self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
 
+# %% ../../nbs/lib/32_metrics.sifid.ipynb #f66e2582
 class EmbeddedStem(nn.Module):
     "Local mean, magnitudes of 16 fixed random filters, and rectified mixtures of these, at every second pixel."
     def __init__(self):
         super().__init__()
         net = make_extractor("embedded").net
-        self.register_buffer("w1", net.w1.clone()); self.register_buffer("w2", net.w2.clone())
+        self.register_buffer("w1", net.w1.clone())
+        self.register_buffer("w2", net.w2.clone())
 
     def forward(self, x):
         x = x[:,None]/127.5 - 1
@@ -112,14 +116,22 @@ def place_extractor(
     files = {"torchvision": TORCHVISION_INCEPTION, "inception": (*INCEPTION_FILES, "inception-2015-12-05.safetensors")}
     if name == "auto":
         for k,names in files.items():
-            try: find_published(names, weights); name = k; break
+            try:
+                find_published(names, weights)
+                name = k
+                break
             except WeightsError: pass
         else: name = "embedded"
     if name not in (*files, "embedded"): raise ParameterError(f"unknown extractor '{name}'", "extractor", nearest(name, [*files, "embedded", "auto"]))
-    if name == "embedded": net = EmbeddedStem(); dim, key = 33, hash_of(name, net.w1, net.w2)
-    else: path = find_published(files[name], weights, what=f"Inception weights ({name})", or_else="ask for extractor='embedded'"); net, dim, key = _stem(path), 64, hash_of(name, file_hash(path))
+    if name == "embedded":
+        net = EmbeddedStem()
+        dim, key = 33, hash_of(name, net.w1, net.w2)
+    else:
+        path = find_published(files[name], weights, what=f"Inception weights ({name})", or_else="ask for extractor='embedded'")
+        net, dim, key = _stem(path), 64, hash_of(name, file_hash(path))
     return PlaceExtractor(name, dim, key, net.eval().requires_grad_(False))
 
+# %% ../../nbs/lib/32_metrics.sifid.ipynb #7f170e1f
 def places(
     pixels:np.ndarray, # uint8 `(n,h,w)`
     extractor:PlaceExtractor,
@@ -150,6 +162,7 @@ def sifid(
     own, = places(np.asarray(real)[None], extractor, device=device)
     return np.array([fid(own, f) for f in places(fakes, extractor, device=device)])
 
+# %% ../../nbs/lib/32_metrics.sifid.ipynb #aef76782
 def sifid_row(
     real:np.ndarray, # uint8 `(h,w)`
     fakes:np.ndarray, # uint8 `(n,h',w')`

@@ -37,6 +37,7 @@ class Claim:
     published:float = None # The paper's number where no table of ours holds it
     note:str = "" # What to know about it
 
+# %% ../../nbs/lib/62_report.claims.ipynb #71ab7473
 def claims(
     paper:str=None, # One paper; None = all
 ) -> list: # `Claim`s in the order of the papers
@@ -46,6 +47,7 @@ def claims(
     if paper is not None and paper not in known: raise ParameterError(f"no claims of '{paper}'", "claims", nearest(paper, known))
     return [c for c in out if paper in (None, c.paper)]
 
+# %% ../../nbs/lib/62_report.claims.ipynb #e989d949
 def claim(id:str) -> Claim:
     "One claim by its id."
     by = {c.id:c for c in claims()}
@@ -72,7 +74,9 @@ def contrasts(
             whole &= all(w in at for w in want)
             for w in want:
                 if w in at: row[at[w]] += t["weight"]/len(want)
-        if whole: rows.append(row); used.append(" · ".join(v for v in s.values() if v))
+        if whole:
+            rows.append(row)
+            used.append(" · ".join(v for v in s.values() if v))
     return np.array(rows).reshape(len(rows), len(cells)), used, len(strata)
 
 def _of_metric(claim, frame):
@@ -89,7 +93,8 @@ def published_value(
     claim:Claim, # What is claimed
 ) -> dict: # value (mean over the strata, or the smallest of `every`), holds (strata on the claimed side), of
     "The claim's contrast on the published numbers; the number of the text where the paper prints no table of it."
-    f = _of_metric(claim, published(claim.paper)); C, used, of = contrasts(claim, f)
+    f = _of_metric(claim, published(claim.paper))
+    C, used, of = contrasts(claim, f)
     if not len(used): return dict(value=claim.published if claim.published is not None else np.nan, holds=None, of=of)
     v = C@f.value.values
     ok = {">":v>1e-9, "<":v<-1e-9, "no more":v<claim.margin, "no less":v>-claim.margin}[claim.side]
@@ -112,12 +117,14 @@ def judge(
     if claim.side in (">","<"): return "holds" if lo>0 else "differs" if hi<-m else "cannot tell"
     return "holds" if lo>-m else "differs" if hi<-m else "cannot tell"
 
+# %% ../../nbs/lib/62_report.claims.ipynb #3bb4cc2d
 def why(claim:Claim, estimate:float, lo:float, hi:float) -> str: # A sentence
     "The reason for the verdict of `judge`, in words."
     if estimate is None or not np.isfinite(estimate): return "not run"
     if any(v is None or not np.isfinite(v) for v in (lo, hi)): return "one run without an interval"
     if -claim.margin<lo and hi<claim.margin: return f"no difference larger than {claim.margin:g} either way"
-    v = judge(claim, estimate, lo, hi); line = "0" if claim.side in (">","<") else f"{claim.margin if claim.side=='no more' else -claim.margin:g}"
+    v = judge(claim, estimate, lo, hi)
+    line = "0" if claim.side in (">","<") else f"{claim.margin if claim.side=='no more' else -claim.margin:g}"
     if v=="holds": return f"the whole interval is on the claimed side of {line}"
     if v=="differs": return f"the whole interval is on the other side, beyond {claim.margin:g}"
     return f"the interval holds values on both sides of {line}" if not (claim.side in (">","<") and (hi<0 or lo>0)) else f"on the other side, but not by more than {claim.margin:g}"
@@ -137,19 +144,21 @@ class Evidence:
     seeds:int = 0 # Runs
     n_patients:float = float("nan") # Test patients
 
+# %% ../../nbs/lib/62_report.claims.ipynb #c7c2ddd2
 def evidence_of(
     claim:Claim, # What is claimed
     rows:pd.DataFrame, # value, lo, hi, p: one row for `mean`, one a stratum for `every`
     **kw # how, used, of, seeds, n_patients
 ) -> Evidence: # The only row of `mean`, the worst of `every`
     "Evidence from contrasts; p of `every` is the largest where all are on the claimed side, else the worst one's with Bonferroni's factor."
-    v = rows.value.values; pick = min if claim.side in (">","no less") else max
+    v = rows.value.values
+    pick = min if claim.side in (">","no less") else max
     on = {">":v>0, "<":v<0, "no more":v<claim.margin, "no less":v>-claim.margin}[claim.side]
     worst = int(np.argmin(v) if pick is min else np.argmax(v))
     p = np.nan if claim.side in ("no more","no less") else rows.p.max() if on.all() else min(1., len(rows)*rows.p.iloc[worst])
     return Evidence(float(v[worst]), float(pick(rows.lo)), float(pick(rows.hi)), float(p), holds=int(on.sum()), **kw)
 
-
+# %% ../../nbs/lib/62_report.claims.ipynb #cfe6c4c2
 SHARES = ("accuracy","f1","auroc","auprc","auc") # Metrics between 0 and 1
 
 def from_seeds(
@@ -157,9 +166,11 @@ def from_seeds(
     results:pd.DataFrame, # Tidy rows of several seeds, one data set, preset, protocol and split
 ) -> Evidence: # With one seed there is an estimate and no interval
     "Contrast within each seed, then mean and t-interval over seeds."
-    f = _of_metric(claim, results); per = []
+    f = _of_metric(claim, results)
+    per = []
     for s,g in f.groupby("seed"):
-        C, used, of = contrasts(claim, g.reset_index(drop=True)); per.append((pd.Series(C@g.value.values, index=used), of))
+        C, used, of = contrasts(claim, g.reset_index(drop=True))
+        per.append((pd.Series(C@g.value.values, index=used), of))
     of = int(np.prod([len(v) for v in claim.over.values()]))
     frame = pd.concat([s for s,_ in per], axis=1) if per else pd.DataFrame()
     frame = frame.dropna()                                                       # strata that every seed has
@@ -168,7 +179,8 @@ def from_seeds(
     top = sum(t["weight"] for t in claim.terms if t["weight"]>0) if claim.metric in SHARES else np.inf # no contrast of shares is larger
     rows = []
     for _,v in w.iterrows():
-        s = over_seeds(v, level=1-.05/len(w)); t = s["mean"]/(s["sd"]/np.sqrt(s["n"])) if s["n"]>1 and s["sd"]>0 else np.nan
+        s = over_seeds(v, level=1-.05/len(w))
+        t = s["mean"]/(s["sd"]/np.sqrt(s["n"])) if s["n"]>1 and s["sd"]>0 else np.nan
         lo, hi = np.clip([s["lo"], s["hi"]], *(-top, top)) if np.isfinite(s["lo"]) else (s["lo"], s["hi"])
         rows.append(dict(value=s["mean"], lo=float(lo), hi=float(hi), p=2*stats.t.sf(abs(t), s["n"]-1) if np.isfinite(t) else np.nan))
     return evidence_of(claim, pd.DataFrame(rows), how=f"t over {frame.shape[1]} seeds" if frame.shape[1]>1 else "one seed, no interval", used=len(frame), of=of, seeds=frame.shape[1])
@@ -192,7 +204,8 @@ def from_predictions(
 
 # %% ../../nbs/lib/62_report.claims.ipynb #dda196d2
 def _published_gain(paper, metric, positive, key, arm, baseline):
-    f = published(paper); f = f[(f.metric==metric) & ~f.table.isin(["statements","f1_gains","appendix"])]
+    f = published(paper)
+    f = f[(f.metric==metric) & ~f.table.isin(["statements","f1_gains","appendix"])]
     f = f[f.positive==positive] if (f.positive==positive).any() else f
     at = {tuple(r): v for r,v in zip(f[["scope","model","regime","arm"]].values, f.value)}
     return at.get((*key, arm), np.nan) - at.get((*key, baseline), np.nan)
@@ -223,6 +236,7 @@ def gains(
     cols = ["scope","model","regime","arm","value","lo","hi","se","p","p_holm","published","n_patients"]
     return pd.concat(rows, ignore_index=True).assign(p_holm=lambda d: holm(d.p))[cols] if rows else pd.DataFrame(columns=cols)
 
+# %% ../../nbs/lib/62_report.claims.ipynb #c04805ed
 def gains_over_seeds(
     results:pd.DataFrame, # Tidy rows of several seeds, one data set, preset, protocol and split
     paper:str, # Whose published differences stand beside
@@ -232,11 +246,13 @@ def gains_over_seeds(
     baseline:str="none", # Arm that is compared against
 ) -> pd.DataFrame: # scope, model, regime, arm, value, sd, lo, hi, p, p_holm, seeds, published
     "The same over seeds: differences within each seed, then mean and t-interval."
-    f = results[(results.metric==metric) & (results.positive.isin([positive,""]) )]; rows = []
+    f = results[(results.metric==metric) & (results.positive.isin([positive,""]) )]
+    rows = []
     for key,g in f.groupby(["scope","model","regime"], sort=False):
         w = g.pivot_table(index="seed", columns="arm", values="value", aggfunc="first", sort=False)
         for a in w.columns.drop(baseline, errors="ignore") if baseline in w else []:
-            both = w[[a,baseline]].dropna(); s = paired_seeds(both[a], both[baseline])
+            both = w[[a,baseline]].dropna()
+            s = paired_seeds(both[a], both[baseline])
             rows.append(dict(zip(["scope","model","regime"],key), arm=a, value=s["mean"], sd=s["sd"], lo=s["lo"], hi=s["hi"], p=s["p"], seeds=s["n"],
                              published=_published_gain(paper, metric, positive, key, a, baseline)))
     cols = ["scope","model","regime","arm","value","sd","lo","hi","p","p_holm","seeds","published"]
@@ -254,7 +270,9 @@ def verdict_table(
     "One row a claim, run or not."
     rows = []
     for c in claims:
-        e = evidence.get(c.id, Evidence()); ran = e.used>0; pub = published_value(c)
+        e = evidence.get(c.id, Evidence())
+        ran = e.used>0
+        pub = published_value(c)
         verdict = judge(c, e.estimate, e.lo, e.hi) if ran else "cannot tell"
         on = ", ".join(([data] if data!="real" else ["real data"]) + [preset] + [f"{protocol} protocol"])
         rows.append(dict(id=c.id, paper=c.paper, claim=c.text, where=c.where, published=pub["value"], ours=e.estimate, lo=e.lo, hi=e.hi, p=e.p, verdict=verdict, on=on if ran else "",

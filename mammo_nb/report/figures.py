@@ -42,30 +42,38 @@ def sheet(
     **kwargs # To `Figure.subplots`
 ) -> tuple: # Figure, one Axes or an array of them
     "A figure with clean axes."
-    fig = Figure(figsize=size, layout="constrained"); FigureCanvasAgg(fig)
+    fig = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(fig)
     axs = fig.subplots(rows, cols, **kwargs)
     for ax in np.ravel(axs): tidy(ax)
     if title: fig.suptitle(title, fontsize=11)
     return fig, axs
 
+# %% ../../nbs/lib/61_report.figures.ipynb #8e1b332d
 def tidy(ax, *, grid:str="both"):
     "No box, a faint grid on axis `grid`, small ticks."
-    ax.spines[["top","right"]].set_visible(False); ax.tick_params(labelsize=8, length=3)
+    ax.spines[["top","right"]].set_visible(False)
+    ax.tick_params(labelsize=8, length=3)
     ax.set_axisbelow(True)
     if grid: ax.grid(True, axis=grid, color="#e6e6e6", lw=.7)
 
+# %% ../../nbs/lib/61_report.figures.ipynb #f630943a
 def dress(ax, *, x:str="", y:str="", title:str="", legend:str=""):
     "Axis names with units, a title, and a legend at `legend` (empty = none)."
-    ax.set_xlabel(x, fontsize=9); ax.set_ylabel(y, fontsize=9); ax.set_title(title, fontsize=10, loc="left")
+    ax.set_xlabel(x, fontsize=9)
+    ax.set_ylabel(y, fontsize=9)
+    ax.set_title(title, fontsize=10, loc="left")
     if legend and ax.get_legend_handles_labels()[0]: ax.legend(loc=legend, fontsize=8, frameon=False)
 
 # %% ../../nbs/lib/61_report.figures.ipynb #a5ed7739
 def figure_bytes(fig, *, fmt:str="png", dpi:int=120) -> bytes:
     "A figure as PNG or SVG without date, version or random ids; PNG at 150 dpi at most."
-    buf = io.BytesIO(); meta = {"Software":None} if fmt=="png" else {"Date":None,"Creator":None}
+    buf = io.BytesIO()
+    meta = {"Software":None} if fmt=="png" else {"Date":None,"Creator":None}
     with mpl.rc_context({"svg.hashsalt":"mammo_nb","svg.fonttype":"path"}): fig.savefig(buf, format=fmt, dpi=min(dpi,150), metadata=meta, facecolor="white")
     return buf.getvalue()
 
+# %% ../../nbs/lib/61_report.figures.ipynb #e31f263b
 def save_figure(
     fig, # A matplotlib figure
     path:Path, # Where to; the suffix is replaced
@@ -79,11 +87,13 @@ def save_figure(
         with write_whole(path.with_suffix(f".{fmt}")) as tmp: Path(tmp).write_bytes(figure_bytes(fig, fmt=fmt, dpi=dpi))
     return path
 
+# %% ../../nbs/lib/61_report.figures.ipynb #41787a69
 class Shown:
     "A figure for the output of a notebook cell."
     def __init__(self, png:bytes): self.png = png
     def _repr_png_(self): return self.png
 
+# %% ../../nbs/lib/61_report.figures.ipynb #5a9a2cdf
 def show(fig, *, dpi:int=80) -> Shown: # Displays itself as the last line of a cell
     "A figure as a small PNG in a notebook, whatever matplotlib backend runs there."
     return Shown(figure_bytes(fig, dpi=dpi))
@@ -98,11 +108,16 @@ def tile(
     "Patches side by side, row by row; an unfinished row is filled with white."
     x = np.asarray(patches)
     if x.ndim!=3 or x.dtype!=np.uint8: raise DataError(f"got {x.dtype} {x.shape}, expected uint8 (n,s,s)", "patch_grid", "a generator's output goes through sample_generator first")
-    n, h, w = x.shape; cols = max(1, min(cols, n)); rows = -(-n//cols) if n else 1
+    n, h, w = x.shape
+    cols = max(1, min(cols, n))
+    rows = -(-n//cols) if n else 1
     out = np.full((rows*(h+gap)-gap, cols*(w+gap)-gap), 255, np.uint8)
-    for i,p in enumerate(x): r, c = divmod(i, cols); out[r*(h+gap):r*(h+gap)+h, c*(w+gap):c*(w+gap)+w] = p
+    for i,p in enumerate(x):
+        r, c = divmod(i, cols)
+        out[r*(h+gap):r*(h+gap)+h, c*(w+gap):c*(w+gap)+w] = p
     return out
 
+# %% ../../nbs/lib/61_report.figures.ipynb #5e47e2f0
 def patch_grid(
     ax, # Axes
     patches:np.ndarray, # uint8 `(n,s,s)`
@@ -113,8 +128,14 @@ def patch_grid(
 ) -> None:
     "Patches on one gray scale 0 to 255, never stretched."
     ax.imshow(tile(patches, cols=cols), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    ax.grid(False); ax.set_xticks([]); ax.set_yticks([]); ax.set_title(title, fontsize=10, loc="left", color=colour(kind) if kind in PALETTE else "black")
-    for s in ax.spines.values(): s.set_visible(bool(kind)); s.set_color(colour(kind)); s.set_linewidth(2)
+    ax.grid(False)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_title(title, fontsize=10, loc="left", color=colour(kind) if kind in PALETTE else "black")
+    for s in ax.spines.values():
+        s.set_visible(bool(kind))
+        s.set_color(colour(kind))
+        s.set_linewidth(2)
 
 # %% ../../nbs/lib/61_report.figures.ipynb #94b4e39c
 def curve_with_band(
@@ -134,9 +155,13 @@ def curve_with_band(
     ax.plot(x, y, color=c, label=label, lw=1.6, marker=marker, ms=4)
     if lo is not None and hi is not None: ax.fill_between(np.asarray(x,float), np.asarray(lo,float), np.asarray(hi,float), color=c, alpha=.18, lw=0)
 
+# %% ../../nbs/lib/61_report.figures.ipynb #c49e0515
 def _smooth(v, k):
     "Moving mean over the last k points, shorter at the start."
-    v = np.asarray(v, float); s = np.cumsum(np.r_[0,v]); i = np.arange(1,len(v)+1); j = np.maximum(i-k,0)
+    v = np.asarray(v, float)
+    s = np.cumsum(np.r_[0,v])
+    i = np.arange(1,len(v)+1)
+    j = np.maximum(i-k,0)
     return (s[i]-s[j])/(i-j)
 
 def loss_curves(
@@ -157,6 +182,7 @@ def loss_curves(
         ax.plot(log[x], _smooth(log[c], smooth), color=col, lw=1.4, label=c)
     dress(ax, x=x, y="loss", title=title + (f" (mean of {smooth})" if smooth>1 else ""), legend="best")
 
+# %% ../../nbs/lib/61_report.figures.ipynb #83f675aa
 def fid_curve(
     ax, # Axes
     x, # Epochs
@@ -171,7 +197,8 @@ def fid_curve(
     "FID along training, with the real-against-real floor."
     curve_with_band(ax, x, fid, lo=lo, hi=hi, label=label, name="synthetic", marker="o")
     if floor is not None: ax.axhline(floor, color=colour("real"), lw=1, ls="--", label=f"real against real ({floor:.1f})")
-    ax.set_ylim(bottom=0); dress(ax, x="epoch", y=f"FID (n = {n})", legend="best")
+    ax.set_ylim(bottom=0)
+    dress(ax, x="epoch", y=f"FID (n = {n})", legend="best")
 
 # %% ../../nbs/lib/61_report.figures.ipynb #1c047f51
 def roc_curves(
@@ -184,10 +211,14 @@ def roc_curves(
     "ROC curves with their area, and the chance line."
     ax.plot([0,1],[0,1], color=colour("chance"), lw=1, ls="--", label="chance")
     for i,(k,(y,p)) in enumerate(scores.items()):
-        r = roc_points(y, p, names=names); ax.plot(r.fpr, r.tpr, color=colour(k,i), lw=1.5, label=f"{k} ({auc(y,p,names=names):.3f})")
-    ax.set_aspect("equal"); ax.set_xlim(-.01,1); ax.set_ylim(0,1.01)
+        r = roc_points(y, p, names=names)
+        ax.plot(r.fpr, r.tpr, color=colour(k,i), lw=1.5, label=f"{k} ({auc(y,p,names=names):.3f})")
+    ax.set_aspect("equal")
+    ax.set_xlim(-.01,1)
+    ax.set_ylim(0,1.01)
     dress(ax, x=f"share of {names[0]} called {names[1]}", y=f"share of {names[1]} found", title=title, legend="lower right")
 
+# %% ../../nbs/lib/61_report.figures.ipynb #c62d53c0
 def pr_curves(
     ax, # Axes
     scores:dict, # Name -> (y, p) of one test set
@@ -202,8 +233,11 @@ def pr_curves(
         ax.step(q.recall, q.precision, where="pre", color=colour(k,i), lw=1.5, label=f"{k} ({auprc(y,p,positive=positive,names=names):.3f})")
     base = {round(float(np.mean(np.asarray(y)==(positive==names[1]))), 6) for y,_ in scores.values()}
     for b in sorted(base): ax.axhline(b, color=colour("chance"), lw=1, ls="--", label=f"prevalence {b:.2f}")
-    ax.set_xlim(-.01,1.01); ax.set_ylim(0,1.02); dress(ax, x=f"recall of {positive}", y="precision", title=title, legend="best")
+    ax.set_xlim(-.01,1.01)
+    ax.set_ylim(0,1.02)
+    dress(ax, x=f"recall of {positive}", y="precision", title=title, legend="best")
 
+# %% ../../nbs/lib/61_report.figures.ipynb #8c11aac1
 def score_histograms(
     ax, # Axes
     y, # Targets
@@ -217,7 +251,8 @@ def score_histograms(
     "What the classifier says of each class."
     y, p = check_scores(y, p, names=names, both=False, what="score_histograms")
     for c,m in zip(names, (~y,y)): ax.hist(p[m], bins=np.linspace(0,1,bins+1), color=colour(c), alpha=.6, label=f"{c} (n = {m.sum()})")
-    ax.axvline(threshold, color="black", lw=1, ls=":"); dress(ax, x=f"probability of {names[1]}", y="patches", title=title, legend="best")
+    ax.axvline(threshold, color="black", lw=1, ls=":")
+    dress(ax, x=f"probability of {names[1]}", y="patches", title=title, legend="best")
 
 # %% ../../nbs/lib/61_report.figures.ipynb #fa00c054
 def forest(
@@ -230,7 +265,8 @@ def forest(
     title:str="", # Of the axes
 ) -> None:
     "Differences with intervals, one row each, first row on top; a row that was not run is marked so."
-    n = len(rows); pos = np.arange(n)[::-1]
+    n = len(rows)
+    pos = np.arange(n)[::-1]
     if margin: ax.axvspan(zero-margin, zero+margin, color="#f0f0f0", lw=0)
     ax.axvline(zero, color="black", lw=.9)
     for at,(_,r) in zip(pos, rows.iterrows()):
@@ -239,11 +275,14 @@ def forest(
             ax.plot(r.value, at, "o", color=colour("ours"), ms=5)
         else: ax.annotate("not run", (0, at), xycoords=("axes fraction","data"), xytext=(4,0), textcoords="offset points", fontsize=7, color="#777777", va="center")
         if "published" in rows and pd.notna(r.published): ax.plot(r.published, at, "D", mfc="white", mec=colour("published"), ms=5)
-    ax.set_yticks(pos, rows.label, fontsize=8); ax.set_ylim(-.7, n-.3); ax.grid(False, axis="y")
+    ax.set_yticks(pos, rows.label, fontsize=8)
+    ax.set_ylim(-.7, n-.3)
+    ax.grid(False, axis="y")
     ax.plot([],[],"o-", color=colour("ours"), label="ours, interval")
     if "published" in rows and rows.published.notna().any(): ax.plot([],[],"D", mfc="white", mec=colour("published"), label="published")
     dress(ax, x=x, title=title, legend="best")
 
+# %% ../../nbs/lib/61_report.figures.ipynb #e3429052
 def ours_vs_published(
     ax, # Axes
     beside:pd.DataFrame, # As from `report.tables.beside`: value, ours, ours_lo, ours_hi, metric
@@ -253,7 +292,8 @@ def ours_vs_published(
     "Published value against ours, one point a cell, agreement on the diagonal, intervals of ours."
     b = beside[beside.ours.notna()]
     for i,(m,g) in enumerate(b.groupby("metric", sort=False)):
-        err = np.abs(np.array([g.ours-g.ours_lo, g.ours_hi-g.ours])); err = np.where(np.isfinite(err), err, 0)
+        err = np.abs(np.array([g.ours-g.ours_lo, g.ours_hi-g.ours]))
+        err = np.where(np.isfinite(err), err, 0)
         ax.errorbar(g.value, g.ours, yerr=err, fmt="o", ms=4, color=CYCLE[i%len(CYCLE)], elinewidth=.7, label=f"{m} ({len(g)})", alpha=.85)
     if len(b):
         lo, hi = np.nanmin([b.value.min(), b.ours.min()])-.02, np.nanmax([b.value.max(), b.ours.max()])+.02
@@ -270,8 +310,10 @@ def confusion_matrix(
 ) -> None:
     "Counts and row shares; a row sums to 100 %."
     share = counts.div(counts.sum(axis=1).clip(lower=1), axis=0).values
-    ax.imshow(share, cmap="Blues", vmin=0, vmax=1); ax.grid(False)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    ax.grid(False)
     for i in range(len(counts)):
         for j in range(counts.shape[1]): ax.text(j, i, f"{counts.iloc[i,j]}\n{share[i,j]:.0%}", ha="center", va="center", fontsize=9, color="white" if share[i,j]>.6 else "black")
-    ax.set_xticks(range(counts.shape[1]), counts.columns); ax.set_yticks(range(len(counts)), counts.index)
+    ax.set_xticks(range(counts.shape[1]), counts.columns)
+    ax.set_yticks(range(len(counts)), counts.index)
     dress(ax, x="called", y="truth", title=title)

@@ -22,6 +22,7 @@ class Html(str):
     "Text that is HTML already: templates take it as it is."
     def __html__(self): return self
 
+# %% ../../nbs/lib/63_report.html.ipynb #30ef88da
 @dataclass
 class Picture:
     "A figure of a report."
@@ -30,6 +31,7 @@ class Picture:
     caption:str = "" # Below it: n, seeds, what to look for
     real:bool = False # Are pixels of real patients in it?
 
+# %% ../../nbs/lib/63_report.html.ipynb #2fd516c9
 @dataclass
 class Table:
     "A table of a report."
@@ -39,6 +41,7 @@ class Table:
     index:bool = True # Show the index of a DataFrame?
     digits:int = 3 # Of its floats
 
+# %% ../../nbs/lib/63_report.html.ipynb #0ddc9fc5
 @dataclass
 class Section:
     "A part of a report with a heading."
@@ -62,12 +65,16 @@ def banner_for(
 
 # %% ../../nbs/lib/63_report.html.ipynb #9bdea9ef
 def _inline(s):
-    s = html.escape(s, quote=False); kept = []
-    def keep(m): kept.append(f"<code>{m[1]}</code>"); return f"\0{len(kept)-1}\0"
+    s = html.escape(s, quote=False)
+    kept = []
+    def keep(m):
+        kept.append(f"<code>{m[1]}</code>")
+        return f"\0{len(kept)-1}\0"
     s = re.sub(r"`([^`]+)`", keep, s)
     s = re.sub(r"\[([^\]]+)\]\((#[\w-]+|(?:\.{1,2}/)*\w[\w.-]*(?:/[\w.-]+)*)\)", r'<a href="\2">\1</a>', s)
     s = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r"\1 (\2)", s)
-    s = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", s); s = re.sub(r"(?<![\w*])\*([^*\s][^*]*?)\*(?![\w*])", r"<em>\1</em>", s)
+    s = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", s)
+    s = re.sub(r"(?<![\w*])\*([^*\s][^*]*?)\*(?![\w*])", r"<em>\1</em>", s)
     return re.sub("\0(\\d+)\0", lambda m: kept[int(m[1])], s)
 
 def markdown(
@@ -78,7 +85,9 @@ def markdown(
     for block in re.split(r"\n\s*\n", text.strip()):
         lines = [l.rstrip() for l in block.splitlines() if l.strip()]
         if not lines: continue
-        if m := re.match(r"(#{3,4}) (.*)", lines[0]): out.append(f"<h{len(m[1])}>{_inline(m[2])}</h{len(m[1])}>"); lines = lines[1:]
+        if m := re.match(r"(#{3,4}) (.*)", lines[0]):
+            out.append(f"<h{len(m[1])}>{_inline(m[2])}</h{len(m[1])}>")
+            lines = lines[1:]
         for kind, group in _runs(lines):
             if kind=="p": out.append(f"<p>{_inline(' '.join(group))}</p>")
             else: out.append(f"<{kind}>" + "".join(f"<li>{_inline(g)}</li>" for g in group) + f"</{kind}>")
@@ -88,7 +97,9 @@ def _runs(lines):
     "Neighbouring lines of one kind: paragraph, bullets or numbers; an indented line goes on the item above."
     runs = []
     for l in lines:
-        m = re.match(r"\s*(?:(-|\*)|(\d+)\.) +(.*)", l); kind = "p" if not m else "ul" if m[1] else "ol"; body = m[3] if m else l.strip()
+        m = re.match(r"\s*(?:(-|\*)|(\d+)\.) +(.*)", l)
+        kind = "p" if not m else "ul" if m[1] else "ol"
+        body = m[3] if m else l.strip()
         if kind=="p" and runs and runs[-1][0]!="p" and l.startswith("  "): runs[-1][1][-1] += " " + body
         elif runs and runs[-1][0]==kind: runs[-1][1].append(body)
         else: runs.append((kind,[body]))
@@ -197,9 +208,11 @@ def _table(t):
     return dict(html=body, note=t.note)
 
 def _slug(heading, taken):
-    s = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") or "part"; s = s if not s[0].isdigit() else f"s-{s}"
+    s = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") or "part"
+    s = s if not s[0].isdigit() else f"s-{s}"
     while s in taken: s += "-x"
-    taken.add(s); return s
+    taken.add(s)
+    return s
 
 # %% ../../nbs/lib/63_report.html.ipynb #d19e8f4f
 MAX_BYTES = 10_000_000 # A report goes through any mail server
@@ -227,6 +240,7 @@ def render_report(
     return env.from_string(TEMPLATE).render(title=title, subtitle=subtitle, banner=banner, tone=tone, sections=parts, meta=rows, css=Html(CSS),
                                                 banner_css=Html(re.sub(r'["\\<>&\n]', " ", banner)))
 
+# %% ../../nbs/lib/63_report.html.ipynb #eb943545
 def write_report(path:Path, *, title:str, banner:str, sections:list, subtitle:str="", meta:dict=None, show_real:bool=False) -> Path: # The file
     "Write a report whole, at most 10 MB; arguments as `render_report`."
     page = render_report(title=title, banner=banner, sections=sections, subtitle=subtitle, meta=meta, show_real=show_real)

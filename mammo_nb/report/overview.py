@@ -24,8 +24,11 @@ from .tables import paper_record, papers, read_results
 
 # %% ../../nbs/lib/64_report.overview.ipynb #21fa8b98
 RUN_COLUMNS = ["paper","run","seed","data","preset","protocol","knobs","status","seconds","work_s","device","commit","finished","link"]
+
 GROUP = ["paper","data","preset","protocol","knobs"] # Runs that differ in one of these are never averaged
+
 COST_COLUMNS = ["paper","preset","run","device","mode","group","stages","seconds"]
+
 FREE = {"seed","preset","protocol","data_dir","run_dir","device","only","show_real"} # Parameters that are no knobs
 
 def default_parameters(
@@ -37,6 +40,7 @@ def default_parameters(
     cell = next("".join(c["source"]) for c in read_json(f)["cells"] if "parameters" in c["metadata"].get("tags", []))
     return {b.target.id: ast.literal_eval(b.value) for b in ast.parse(cell).body}
 
+# %% ../../nbs/lib/64_report.overview.ipynb #c991a3b2
 def knobs(
     paper:str, # `04_sharing`
     parameters:dict, # From run.json
@@ -51,21 +55,26 @@ def run_row(
     page:Path, # Folder of the page that links to the run
 ) -> dict: # RUN_COLUMNS
     "One run in one row."
-    i = read_json(file); p = i["parameters"]; report = file.parent/"report.html"
+    i = read_json(file)
+    p = i["parameters"]
+    report = file.parent/"report.html"
     below = report.is_file() and report.resolve().is_relative_to(Path(page).resolve())      # no other path of this machine ends in a page
     link = report.resolve().relative_to(Path(page).resolve()).as_posix() if below else ""
     return dict(paper=i["paper"], run=file.parent.name, seed=int(p["seed"]), data=i["data"], preset=p["preset"], protocol=p["protocol"],
                 knobs=knobs(i["paper"], p), status=i.get("status","unknown"), seconds=i.get("seconds", np.nan),
                 work_s=round(sum(s["seconds"] for s in i["stages"].values()), 1), device=i["device"], commit=i["commit"], finished=i.get("finished",""), link=link)
 
+# %% ../../nbs/lib/64_report.overview.ipynb #84439328
 def cost_rows(
     file:Path, # run.json
 ) -> list: # Of COST_COLUMNS, one a group of stages
     "What each group of stages of a run took when it was made, whether in this run or in one before."
-    i = read_json(file); run = dict(paper=i["paper"], preset=i["parameters"]["preset"], run=file.parent.name, device=i["device"], mode=i.get("mode","exact"))
+    i = read_json(file)
+    run = dict(paper=i["paper"], preset=i["parameters"]["preset"], run=file.parent.name, device=i["device"], mode=i.get("mode","exact"))
     groups = pd.DataFrame([dict(group=s.get("group","not recorded"), seconds=s["seconds"]) for s in i["stages"].values()], columns=["group","seconds"])
     return [run | dict(group=g, stages=len(t), seconds=round(t.seconds.sum(), 1)) for g,t in groups.groupby("group", sort=False)]
 
+# %% ../../nbs/lib/64_report.overview.ipynb #2485dc33
 def find_runs(
     roots:list, # Folders that hold runs at any depth
     page:Path, # Folder of the page
@@ -74,7 +83,9 @@ def find_runs(
     rows, where = {}, {}
     for f in sorted(f for r in roots for f in Path(r).rglob("run.json") if "checkpoints" not in f.parts):
         try: row = run_row(f, page)
-        except (KeyError, TypeError, ValueError, RunError) as e: warnings.warn(f"{f} is no whole run.json ({type(e).__name__}: {e}); this run is left out"); continue
+        except (KeyError, TypeError, ValueError, RunError) as e:
+            warnings.warn(f"{f} is no whole run.json ({type(e).__name__}: {e}); this run is left out")
+            continue
         key = (row["paper"], row["preset"], row["run"])
         if key not in rows or str(row["finished"]) > str(rows[key]["finished"]): rows[key], where[key] = row, f.parent
     return pd.DataFrame(list(rows.values()), columns=RUN_COLUMNS), where
@@ -91,7 +102,9 @@ def collect(
     page:Path, # Folder of the page; its `collected` is read too
 ) -> dict: # runs, costs, results, claims: DataFrames
     "Runs, their results and what each says about the claims: those found now over those kept from before."
-    page = Path(page); runs, where = find_runs(roots, page); key = ["paper","preset","run"]
+    page = Path(page)
+    runs, where = find_runs(roots, page)
+    key = ["paper","preset","run"]
     done = [k for k in where if (where[k]/"results.csv").is_file()]
     results = read_results([where[k] for k in done]) if done else pd.DataFrame()
     own = [pd.read_csv(where[k]/"tables"/"claims.csv").assign(run=k[2], preset=k[1]) for k in done if (where[k]/"tables"/"claims.csv").is_file()]
@@ -118,11 +131,13 @@ def over_runs(
     used, of = (int(v) for v in str(r.strata.iloc[0]).split(" of "))
     if len(r)==1: return Evidence(r.ours.iloc[0], r.lo.iloc[0], r.hi.iloc[0], r.p.iloc[0], how=r.how.iloc[0], used=used, of=of, seeds=1)
     if r.strata.nunique()>1: return Evidence(r.ours.mean(), how="runs cover different strata", used=used, of=of, seeds=len(r))
-    s = over_seeds(r.ours); t = s["mean"]/(s["sd"]/np.sqrt(s["n"])) if s["sd"]>0 else np.nan
+    s = over_seeds(r.ours)
+    t = s["mean"]/(s["sd"]/np.sqrt(s["n"])) if s["sd"]>0 else np.nan
     lo, hi = np.clip([s["lo"],s["hi"]], -1, 1) if claim.metric in SHARES else (s["lo"],s["hi"])
     p = 2*stats.t.sf(abs(t), s["n"]-1) if np.isfinite(t) and claim.side in "<>" else np.nan
     return Evidence(s["mean"], float(lo), float(hi), float(p), how=f"t over {s['n']} seeds", used=used, of=of, seeds=s["n"])
 
+# %% ../../nbs/lib/64_report.overview.ipynb #d6187a3d
 def weigh(
     paper:str, # `04_sharing`
     results:pd.DataFrame, # Tidy results of one group
@@ -141,12 +156,14 @@ def is_real(data:str) -> bool: # `phantom`, or a folder's name
     "Do these results come from patients?"
     return "phantom" not in str(data).lower()
 
+# %% ../../nbs/lib/64_report.overview.ipynb #119ae684
 def group_name(
     g:dict, # data, preset, protocol, knobs
 ) -> str: # `PHANTOM DATA – DEMO SIZE – PAPER PROTOCOL`
     "What a group of runs stands on."
     return banner_for(g["data"], g["preset"], protocol=g["protocol"]) + (f" – {g['knobs']}" if g["knobs"] else "")
 
+# %% ../../nbs/lib/64_report.overview.ipynb #fb86918d
 def groups(
     found:dict, # From `collect`
 ) -> list: # One dict a group: paper, data, preset, protocol, knobs, runs, verdicts
@@ -155,7 +172,8 @@ def groups(
     if not len(runs): return out
     for key,r in runs[runs.status=="done"].groupby(GROUP, sort=False):
         r = r.sort_values("finished", kind="stable").drop_duplicates("seed", keep="last")     # a seed that was run twice counts once, as it was run last
-        g = dict(zip(GROUP, key)); mine = lambda t: t[(t.paper==g["paper"]) & (t.preset==g["preset"]) & t.run.isin(r.run)] if len(t) else t
+        g = dict(zip(GROUP, key))
+        mine = lambda t: t[(t.paper==g["paper"]) & (t.preset==g["preset"]) & t.run.isin(r.run)] if len(t) else t
         own, results = mine(found["claims"]), mine(found["results"])
         if not len(own) and not len(results): continue
         evidence = weigh(g["paper"], results[results.protocol==g["protocol"]] if len(results) else results, own)
@@ -187,18 +205,22 @@ def duration(
 ) -> str: # `2 min 07 s`
     "A time for people."
     if not np.isfinite(seconds): return "not recorded"
-    s = int(round(seconds)); h, m = divmod(s//60, 60)
+    s = int(round(seconds))
+    h, m = divmod(s//60, 60)
     return f"{h} h {m:02d} min" if h else f"{m} min {s%60:02d} s" if m else f"{s} s"
 
+# %% ../../nbs/lib/64_report.overview.ipynb #eabd8520
 def run_words(
     runs:pd.DataFrame, # Rows of one group
     price:float=0., # Per hour of the device, any currency; 0: say nothing about money
 ) -> str: # Markdown
     "Seeds, device, time, cost and links of a group."
-    t = runs.work_s.sum(); money = f", {price*t/3600:.2f} at {price:g} an hour" if price else ""
+    t = runs.work_s.sum()
+    money = f", {price*t/3600:.2f} at {price:g} an hour" if price else ""
     links = ", ".join(f"[seed {r.seed}]({r.link})" if r.link else f"seed {r.seed}" for r in runs.sort_values("seed").itertuples())
     return f"{len(runs)} run{'s' if len(runs)>1 else ''} on {', '.join(sorted(set(runs.device)))}: {links}. Computing time {duration(t)}{money}; commit {', '.join(sorted({str(c)[:7]+('+changes' if str(c).endswith('+changes') else '') for c in runs.commit}))}."
 
+# %% ../../nbs/lib/64_report.overview.ipynb #84780d55
 def tally(
     found:list, # From `groups`
     price:float=0., # Per hour
@@ -215,7 +237,7 @@ def tally(
                          "Time":"" if g is None else duration(g["runs"].work_s.sum()), **({"Cost":"" if g is None else f"{price*g['runs'].work_s.sum()/3600:.2f}"} if price else {}), "Other settings":"" if g is None else g["knobs"]})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/lib/64_report.overview.ipynb #6df3be0e
 def cost_table(
     found:dict, # From `collect`
 ) -> pd.DataFrame: # One row a paper, size, data, settings, device and arithmetic; a column for each group of stages
@@ -223,11 +245,14 @@ def cost_table(
     runs, costs = found["runs"], found["costs"]
     if not len(costs): return pd.DataFrame()
     done = runs[runs.status=="done"][["paper","preset","run","data","protocol","knobs","seconds"]].rename(columns={"seconds":"call_s"})
-    t = costs.merge(done, on=["paper","preset","run"]); key = ["paper","data","preset","protocol","knobs","device","mode"]
-    groups = list(dict.fromkeys(t.group)); per = t.pivot_table(index=[*key,"run"], columns="group", values="seconds", aggfunc="sum")[groups].add_suffix("_s")
+    t = costs.merge(done, on=["paper","preset","run"])
+    key = ["paper","data","preset","protocol","knobs","device","mode"]
+    groups = list(dict.fromkeys(t.group))
+    per = t.pivot_table(index=[*key,"run"], columns="group", values="seconds", aggfunc="sum")[groups].add_suffix("_s")
     per = per.assign(stages_s=per.sum(axis=1), call_s=t.groupby([*key,"run"]).call_s.first()).groupby(key)
     return pd.concat([per.size().rename("runs"), per.median()], axis=1).reset_index()
 
+# %% ../../nbs/lib/64_report.overview.ipynb #d6a2f80e
 def cost_section(
     found:dict, # From `collect`
 ) -> list: # Of Section; empty where nothing is known
@@ -247,7 +272,10 @@ def group_section(
     price:float=0., # Per hour
 ) -> Section:
     "One paper on one kind of data: its runs, its claims, a picture of the intervals."
-    v = g["verdicts"]; ran = v[v.ours.notna()]; rec = paper_record(g["paper"]); pics = []
+    v = g["verdicts"]
+    ran = v[v.ours.notna()]
+    rec = paper_record(g["paper"])
+    pics = []
     if len(ran):
         fig, ax = sheet(1, 1, size=(7, .6 + .34*len(ran)))
         forest(ax, pd.DataFrame(dict(label=ran.id.str.split(".", n=1).str[1], value=ran.ours, lo=ran.lo, hi=ran.hi, published=ran.published)), x="difference that the claim is about")
@@ -256,6 +284,7 @@ def group_section(
     own = f" [Page of this paper]({g['paper']}/report.html)." if (page/g["paper"]/"report.html").is_file() else ""
     return Section(f"{g['paper'][:2]} {rec['short']} – {group_name(g)}", warn + run_words(g["runs"], price) + own, verdicts=v.assign(on=group_name(g)), figures=pics)
 
+# %% ../../nbs/lib/64_report.overview.ipynb #e8c56fd7
 def build_page(
     roots:list, # Folders that hold runs
     out:Path, # The page, e.g. reports/index.html
@@ -263,11 +292,14 @@ def build_page(
     price:float=0., # Per hour of the device
 ) -> dict: # runs, results, claims, verdicts
     "Gather, judge, and write the page with the tables it stands on."
-    out = Path(out); found = collect(roots, out.parent); got = groups(found)
+    out = Path(out)
+    found = collect(roots, out.parent)
+    got = groups(found)
     verdicts = pd.concat([g["verdicts"].assign(**{k:g[k] for k in GROUP[1:]}, seeds=g["runs"].seed.nunique(), work_s=g["runs"].work_s.sum()) for g in got], ignore_index=True) if got else pd.DataFrame()
     for name,t in {**found, "verdicts":verdicts}.items():
         if len(t): write_csv(out.parent/"collected"/f"{name}.csv", t)
-    lack = missing(found); real = any(is_real(g["data"]) for g in got)
+    lack = missing(found)
+    real = any(is_real(g["data"]) for g in got)
     text = ("A claim **holds** when its whole 95 % interval lies on the claimed side, **differs** when it lies on the other side by more than the margin that the package fixes for it, and else we **cannot tell**. "
             "p-values are of paired tests, corrected after Holm within each table. The papers' page numbers are not in the texts we hold; tables and sections are named instead.")
     parts = [Section("All papers", text, tables=[Table(tally(got, price), "Verdicts so far", index=False)])]
@@ -289,9 +321,13 @@ def gather_main(argv=None) -> int: # Exit code
     argv = list(sys.argv[1:] if argv is None else argv)
     where = [a for a in argv if not a.startswith("-") and Path(a).is_dir()]
     found = {read_json(f)["paper"] for d in where for f in Path(d).rglob("run.json") if "checkpoints" not in f.parts}
-    if len(found) > 1: print(f"mammo_gather: runs of {', '.join(sorted(found))} are in these folders; give those of one paper", file=sys.stderr); return 1
+    if len(found) > 1:
+        print(f"mammo_gather: runs of {', '.join(sorted(found))} are in these folders; give those of one paper", file=sys.stderr)
+        return 1
     paper = next(iter(found), "04_sharing")
-    if paper not in GATHERS: print(f"mammo_gather: {paper} has no page of several seeds of its own; mammo_report joins its runs", file=sys.stderr); return 1
+    if paper not in GATHERS:
+        print(f"mammo_gather: {paper} has no page of several seeds of its own; mammo_report joins its runs", file=sys.stderr)
+        return 1
     return importlib.import_module(GATHERS[paper]).main(argv)
 
 # %% ../../nbs/lib/64_report.overview.ipynb #da7c5f9c
@@ -301,14 +337,19 @@ def main(argv=None) -> int: # Exit code
     a.add_argument("runs", nargs="*", help="folders that hold runs; default: reports/")
     a.add_argument("--out", default="", help="the page; default: reports/index.html")
     a.add_argument("--price-per-hour", type=float, default=0., help="price of the device, to state the cost")
-    p = a.parse_args(argv); reports = repo_root()/"reports"; out = Path(p.out or reports/"index.html")
+    p = a.parse_args(argv)
+    reports = repo_root()/"reports"
+    out = Path(p.out or reports/"index.html")
     try:
         for r in p.runs:
             if not Path(r).is_dir(): raise RunError("no such folder", r, "give folders that hold runs")
         got = build_page([Path(r) for r in p.runs] or [reports], out, price=p.price_per_hour)
-    except MammoError as e: print(f"mammo_report: {e}", file=sys.stderr); return 1
+    except MammoError as e:
+        print(f"mammo_report: {e}", file=sys.stderr)
+        return 1
     n = got["verdicts"].verdict.value_counts() if len(got["verdicts"]) else {}
-    print(f"{len(got['runs'])} runs; " + ", ".join(f"{int(n.get(w,0))} {w}" for w in ("holds","differs","cannot tell"))); print(f"page {out}")
+    print(f"{len(got['runs'])} runs; " + ", ".join(f"{int(n.get(w,0))} {w}" for w in ("holds","differs","cannot tell")))
+    print(f"page {out}")
     return 0
 
 # %% ../../nbs/lib/64_report.overview.ipynb #a8b40f3f

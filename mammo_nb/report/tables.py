@@ -20,6 +20,7 @@ from ..metrics.auc import f1_consistency
 
 # %% ../../nbs/lib/60_report.tables.ipynb #05a8b47d
 PUBLISHED = Path(str(files("mammo_nb")/"published"))
+
 KEYS = ["scope", "model", "arm", "regime", "metric", "positive"] # What names a number, in the papers and in our results
 
 def _read(path):
@@ -31,19 +32,24 @@ def papers() -> dict: # Paper id -> its record: cite, short, question, tables, l
     "What is known of the five papers."
     return read_json(PUBLISHED/"index.json")
 
+# %% ../../nbs/lib/60_report.tables.ipynb #3be7e2e2
 def paper_record(paper:str) -> dict: # One record of `papers()`
     "The record of one paper; a wrong name is answered with the nearest one."
     known = papers()
     if paper not in known: raise ParameterError(f"unknown paper '{paper}'", "published", nearest(paper, list(known)))
     return known[paper]
 
+# %% ../../nbs/lib/60_report.tables.ipynb #42a588ba
 def published(
     paper:str, # e.g. `04_sharing`
     table:str=None, # e.g. `table1`; None = all tables
 ) -> pd.DataFrame: # table, scope, model, arm, regime, metric, positive, value, sd; `.attrs` holds title, where, units, sd
     "The published numbers of one table, or of a whole paper."
-    rec = paper_record(paper); df = _read(PUBLISHED/f"{paper}.csv")
-    if table is None: df.attrs = dict(paper=paper); return df
+    rec = paper_record(paper)
+    df = _read(PUBLISHED/f"{paper}.csv")
+    if table is None:
+        df.attrs = dict(paper=paper)
+        return df
     if table not in rec["tables"]: raise ParameterError(f"{paper} has no table '{table}'", "published", nearest(table, list(rec["tables"])))
     df = df[df.table==table].reset_index(drop=True)
     df.attrs = dict(paper=paper, table=table, **{k:rec["tables"][table][k] for k in ("title","where","units","sd")})
@@ -55,6 +61,7 @@ def cell_published(value:float, sd:float=np.nan, *, digits:int=3) -> str: # `0.9
     if not np.isfinite(value): return "–"
     return f"{value:.{digits}f}" + ("" if not np.isfinite(sd) else f"({sd:.{digits}f})".replace("(0.","(."))
 
+# %% ../../nbs/lib/60_report.tables.ipynb #27391740
 def cell_ours(value:float, lo:float=np.nan, hi:float=np.nan, *, digits:int=3) -> str: # `0.942 [0.930, 0.953]`
     "Value and interval; a dash for what was not run."
     if not np.isfinite(value): return "–"
@@ -63,7 +70,8 @@ def cell_ours(value:float, lo:float=np.nan, hi:float=np.nan, *, digits:int=3) ->
 # %% ../../nbs/lib/60_report.tables.ipynb #3c3a9172
 def _places(labels, key, values):
     "Place of each value: the record's order first, then of appearance."
-    seen = dict.fromkeys(values); known = [v for v in labels.get(key, {}) if v in seen]
+    seen = dict.fromkeys(values)
+    known = [v for v in labels.get(key, {}) if v in seen]
     return {v:i for i,v in enumerate([*known, *(v for v in seen if v not in known)])}
 
 def _arrange(table, tidy, labels, keys, axis):
@@ -88,6 +96,7 @@ def lay_out(
     wide = tidy.set_index([*rows,*cols]).cell.unstack(cols)
     return _arrange(_arrange(wide, tidy, labels, rows, 0), tidy, labels, cols, 1).fillna("–")
 
+# %% ../../nbs/lib/60_report.tables.ipynb #7ddc0e2a
 def published_table(
     paper:str, # e.g. `04_sharing`
     table:str, # e.g. `table1`
@@ -100,6 +109,7 @@ def published_table(
 
 # %% ../../nbs/lib/60_report.tables.ipynb #68300a3b
 RESULT_COLUMNS = ["paper","run","seed","data","preset","protocol","scope","model","arm","regime","metric","positive","value","lo","hi","n","n_patients","split"]
+
 RUN_KEYS = ["paper","data","preset","protocol","scope","model","arm","regime","metric","positive","split"]
 
 def read_results(
@@ -112,15 +122,19 @@ def read_results(
     missing, frames = [str(f.parent) for f in found if not f.is_file()], []
     for f in found:
         if not f.is_file(): continue
-        df = _read(f); lack = [c for c in RESULT_COLUMNS if c not in df]
+        df = _read(f)
+        lack = [c for c in RESULT_COLUMNS if c not in df]
         if lack: raise RunError(f"results.csv lacks {', '.join(lack)}", f, "it was written by another version: run again")
         frames.append(df)
     out = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=RESULT_COLUMNS)
     out = out.drop_duplicates().reset_index(drop=True)
-    if len(out): out["seed"] = out.seed.astype(int); out["regime"] = out.regime.str.removesuffix(".0")
+    if len(out):
+        out["seed"] = out.seed.astype(int)
+        out["regime"] = out.regime.str.removesuffix(".0")
     out.attrs = dict(missing=missing)
     return out
 
+# %% ../../nbs/lib/60_report.tables.ipynb #a0bbaba7
 def summarise(
     results:pd.DataFrame, # As from `read_results`
     *,
@@ -128,18 +142,23 @@ def summarise(
 ) -> pd.DataFrame: # Keys, value, sd, lo, hi, seeds, interval (`patients` or `seeds`), n, n_patients
     "Mean, sd and interval over seeds of every number; two different values for one seed are an error."
     keys = [k for k in RUN_KEYS if k in results]
-    df = results[~results[[*keys,"seed","value"]].duplicated()]; twice = df[[*keys,"seed"]].duplicated()
+    df = results[~results[[*keys,"seed","value"]].duplicated()]
+    twice = df[[*keys,"seed"]].duplicated()
     if twice.any(): raise DataError(f"seed {df.seed[twice].iloc[0]} has two values", df.loc[twice, keys].iloc[0].to_dict(), "two runs with other knobs lie in this folder: gather them apart")
     g = df.groupby(keys, sort=False, dropna=False)
     out = g.agg(value=("value","mean"), sd=("value","std"), lo=("lo","first"), hi=("hi","first"), seeds=("value","count"), n=("n","first"), n_patients=("n_patients","first")).reset_index()
-    many = out.seeds > 1; half = stats.t.ppf((1+level)/2, (out.seeds-1).clip(lower=1))*out.sd/np.sqrt(out.seeds)
+    many = out.seeds > 1
+    half = stats.t.ppf((1+level)/2, (out.seeds-1).clip(lower=1))*out.sd/np.sqrt(out.seeds)
     out["lo"], out["hi"] = out.lo.where(~many, out.value-half), out.hi.where(~many, out.value+half)
     out["interval"] = np.where(many, "seeds", "patients")
     return out[[*keys,"value","sd","lo","hi","seeds","interval","n","n_patients"]]
 
+# %% ../../nbs/lib/60_report.tables.ipynb #4fa1a73c
 def gather(run_dirs, *, level:float=.95) -> pd.DataFrame: # As `summarise`
     "`read_results`, then `summarise`; see there for the arguments."
-    df = read_results(run_dirs); out = summarise(df, level=level); out.attrs = df.attrs
+    df = read_results(run_dirs)
+    out = summarise(df, level=level)
+    out.attrs = df.attrs
     return out
 
 # %% ../../nbs/lib/60_report.tables.ipynb #b2e5fc2b
@@ -156,16 +175,19 @@ def beside(
     table:str, # e.g. `table1`
 ) -> pd.DataFrame: # Published rows plus ours, ours_lo, ours_hi, ours_sd, seeds, inside (is the published value in our interval?)
     "Our numbers joined to a published table, one row a published number."
-    theirs = _join_key(published(paper, table)); mine = _join_key(ours[ours.paper==paper] if "paper" in ours else ours)
+    theirs = _join_key(published(paper, table))
+    mine = _join_key(ours[ours.paper==paper] if "paper" in ours else ours)
     mine = mine[~mine.assign(value=mine.value.round(9))[[*KEYS,"value"]].duplicated()]
     twice = mine.duplicated(KEYS)
     if twice.any(): raise DataError(f"two of our numbers for {mine.loc[twice.idxmax(), KEYS].to_dict()}", f"{paper} {table}", "choose one data set, preset, protocol and split")
     mine = mine[[*KEYS,"value","lo","hi","sd","seeds"]].rename(columns=dict(value="ours", lo="ours_lo", hi="ours_hi", sd="ours_sd"))
-    out = theirs.merge(mine, on=KEYS, how="left"); out["positive"] = published(paper, table).positive
+    out = theirs.merge(mine, on=KEYS, how="left")
+    out["positive"] = published(paper, table).positive
     out["inside"] = np.where(out.ours_lo.isna() | out.ours_hi.isna(), None, (out.ours_lo<=out.value) & (out.value<=out.ours_hi))
     out.attrs = published(paper, table).attrs
     return out
 
+# %% ../../nbs/lib/60_report.tables.ipynb #276f6a32
 def beside_table(ours:pd.DataFrame, paper:str, table:str, *, digits:int=3) -> pd.DataFrame: # Labelled; last column level is paper / ours
     "The paper's table with `ours` under or beside each published cell; arguments as `beside`."
     both, rec = beside(ours, paper, table), paper_record(paper)["tables"][table]
@@ -179,14 +201,18 @@ def prevalence_check(
     table:str, # e.g. `table1`
 ) -> pd.DataFrame: # One row a pair: keys, accuracy, f1, lo, hi, fits (does it hold the band most rows share?); `.attrs["band"]`
     "Prevalence of the positive class implied by each (accuracy, F1) of a table, and which rows do not fit the others."
-    df = published(paper, table); keys = ["scope","model","arm","regime"]
+    df = published(paper, table)
+    keys = ["scope","model","arm","regime"]
     w = df[df.metric.isin(["accuracy","f1"])].pivot(index=keys, columns="metric", values="value").dropna()
     w = w.reindex(pd.MultiIndex.from_frame(df[keys].drop_duplicates())).reset_index()
     w[["lo","hi"]] = [f1_consistency(a, f, decimals=3) for a,f in zip(w.accuracy, w.f1)]
-    edges = np.unique(w[["lo","hi"]]); mids = (edges[1:]+edges[:-1])/2
+    edges = np.unique(w[["lo","hi"]])
+    mids = (edges[1:]+edges[:-1])/2
     votes = ((w.lo.values[:,None]<=mids) & (mids<=w.hi.values[:,None])).sum(0)
-    best = np.flatnonzero(votes==votes.max()); band = (float(edges[best[0]]), float(edges[best[-1]+1]))
-    w["fits"] = (w.lo<=band[1]) & (band[0]<=w.hi); w.attrs = dict(band=band, rows=int(votes.max()), of=len(w))
+    best = np.flatnonzero(votes==votes.max())
+    band = (float(edges[best[0]]), float(edges[best[-1]+1]))
+    w["fits"] = (w.lo<=band[1]) & (band[0]<=w.hi)
+    w.attrs = dict(band=band, rows=int(votes.max()), of=len(w))
     return w
 
 # %% ../../nbs/lib/60_report.tables.ipynb #dc873959
@@ -199,6 +225,7 @@ def to_markdown(df:pd.DataFrame, *, index:bool=True) -> str: # GitHub table; pip
     line = lambda vs: "| " + " | ".join(vs) + " |"
     return "\n".join([line([cell(_flat(c)) for c in df.columns]), line(["---"]*df.shape[1]), *(line([cell(v) for v in r]) for r in df.itertuples(index=False))]) + "\n"
 
+# %% ../../nbs/lib/60_report.tables.ipynb #2ae76274
 def to_html(
     df:pd.DataFrame, # Any table
     *,
