@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from mammo_nb.core import DataError, hash_of, repo_root
-from mammo_nb.data import lookalike, lookalike2, phantom, trees
+from mammo_nb.data import lookalike, lookalike2, phantom
+from mammo_nb.data.trees import LAYOUTS
 from mammo_nb.data.bcdr import read_bcdr
 from mammo_nb.data.cbis import read_cbis, read_cbis_tables
 from mammo_nb.data.folder import read_folder
@@ -35,7 +36,7 @@ def patients():
 def trees(patients, tmp_path_factory):
     root = tmp_path_factory.mktemp("trees")
     pairs = dict(inbreast="a", bcdr="b", folder="c")
-    return {(l,q): trees.LAYOUTS[l](patients[c], root/f"{l}{q}", seed=0, quirks=q) for l,c in pairs.items() for q in (False,True)}
+    return {(l,q): LAYOUTS[l](patients[c], root/f"{l}{q}", seed=0, quirks=q) for l,c in pairs.items() for q in (False,True)}
 
 
 def truth(patients):
