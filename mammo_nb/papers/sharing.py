@@ -188,7 +188,7 @@ def phantom_centres(
     who:tuple=("a","b","c"), # Centres that are needed
 ) -> dict: # a, b, c -> Centre
     "The three centres as phantoms with known truth, each in a layout of its own."
-    from mammo_nb.data.lookalike import phantom_tree
+    from mammo_nb.data.trees import phantom_tree
     from mammo_nb.data.readers import read_any
     with ThreadPoolExecutor(3) as pool: # NumPy leaves the interpreter free, so the centres are drawn side by side
         tree = dict(zip(who, pool.map(lambda c: phantom_tree(LAYOUT[c], centre=c, n_patients=S.patients[c], seed=seed, scale=S.phantom_scale), who)))
@@ -692,12 +692,12 @@ def fresh_centre(
     scaling:str="minmax", # How pixels become uint8
 ) -> Centre:
     "Further patients of a phantom centre, written and read back like the others."
-    from mammo_nb.data import lookalike, lookalike2, phantom
+    from mammo_nb.data import lookalike, lookalike2, phantom, trees
     from mammo_nb.data.readers import read_any
     from mammo_nb.core import seed_of
     seed, n, scale = seed_of(R.seeds["phantom"], "held out"), R.setup.held[c], R.setup.phantom_scale
     key = hash_of(LAYOUT[c], str(phantom.centre_style(c)), n, seed, float(scale), [file_hash(m.__file__) for m in (phantom, lookalike, lookalike2)])
-    tree = lookalike.build_once(cache_dir("phantoms", key)/f"held_{LAYOUT[c]}_{c}_{n}", lambda root: lookalike.LAYOUTS[LAYOUT[c]](islice(fresh_patients(c, seed=seed, scale=scale), n), root, seed=seed))
+    tree = trees.build_once(cache_dir("phantoms", key)/f"held_{LAYOUT[c]}_{c}_{n}", lambda root: trees.LAYOUTS[LAYOUT[c]](islice(fresh_patients(c, seed=seed, scale=scale), n), root, seed=seed))
     rename = lambda t: t.assign(patient_id=t.patient_id.str.replace(":", ":held", n=1))
     return Centre(c, [replace(s, images=rename(s.images), lesions=rename(s.lesions)) for s in read_any(tree, scaling=scaling).values()])
 
