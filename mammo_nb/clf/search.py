@@ -19,7 +19,7 @@ from .augment import patch_arrays
 from .cnn import NotebookCNN
 from .train import CLASSIFIERS, NOTEBOOK, FitRecipe, build_classifier, change, fit_classifier, predict_proba, valid_score
 from ..core import ParameterError, RunError, locked, nearest, progress, read_json, seed_of, write_json
-from ..gans.train import differs
+from ..gans.checkpoint import differs
 
 # %% ../../nbs/lib/57_clf.search.ipynb #4c1fba8c
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "elu": nn.ELU}

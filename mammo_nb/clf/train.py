@@ -35,7 +35,7 @@ from .fcn import ThesisFCN
 from .swin import Swin
 from ..core import (DataError, MammoError, ParameterError, RunError, WeightsError, global_seed, hash_of, nearest, pick_device,
                            read_json, write_json, write_whole)
-from ..gans.train import Checkpoint, differs
+from ..gans.checkpoint import Checkpoint, differs
 
 # %% ../../nbs/lib/56_clf.train.ipynb #acd85a48
 CLASSIFIERS = {"cnn": SharingCNN, "swin": Swin, "fcn": ThesisFCN, "notebook_cnn": NotebookCNN} # Further kinds are added by their notebooks

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'NORMS', 'init_normal', 'n_params', 'blank', 'widths_for', '
            'activation', 'DCGANGenerator', 'DCGANDiscriminator']
 
 # %% ../../nbs/lib/40_gans.blocks.ipynb #7488d586
-import importlib, math, re
+import math
 
 import numpy as np
 import torch
@@ -83,9 +83,9 @@ def build_generator(
 ) -> Generator: # With initial weights; the real ones are loaded by gans.share
     "Rebuild a generator from plain values; only classes of this package can be named."
     kind = str(config.get("kind"))
-    if kind not in KINDS and re.fullmatch(r"[a-z_]{1,20}", kind) and importlib.util.find_spec(f"mammo_nb.gans.{kind}"):
-        importlib.import_module(f"mammo_nb.gans.{kind}")
-    if kind not in KINDS: raise WeightsError(f"'{kind}' is no kind of generator", "config", nearest(kind, sorted(KINDS)))
+    if kind not in KINDS:
+        fix = nearest(kind, sorted(KINDS)) + " Kinds come with their modules: import mammo_nb.gans.kinds for all of them"
+        raise WeightsError(f"'{kind}' is no kind of generator", "config", fix)
     args = {k: tuple(v) if isinstance(v, list) else v for k,v in config.items() if k != "kind"}
     try: return KINDS[kind](**args)
     except TypeError as e: raise WeightsError(f"'{kind}' cannot be built: {e}", "config", "the file was written by another version") from e

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..core import DataError, ParameterError, RunError, WeightsError, pick_device, rng, seed_of, write_text
-from .blocks import KINDS
+from ..core import DataError, ParameterError, RunError, WeightsError, pick_device, rng, seed_of
+from .context import edit
+from .paint import paint
 from .share import draw, load_generator
 
 # %% ../../nbs/lib/49a_gans.bundle.ipynb #43282ccc
@@ -129,8 +130,6 @@ def generate_painted(
     **unknown,
 ):
     "Your patches with a lesion painted in, or out, by Wu 2020."
-    from mammo_nb.gans.context import edit
-    from mammo_nb.gans.paint import paint
     G, seed, first = prepared(model_file, num_samples, output_path, save_images, seed=seed, first=first, device=device, unknown=unknown)
     if what not in ("painted","residual"): raise ParameterError(f"'{what}' is nothing it makes", "what", "painted or residual")
     task, base, out, have = task or G.card["training"]["recipe"]["task"], read_patches(input_path, G.size), [], 0

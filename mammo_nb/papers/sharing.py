@@ -434,7 +434,8 @@ def take_generator(
     patients, # Patients of centre A
 ) -> None:
     "An imported generator in the place of a trained one: `folder/gan/snapshots`, and what is known of whom it has seen."
-    from mammo_nb.gans.package import as_generator, check_unseen
+    from mammo_nb.gans.adopt import as_generator
+    from mammo_nb.gans.folder import check_unseen
     for f in as_generator(Path(path).expanduser()):
         try: known = check_unseen(read_json(f/"generator.json"), patients)
         except DataError as e: known = f"it cannot be told whether it has seen patients of centre A ({e.what})"
@@ -727,7 +728,7 @@ def audit_generator(
     device, # Where to compute
 ) -> None:
     "Membership attacks on one generator, into `folder/audit.json`."
-    from mammo_nb.metrics.privacy import audit, no_audit
+    from mammo_nb.gans.privacy import audit, no_audit
     try: a = audit(generator_folders(generator), members, held, seed=R.seeds["gan"], discriminator=generator/"gan", n=R.setup.audit, views=2, boots=R.setup.boots, device=device)
     except DataError as e: a = no_audit(e.what)
     a.save(folder)
@@ -741,7 +742,7 @@ def audit_all(
     c:dict, # Centre C's masses
 ) -> dict: # (name, scope) -> Audit, None where left out
     "The audit of every generator, also as files under `audits`."
-    from mammo_nb.metrics.privacy import Audit, no_audit
+    from mammo_nb.gans.privacy import Audit, no_audit
     out, jobs, held = {}, {}, {}
     for (name,scope),stage in G.items():
         h, ps = H[GENERATORS[name][0]], patches_behind(name, scope, R, b, c)
@@ -761,7 +762,7 @@ def audit_table(
     audits:dict, # From `audit_all`
 ) -> pd.DataFrame: # One row a generator and attack
     "All audits in one table; an audit that was not possible has one row that says why."
-    from mammo_nb.metrics.privacy import COLUMNS
+    from mammo_nb.gans.privacy import COLUMNS
     rows = [(a.table if len(a.table) else pd.DataFrame([dict(attack="none", verdict=f"cannot tell: {a.why}")])).assign(generator=g, scope=s) for (g,s),a in audits.items() if a is not None]
     return pd.concat(rows, ignore_index=True).reindex(columns=["generator","scope",*COLUMNS]) if rows else pd.DataFrame(columns=["generator","scope",*COLUMNS])
 
