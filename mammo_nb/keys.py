@@ -27,7 +27,7 @@ from .core import RunError, cache_dir, file_hash, hash_of, read_json, write_json
 def unkeyed(value) -> RunError:
     "The error for a value that cannot be part of a key."
     what = f"{type(value).__module__}.{type(value).__qualname__} has no key"
-    fix = "give the plain values, arrays, paths or frozen dataclasses it is made of, or register it with keys.key_of"
+    fix = "give the plain values, arrays, paths or frozen dataclasses it is made of, or write it a method key()"
     return RunError(what, "argument of a job", fix)
 
 # %% ../nbs/lib/12_keys.ipynb #e33db6ec
@@ -36,9 +36,10 @@ def key_of(
     value, # Anything a job is given
 ): # What JSON can hold
     "The content of a value, for the key of a job. Objects that do not say what they hold are refused."
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if callable(getattr(type(value), "key", None)): return [name, value.key()]      # it says itself what it holds
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: key_of(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return [f"{type(value).__module__}.{type(value).__qualname__}", fields]
+        return [name, {f.name: key_of(getattr(value, f.name)) for f in dataclasses.fields(value)}]
     if hasattr(value, "detach") and hasattr(value, "cpu"): return key_of(value.detach().cpu().numpy())
     raise unkeyed(value)
 
