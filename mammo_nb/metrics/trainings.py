@@ -388,7 +388,7 @@ def trainings_needed(
 
 # %% ../../nbs/lib/35a_metrics.trainings.ipynb #64f69ced
 def could_have_known(
-    means, # Published means, `(k,)`
+    means, # Published means of shares, `(k,)`
     sds, # Published sds over trainings, `(k,)`
     n:int, # Trainings behind each mean
     weights, # Of the claim's contrast, `(k,)`
@@ -397,13 +397,14 @@ def could_have_known(
     level:float=.95, # Of the interval
 ) -> tuple: # `Interval`, smallest effect that these numbers could have decided with 80 % power
     "What a paper's own numbers can say of its claim."
-    m, s, w = (np.asarray(v, float) for v in (means, sds, weights))
-    if n<2: raise DataError("one training has no spread", "could_have_known", "a paper without sd cannot be judged")
+    m, s, w = (np.asarray(v, float)[np.flatnonzero(weights)] for v in (means, sds, weights))
+    if n<2 or np.isnan(s).any(): raise DataError("no spread over trainings", "could_have_known", "print an sd of each mean")
     variance, spread = float(w**2@s**2), float(max(shared, 0))
     D = variance + n*spread
     df = D**2*(n-1)/variance**2 if variance>0 else np.inf
     how = f"published means and sds of {n} trainings, {'with the luck of' if spread else 'without'} test patients"
-    known = _interval(w@m, np.sqrt(D/n), df, how, level=level, replicates=n, clusters=0, conditional=False)
+    within = Range((float(w[w<0].sum()), float(w[w>0].sum())))
+    known = _interval(w@m, np.sqrt(D/n), df, how, level=level, within=within, replicates=n, clusters=0, conditional=False)
     return known, decidable(known.se, known.df, level=level)
 
 # %% ../../nbs/lib/35a_metrics.trainings.ipynb #bd302a1c
