@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from ..core import DataError, ParameterError, nearest, write_csv, write_whole
 from .auc import NAMES, binary_scores
 from .boot import boot_contrasts, corrected_t
+from ..runs import Run
 
 # %% ../../nbs/lib/39_metrics.answers.ipynb #a45d193c
 KEYS = ["protocol", "scope", "model", "arm", "regime"]      # What names a row of a table
@@ -201,6 +202,20 @@ def save(self:Answers, path:Path) -> Path: # e.g. `answers.csv.gz`
 def load(cls:Answers, path:Path) -> Answers:
     "Read what `save` wrote."
     return cls(read_answers(path))
+
+# %% ../../nbs/lib/39_metrics.answers.ipynb #fccfbeb6
+@patch
+def answers(
+    self:Run,
+    cells:dict, # `Cell` -> folder, as `Run.do` gives them
+    side:str="test", # Side of the split; several as a tuple
+    *,
+    fewest:int=FEWEST, # See `drawn_units`
+) -> Answers:
+    "The answers of a run's classifiers, also kept in its answers.csv.gz."
+    found = Answers.of(cells, side, fewest=fewest)
+    found.save(self.dir/"answers.csv.gz")
+    return found
 
 # %% ../../nbs/lib/39_metrics.answers.ipynb #ca7d57a6
 @patch
