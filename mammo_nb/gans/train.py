@@ -93,10 +93,13 @@ def as_pixels(
     x = torch.from_numpy(np.array(pixels))
     x = x[:,None] if x.ndim == 3 else x
     if tuple(x.shape[2:]) != (size, size):
-        raise DataError(f"patches are {tuple(x.shape[2:])}, the generator makes ({size}, {size})", "pixels", "cut them at this size, or change the recipe's")
-    if len(x) < 2: raise DataError(f"a GAN needs at least 2 patches, got {len(x)}", "pixels", "widen the scope or add patients")
+        raise DataError(f"patches are {tuple(x.shape[2:])}, the generator makes ({size}, {size})", "pixels",
+                        "cut them at this size, or change the recipe's")
+    if len(x) < 2:
+        raise DataError(f"a GAN needs at least 2 patches, got {len(x)}", "pixels", "widen the scope or add patients")
     if (x.amax((2,3)) == x.amin((2,3))).all():
-        raise DataError(f"each of the {len(x)} patches has one gray value only", "pixels", "check the scaling of the images")
+        raise DataError(f"each of the {len(x)} patches has one gray value only", "pixels",
+                        "check the scaling of the images")
     return x
 
 # %% ../../nbs/lib/42_gans.train.ipynb #584edb12
@@ -180,7 +183,8 @@ def as_labels(
     if labels is None: return
     x = np.asarray(labels)
     if x.shape != (n,): raise DataError(f"{x.shape} labels for {n} patches", "labels", "give one whole number a patch")
-    if x.dtype.kind not in "iub" or (len(x) and x.min() < 0): raise DataError(f"labels must be whole numbers from 0, got {x.dtype}", "labels", "number the classes")
+    if x.dtype.kind not in "iub" or (len(x) and x.min() < 0):
+        raise DataError(f"labels must be whole numbers from 0, got {x.dtype}", "labels", "number the classes")
     return torch.from_numpy(x.astype(np.int64))
 
 # %% ../../nbs/lib/42_gans.train.ipynb #5b923b3b
@@ -202,10 +206,12 @@ class Game:
         cuda, fast = self.device.type == "cuda", check_mode(mode) == "fast"
         form = torch.channels_last if channels_last or fast else torch.contiguous_format
         self.G, self.D = (net.to(self.device, memory_format=form).train() for net in recipe.nets(seed))
-        adam = lambda net, lr: torch.optim.Adam(net.parameters(), lr=rate_for(device, lr), betas=recipe.betas, fused=self.device.type in ("cpu", "cuda"), capturable=cuda)
+        adam = lambda net, lr: torch.optim.Adam(net.parameters(), lr=rate_for(device, lr), betas=recipe.betas,
+                                                fused=self.device.type in ("cpu", "cuda"), capturable=cuda)
         self.opt_g, self.opt_d = adam(self.G, recipe.lr_g), adam(self.D, recipe.lr_d)
         self.ema, self.wide = copy.deepcopy(self.G).requires_grad_(False) if recipe.ema else None, False
-        if fast and has_bfloat16(self.device): [narrow(net, lambda: self.wide, device=self.device.type) for net in (self.G, self.D)]
+        if fast and has_bfloat16(self.device):
+            [narrow(net, lambda: self.wide, device=self.device.type) for net in (self.G, self.D)]
         self.fake, self.rows, self.sums, self.drawn = None, None, {}, 0
         self.clock = torch.zeros((), dtype=torch.int64, device=self.device)  # Finished batches, counted through the epochs
         self.rng = {k: torch.Generator(self.device) for k in (*self.CHANCE, *recipe.chance)}
@@ -214,8 +220,10 @@ class Game:
 
     def objects(self) -> dict: # Name -> what a checkpoint holds
         "Everything a checkpoint needs to go on exactly."
-        return {"G": self.G, "D": self.D, "opt_g": self.opt_g, "opt_d": self.opt_d, **({} if self.ema is None else {"ema": self.ema}),
-                **{f"extra_{k}": v for k,v in self.recipe.extra(self).items()}, **{f"chance_{k}": v for k,v in self.rng.items()}}
+        return {"G": self.G, "D": self.D, "opt_g": self.opt_g, "opt_d": self.opt_d,
+                **({} if self.ema is None else {"ema": self.ema}),
+                **{f"extra_{k}": v for k,v in self.recipe.extra(self).items()},
+                **{f"chance_{k}": v for k,v in self.rng.items()}}
 
     def start_epoch(self, epoch:int): # Finished epochs
         "Sources of chance and Adam's steps of this epoch."
@@ -394,13 +402,15 @@ def _finished(folder, identity): # The result of a finished run, or None
     if not (folder/"done.json").exists(): return
     info = read_json(folder/"done.json")
     if info["identity"] != identity:
-        raise RunError(f"another training is in this folder; {differs(info['identity'], identity)}", folder, "choose another folder, or remove this one")
+        raise RunError(f"another training is in this folder; {differs(info['identity'], identity)}", folder,
+                       "choose another folder, or remove this one")
     if any(not (folder/f).exists() or file_hash(folder/f) != h for f,h in info["files"].items()):
         warnings.warn(f"{folder}: a finished training was changed; it is done again")
         (folder/"done.json").unlink()
         Checkpoint(folder).prune(keep=0)
         return
-    return Trained(folder, [folder/s for s in info["snapshots"]], pd.read_csv(folder/"history.csv"), [folder/g for g in info["grids"]])
+    return Trained(folder, [folder/s for s in info["snapshots"]], pd.read_csv(folder/"history.csv"),
+                   [folder/g for g in info["grids"]])
 
 def _seal(folder, identity, snapshots, grids):
     files = sorted(p for s in snapshots for p in s.iterdir()) + [folder/"history.csv"]
@@ -411,9 +421,11 @@ def _seal(folder, identity, snapshots, grids):
 # %% ../../nbs/lib/42_gans.train.ipynb #86e774e8
 class Training:
     "A run of `train_gan`: the game, its data, its history and its folder."
-    def __init__(self, recipe, data, *, labels, folder, seed, device, epochs, log, every_s, grid_every, card, channels_last, mode, identity):
+    def __init__(self, recipe, data, *, labels, folder, seed, device, epochs, log, every_s, grid_every, card,
+                 channels_last, mode, identity):
         self.recipe, self.folder, self.epochs, self.log, self.card = recipe, folder, epochs, log or (lambda **kw: None), card
-        self.game = Game(recipe, seed, device, channels_last=channels_last, data=data, labels=labels, mode=mode, log=log)
+        self.game = Game(recipe, seed, device, channels_last=channels_last, data=data, labels=labels, mode=mode,
+                         log=log)
         self.data = self.game.data
         self.kept, self.grid_every = recipe.snapshot_epochs(epochs), grid_every
         self.store = Checkpoint(folder, identity=identity, every_s=every_s, log=log)
@@ -437,17 +449,21 @@ class Training:
 
     def save(self):
         "Checkpoint the state between two steps; a state with a NaN never replaces a good one."
-        bad = [k for net in (self.game.G, self.game.D) for k,p in net.state_dict().items() if not torch.isfinite(p).all()]
+        bad = [k for net in (self.game.G, self.game.D) for k,p in net.state_dict().items()
+               if not torch.isfinite(p).all()]
         if bad: self.fail(f"{bad[0]} is not finite")
-        state = {**self.game.objects(), "epoch": self.epoch, "batch": self.batch, "sums": self.game.sums if self.batch else {}, "history": self.history}
-        self.store.save(state, step=self.epoch*10_000 + min(self.batch, 9_999), meta={"epoch": self.epoch, "batch": self.batch})
+        state = {**self.game.objects(), "epoch": self.epoch, "batch": self.batch,
+                 "sums": self.game.sums if self.batch else {}, "history": self.history}
+        self.store.save(state, step=self.epoch*10_000 + min(self.batch, 9_999),
+                        meta={"epoch": self.epoch, "batch": self.batch})
         if self.history: write_csv(self.folder/"history.csv", pd.DataFrame(self.history))
 
     def fail(self, why):
         "Stop, and say what is left."
         left = self.store.steps()
         kept = f"the checkpoint of epoch {left[-1]//10_000} is whole" if left else "there is no earlier checkpoint"
-        raise RunError(f"the training broke down in epoch {self.epoch+1}: {why}", self.folder, f"{kept}; lower the learning rates or change the seed")
+        raise RunError(f"the training broke down in epoch {self.epoch+1}: {why}", self.folder,
+                       f"{kept}; lower the learning rates or change the seed")
 
 # %% ../../nbs/lib/42_gans.train.ipynb #5a9113ff
 @patch
@@ -457,7 +473,8 @@ def after_batch(self:Training, batch:int, flag) -> None:
     if flag.asked:
         self.save()
         if flag.asked == signal.SIGINT: raise KeyboardInterrupt
-        raise RunError(f"stopped by the system in epoch {self.epoch+1}; the state is saved", self.folder, "give the same command again to go on")
+        raise RunError(f"stopped by the system in epoch {self.epoch+1}; the state is saved", self.folder,
+                       "give the same command again to go on")
     if self.store.due(): self.save()
 
 # %% ../../nbs/lib/42_gans.train.ipynb #4a8fa6d2
@@ -473,12 +490,14 @@ def after_epoch(self:Training, means:dict, seconds:float) -> None:
         row["spread"] = spread(x) / self.real_spread if self.real_spread else math.nan
         row["collapsed"] = int(row["spread"] < self.recipe.alarm)
         grid(output_to_uint8(x[:,0], value_range=self.value_range), self.folder/"grids"/f"epoch-{self.epoch:05d}.png")
-        if row["collapsed"] and self.epoch >= self.kept[0]: self.log(stage="gan", event="collapse", epoch=self.epoch, spread=row["spread"])
+        if row["collapsed"] and self.epoch >= self.kept[0]:
+            self.log(stage="gan", event="collapse", epoch=self.epoch, spread=row["spread"])
     self.history.append(row)
     if self.epoch in self.kept: self.keep()
     if self.epoch < self.epochs: self.game.start_epoch(self.epoch)
     self.log(stage="gan", kind=self.recipe.kind, epoch=self.epoch, epochs=self.epochs, seconds=round(seconds, 3),
-             images_per_s=round(len(self.data)/max(seconds, 1e-9), 1), **{k: v for k,v in row.items() if k not in ("epoch", "images")})
+             images_per_s=round(len(self.data)/max(seconds, 1e-9), 1),
+             **{k: v for k,v in row.items() if k not in ("epoch", "images")})
 
 # %% ../../nbs/lib/42_gans.train.ipynb #0a3f2984
 @patch(as_prop=True)
@@ -490,7 +509,8 @@ def value_range(self:Training) -> tuple:
 @patch
 def keep(self:Training) -> None:
     "Keep the generator as it is now."
-    training = {"recipe": asdict(self.recipe), "epoch": self.epoch, "epochs": self.epochs, "seed": self.game.seed, "mode": self.game.engine.mode,
+    training = {"recipe": asdict(self.recipe), "epoch": self.epoch, "epochs": self.epochs, "seed": self.game.seed,
+                "mode": self.game.engine.mode,
                 "patches": len(self.data), "images_seen": self.epoch*self.game.drawn}
     card = {**self.card, "value_range": self.value_range, "training": training}
     try: save_generator(self.folder/"snapshots"/f"epoch-{self.epoch:05d}", self.game.shared, card=card)
@@ -518,17 +538,22 @@ def train_gan(
     if epochs < 1: raise ParameterError(f"must be at least 1, got {epochs}", "epochs")
     data, kind = as_pixels(pixels, recipe.size), torch.device(device).type
     labels = as_labels(labels, len(data))
-    identity = json.loads(json.dumps({"recipe": {"name": type(recipe).__name__, **asdict(recipe)}, "seed": seed, "epochs": epochs, "data": hash_of(data),
-                                      "device": kind, "channels_last": channels_last, "mode": check_mode(mode), "card": hash_of(card or {}),
+    identity = json.loads(json.dumps({"recipe": {"name": type(recipe).__name__, **asdict(recipe)}, "seed": seed,
+                                      "epochs": epochs, "data": hash_of(data),
+                                      "device": kind, "channels_last": channels_last, "mode": check_mode(mode),
+                                      "card": hash_of(card or {}),
                                       **({} if labels is None else {"labels": hash_of(labels)})}))
     with locked(folder/"training"):
         if done := _finished(folder, identity): return done
-        t = Training(recipe, data, labels=labels, folder=folder, seed=seed, device=device, epochs=epochs, log=log, every_s=checkpoint_every_s,
-                     grid_every=grid_every or math.ceil(epochs/60), card=card or {}, channels_last=channels_last, mode=mode, identity=identity)
+        t = Training(recipe, data, labels=labels, folder=folder, seed=seed, device=device, epochs=epochs, log=log,
+                     every_s=checkpoint_every_s,
+                     grid_every=grid_every or math.ceil(epochs/60), card=card or {}, channels_last=channels_last,
+                     mode=mode, identity=identity)
         t.resume()
         try: t.run()
         except torch.OutOfMemoryError as e:
-            raise RunError(f"a batch of {recipe.batch} patches of {recipe.size} px does not fit the device's memory", folder,
+            raise RunError(f"a batch of {recipe.batch} patches of {recipe.size} px does not fit the device's memory",
+                           folder,
                            "use a smaller batch or width") from e
         return t.finish()
 
@@ -537,9 +562,11 @@ def train_gan(
 def run(self:Training) -> None:
     "Go through the epochs that are left; stop cleanly when asked to."
     with stop_asked() as flag:
-        for _ in progress(range(self.epoch, self.epochs), f"{self.recipe.kind} epochs", start=self.epoch, total=self.epochs):
+        for _ in progress(range(self.epoch, self.epochs), f"{self.recipe.kind} epochs", start=self.epoch,
+                          total=self.epochs):
             start, first = time.monotonic(), self.batch
-            means = train_epoch(self.game, self.data, epoch=self.epoch, sums=self.sums, done=first, after=lambda k: self.after_batch(k, flag))
+            means = train_epoch(self.game, self.data, epoch=self.epoch, sums=self.sums, done=first,
+                                after=lambda k: self.after_batch(k, flag))
             self.after_epoch(means, time.monotonic() - start)
             if self.store.due(): self.save()
 
@@ -551,6 +578,7 @@ def finish(self:Training) -> Trained:
     self.store.prune(keep=1)
     history = pd.DataFrame(self.history)
     snapshots = [self.folder/"snapshots"/f"epoch-{e:05d}" for e in self.kept]
-    grids = [self.folder/"grids"/f"epoch-{e:05d}.png" for e in history.epoch[history.get("spread", history.epoch).notna()]]
+    grids = [self.folder/"grids"/f"epoch-{e:05d}.png"
+             for e in history.epoch[history.get("spread", history.epoch).notna()]]
     _seal(self.folder, self.store.identity, snapshots, grids)
     return _finished(self.folder, self.store.identity)
