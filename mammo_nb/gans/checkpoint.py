@@ -77,7 +77,7 @@ def fill(
         rates = [g["lr"] for g in obj.param_groups] if isinstance(obj, torch.optim.Optimizer) else []
         obj.load_state_dict(saved)
         for group,lr in zip(obj.param_groups if rates else (), rates):
-            if isinstance(lr, Tensor): group["lr"] = lr.copy_(torch.as_tensor(group["lr"]))     # a rate that is a tensor stays that tensor
+            if isinstance(lr, Tensor): group["lr"] = lr.copy_(torch.as_tensor(group["lr"])) # it stays that tensor
     if isinstance(obj, torch.optim.Optimizer):
         for p,kept in obj.state.items():
             for k,t in kept.items():
@@ -164,9 +164,10 @@ def _read(self:Checkpoint, step):
     except (SafetensorError, KeyError, ValueError) as e:
         raise RunError(f"it cannot be read ({type(e).__name__})", self._json(step)) from e
 
+# %% ../../nbs/lib/41b_gans.checkpoint.ipynb #c8ca93f8
 @patch
 def load(self:Checkpoint,
-    objects = None, # Name -> network, optimiser, generator or tensor to fill in place; or a function that makes these from the saved state
+    objects = None, # Name -> what to fill in place (see `fill`); or a function of the saved state that gives these
 ) -> dict: # `step`, `meta` and `state` (tensors on the CPU), or None where there is no whole checkpoint
     "The newest whole checkpoint; a damaged one is passed over with a warning, one of another run is an error."
     for step in reversed(self.steps()):

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes, save as save_bytes
 from torch import Tensor
 
-from ..core import DataError, ParameterError, RunError, WeightsError, file_hash, hash_of, read_json, rng, seed_of, write_json, write_whole
+from ..core import (DataError, ParameterError, RunError, WeightsError, file_hash, hash_of, read_json, rng,
+                           seed_of, write_json, write_whole)
 from ..data.pixels import torch_area_resize
 from .blocks import Generator, build_generator, n_params
 
