@@ -178,6 +178,7 @@ RESULT_COLUMNS = ["paper", "run", "seed", "data", "preset", "protocol", "scope",
 @patch
 def results(self:Run, frame:pd.DataFrame) -> pd.DataFrame:
     "Write results.csv, each row with the run it comes from, and give it back."
+    if "protocol" in frame: frame = frame.assign(protocol=frame.protocol.replace("", self.params.protocol))
     usual = dict(protocol=self.params.protocol, split="test")
     mine = dict(paper=self.paper, run=self.dir.name, seed=self.params.seed, data=self.data, preset=self.params.preset)
     frame = frame.assign(**mine, **{k: v for k, v in usual.items() if k not in frame})
