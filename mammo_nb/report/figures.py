@@ -113,6 +113,7 @@ class Shown:
     "A figure for the output of a notebook cell."
     def __init__(self, png:bytes): self.png = png
     def _repr_png_(self): return self.png
+    def __repr__(self): return "a figure"
 
 # %% ../../nbs/lib/61_report.figures.ipynb #5a9a2cdf
 def show(fig, *, dpi:int=80) -> Shown: # Displays itself as the last line of a cell

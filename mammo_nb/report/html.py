@@ -217,7 +217,7 @@ table{border-collapse:collapse;font-size:.84rem;line-height:1.35;width:100%}
 caption{caption-side:top;text-align:left;font-weight:600;padding:.6rem .7rem;font-size:.92rem}
 th,td{padding:.34rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{background:var(--tint);font-weight:600;vertical-align:bottom}tbody th{font-weight:500;white-space:nowrap}
-tbody tr:last-child td{border-bottom:0}td{white-space:nowrap}th[role=button]{cursor:pointer}
+tbody tr:last-child td{border-bottom:0}td{white-space:nowrap}th[tabindex]{cursor:pointer}
 th[aria-sort=ascending]::after{content:" ▲"}th[aria-sort=descending]::after{content:" ▼"}
 .beside th,.beside td{padding-left:.42rem;padding-right:.42rem}.beside td span{display:block}
 .pub{color:var(--soft);font-size:.92em}.our{font-weight:650}.ci{color:var(--soft);font-size:.86em}
@@ -269,7 +269,7 @@ for (const table of document.querySelectorAll('table')) {
       body.append(...[...body.rows].sort((a, b) => down * order(value(a, k), value(b, k))));
     };
     head.tabIndex = 0;
-    head.setAttribute('role', 'button');
+    head.title = 'Sort';
     head.addEventListener('click', sort);
     head.addEventListener('keydown', e => { if (e.key == 'Enter') sort(); });
   });

@@ -199,7 +199,11 @@ def over_runs(
     if len(rows)==1: return Evidence(one.ours, one.lo, one.hi, one.p, how=one.how, used=used, of=of, seeds=1)
     if rows.strata.nunique()>1:
         return Evidence(rows.ours.mean(), how="runs cover different strata", used=used, of=of, seeds=len(rows))
-    s = over_seeds(rows.ours)
+    return _student(claim, rows.ours, used, of)
+
+def _student(claim, values, used, of):
+    "Evidence from one value a seed, by Student's t."
+    s = over_seeds(values)
     n = s["n"]
     t = s["mean"]/(s["sd"]/np.sqrt(n)) if s["sd"]>0 else np.nan
     lo, hi = np.clip([s["lo"],s["hi"]], -1, 1) if claim.metric in SHARES else (s["lo"],s["hi"])
@@ -468,7 +472,8 @@ def curves_section(
         for column,value in (where or {}).items(): frame = frame[frame[column]==value]
         if not len(frame): return None
         frame, named = frame[frame.replicate==frame.replicate.iloc[0]], labels(runs[0].paper)
-        pictures = [curve_figure(g, kind, positive, named) for _,g in frame.groupby("scope", sort=False) for kind in kinds]
+        pictures = [curve_figure(g, kind, positive, named)
+                    for _,g in frame.groupby("scope", sort=False) for kind in kinds]
         return Section(heading, said(text, runs), figures=pictures)
     return section
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'KEYS', 'TEXTS', 'NUMBERS', 'RESULT_COLUMNS', 'RUN_KEYS', 'FRACTIONS', 'TWO_CLASS', 'papers',
            'paper_record', 'published', 'cell_published', 'cell_ours', 'printed', 'lay_out', 'published_table',
-           'read_results', 'bounds', 'seed_interval', 'summarise', 'gather', 'beside', 'beside_table',
+           'read_results', 'bounds', 'seed_interval', 'summarise', 'gather', 'beside', 'beside_table', 'shared_band',
            'prevalence_check', 'to_markdown', 'to_html']
 
 # %% ../../nbs/lib/60_report.tables.ipynb #f6cf6ba6
@@ -193,6 +193,14 @@ def seed_interval(
     return np.clip(value-half, low, high), np.clip(value+half, low, high)
 
 # %% ../../nbs/lib/60_report.tables.ipynb #147416da
+def _once(results, keys):
+    "One row a number and seed; two different values for one seed are an error."
+    df = results[~results[[*keys,"seed","value"]].duplicated()]
+    twice = df[[*keys,"seed"]].duplicated()
+    if not twice.any(): return df
+    raise DataError(f"seed {df.seed[twice].iloc[0]} has two values", df.loc[twice, keys].iloc[0].to_dict(),
+                    "two runs with other knobs lie in this folder: gather them apart")
+
 def summarise(
     results:pd.DataFrame, # As from `read_results`
     *,
@@ -200,14 +208,9 @@ def summarise(
 ) -> pd.DataFrame: # Keys, value, sd, lo, hi, seeds, interval (`patients` or `seeds`), n, n_patients
     "Mean, sd and interval over seeds of every number; two different values for one seed are an error."
     keys = [k for k in RUN_KEYS if k in results]
-    df = results[~results[[*keys,"seed","value"]].duplicated()]
-    twice = df[[*keys,"seed"]].duplicated()
-    if twice.any():
-        raise DataError(f"seed {df.seed[twice].iloc[0]} has two values", df.loc[twice, keys].iloc[0].to_dict(),
-                        "two runs with other knobs lie in this folder: gather them apart")
     first = {c:(c,"first") for c in ("lo","hi","n","n_patients")}
     over = dict(value=("value","mean"), sd=("value","std"), seeds=("value","count"))
-    out = df.groupby(keys, sort=False, dropna=False).agg(**over, **first).reset_index()
+    out = _once(results, keys).groupby(keys, sort=False, dropna=False).agg(**over, **first).reset_index()
     many = out.seeds > 1
     low, high = bounds(out.metric, out.arm)
     lo, hi = seed_interval(out.value, out.sd, out.seeds, level=level, low=low, high=high)
@@ -271,6 +274,18 @@ def beside_table(
     return lay_out(cells, paper, rows=layout["rows"], cols=[*layout["cols"],"source"])
 
 # %% ../../nbs/lib/60_report.tables.ipynb #b2aca24d
+def shared_band(
+    lo:np.ndarray, # Lower ends of intervals, `(n,)`
+    hi:np.ndarray, # Upper ends, `(n,)`
+) -> tuple: # Lower end, upper end, how many intervals hold it
+    "The stretch that most intervals have in common."
+    edges = np.unique([lo, hi])
+    mids = (edges[1:]+edges[:-1])/2
+    votes = ((lo[:,None]<=mids) & (mids<=hi[:,None])).sum(0)
+    best = np.flatnonzero(votes==votes.max())
+    return float(edges[best[0]]), float(edges[best[-1]+1]), int(votes.max())
+
+# %% ../../nbs/lib/60_report.tables.ipynb #5c25bf6f
 def prevalence_check(
     paper:str, # A paper that prints accuracy and F1
     table:str, # e.g. `table1`
@@ -281,13 +296,9 @@ def prevalence_check(
     w = df[df.metric.isin(["accuracy","f1"])].pivot(index=keys, columns="metric", values="value").dropna()
     w = w.reindex(pd.MultiIndex.from_frame(df[keys].drop_duplicates())).reset_index()
     w[["lo","hi"]] = [f1_consistency(a, f, decimals=3) for a,f in zip(w.accuracy, w.f1)]
-    edges = np.unique(w[["lo","hi"]])
-    mids = (edges[1:]+edges[:-1])/2
-    votes = ((w.lo.values[:,None]<=mids) & (mids<=w.hi.values[:,None])).sum(0)
-    best = np.flatnonzero(votes==votes.max())
-    band = (float(edges[best[0]]), float(edges[best[-1]+1]))
-    w["fits"] = (w.lo<=band[1]) & (band[0]<=w.hi)
-    w.attrs = dict(band=band, rows=int(votes.max()), of=len(w))
+    low, high, rows = shared_band(w.lo.to_numpy(), w.hi.to_numpy())
+    w["fits"] = (w.lo<=high) & (low<=w.hi)
+    w.attrs = dict(band=(low, high), rows=rows, of=len(w))
     return w
 
 # %% ../../nbs/lib/60_report.tables.ipynb #dc873959
