@@ -7,7 +7,7 @@ SEED  ?= 0
 ARGS  ?=
 OUT    = reports/demo/notebooks/$(P)-seed$(SEED).ipynb
 
-.PHONY: run test paper gpu install sync clean
+.PHONY: run test quick paper gpu install sync lint outputs clean
 
 run: install
 	@mkdir -p $(dir $(OUT))
@@ -21,8 +21,19 @@ test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg
 test: install
 	@# each notebook in a process of its own: nbdev_test reuses its workers, and one notebook's imports would colour the next
-	ls nbs/lib/*.ipynb nbs/*.ipynb | xargs -P 2 -n 1 sh -c '$(BIN)/nbdev_test --path "$$0" --n_workers 0 --do_print || exit 255'
+	ls nbs/lib/*.ipynb nbs/papers/*.ipynb nbs/*.ipynb | xargs -P 2 -n 1 sh -c '$(BIN)/nbdev_test --path "$$0" --n_workers 0 --do_print || exit 255'
 	$(BIN)/pytest
+
+# What a change is tried with before it is pushed: contracts, ratchets, sync, lint, the lessons that changed, one paper.
+quick: export OMP_NUM_THREADS = 1
+quick: export MPLBACKEND = agg
+quick: SINCE ?= HEAD
+quick: install lint ## make quick SINCE=main: also the lessons changed since a branch or commit
+	@mkdir -p reports/demo/notebooks
+	$(BIN)/papermill nbs/00_annotation_shift.ipynb reports/demo/notebooks/quick.ipynb -p run_dir reports/demo/quick -p boots 50 --no-progress-bar & \
+	$(BIN)/pytest tests/test_notebooks.py tests/test_style.py tests/test_sync.py tests/test_environment.py && \
+	(git diff --name-only $(SINCE) -- nbs/lib nbs/papers; git ls-files --others --exclude-standard -- nbs) | sort -u | \
+	  xargs -r -P 1 -n 1 sh -c '[ ! -f "$$0" ] || $(BIN)/nbdev_test --path "$$0" --n_workers 0 --do_print || exit 255' && wait $$!
 
 gpu: install   ## on a machine with a GPU: its tests, the benchmarks, five papers at published size, the page; asked again it goes on
 	$(BIN)/pytest -m gpu
@@ -31,7 +42,15 @@ gpu: install   ## on a machine with a GPU: its tests, the benchmarks, five paper
 	$(BIN)/mammo_sweep sweeps/papers_full.yaml --keep
 	$(BIN)/mammo_report
 
-sync: install ## export and clean must leave the tree as it is
+lint: install ## lines, unused names, imports inside functions, likely bugs; types of the spine
+	$(BIN)/ruff check mammo_nb nbs
+	$(BIN)/mypy
+
+outputs: install ## make outputs L=nbs/lib/34_metrics.delong.ipynb: run a lesson and keep what its cells show
+	$(BIN)/python tests/keep_outputs.py $(L)
+	$(BIN)/nbdev_clean --fname $(L)
+
+sync: install lint ## export and clean must leave the tree as it is
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	git diff --exit-code -- nbs mammo_nb

@@ -716,7 +716,7 @@ def bench_crops(
 ) -> list: # Rows
     "Crops a second from DICOM files and from the cache, over all lesions and image by image."
     from mammo_nb.data.inbreast import read_inbreast
-    from mammo_nb.data.lookalike import phantom_tree
+    from mammo_nb.data.trees import phantom_tree
     from mammo_nb.data.patches import PatchSet, extract, lesion_patches
     data, at = read_inbreast(phantom_tree("inbreast", centre="a", n_patients=patients, scale=scale)), [0]
     plan = lesion_patches(data)

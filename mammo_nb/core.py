@@ -6,10 +6,19 @@
 __all__ = ['MODES', 'KERNELS', 'MammoError', 'ParameterError', 'DataError', 'LeakError', 'WeightsError', 'RunError', 'nearest',
            'repo_root', 'cache_dir', 'seed_of', 'rng', 'torch_rng', 'global_seed', 'write_whole', 'write_text',
            'write_json', 'write_csv', 'read_json', 'hash_of', 'file_hash', 'locked', 'pick_device', 'check_mode',
-           'kernels', 'exact_mode', 'progress']
+           'Kernels', 'kernels', 'exact_mode', 'progress']
 
 # %% ../nbs/lib/10_core.ipynb #093d1ee8
-import contextlib, difflib, errno, hashlib, json, os, sys, tempfile, time
+import contextlib
+import difflib
+import errno
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +38,9 @@ class MammoError(Exception):
 
 # %% ../nbs/lib/10_core.ipynb #81d36817
 class ParameterError(MammoError): "A parameter of a notebook is unknown, of the wrong type or out of range."
-
-# %% ../nbs/lib/10_core.ipynb #ae66d89b
 class DataError(MammoError): "A data folder, table or image cannot be used."
-
-# %% ../nbs/lib/10_core.ipynb #6dd6353a
 class LeakError(MammoError): "The same patient, image or pixels are on two sides of a split."
-
-# %% ../nbs/lib/10_core.ipynb #0a58545f
 class WeightsError(MammoError): "A weights file does not fit the network, or cannot be read safely."
-
-# %% ../nbs/lib/10_core.ipynb #6db208b1
 class RunError(MammoError): "A run cannot go on: full disk, unfinished stage, foreign run folder."
 
 # %% ../nbs/lib/10_core.ipynb #5387e109
@@ -55,16 +56,15 @@ def nearest(
 # %% ../nbs/lib/10_core.ipynb #f2ec1e16
 def repo_root() -> Path: # Folder that holds settings.ini, else the working folder
     "The repository this package runs in, found from the working folder upwards, then from the package's own file."
-    for start in (Path.cwd(), Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()):
-        for p in (start, *start.parents):
-            if (p/"settings.ini").is_file() and (p/"nbs").is_dir(): return p
-    return Path.cwd()
+    starts = [Path.cwd()] + ([Path(__file__).resolve().parent] if "__file__" in globals() else [])
+    places = [p for start in starts for p in (start, *start.parents)]
+    return next((p for p in places if (p/"settings.ini").is_file() and (p/"nbs").is_dir()), Path.cwd())
 
 # %% ../nbs/lib/10_core.ipynb #4434b650
 def cache_dir(
     *parts:str # Sub-folders
 ) -> Path: # Existing folder
-    "Where decoded patches, phantoms and trained generators are kept between runs: `$MAMMO_NB_CACHE` or `.cache` in the repository."
+    "Where patches, phantoms and trained generators are kept between runs: `$MAMMO_NB_CACHE`, or `.cache` in the repository."
     d = Path(os.environ.get("MAMMO_NB_CACHE") or repo_root()/".cache", *parts)
     d.mkdir(parents=True, exist_ok=True)
     return d
@@ -143,7 +143,8 @@ def write_whole(
 
 def _disk_error(e, path):
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError("the disk is full; nothing finished was lost", path, "free some space and give the same command again")
+        fix = "free some space and give the same command again"
+        return RunError("the disk is full; nothing finished was lost", path, fix)
     if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return RunError("this folder cannot be written to", path, "choose another run_dir or set MAMMO_NB_CACHE")
     return e
@@ -175,7 +176,8 @@ def write_csv(path:Path, df, index:bool=False) -> Path: # A pandas frame, six si
 def read_json(path:Path) -> dict:
     "Read JSON; a file that is not JSON is named."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as e: raise RunError(f"not a readable JSON file ({type(e).__name__})", path, "remove it and run again") from e
+    except (ValueError, OSError, RecursionError) as e:
+        raise RunError(f"not a readable JSON file ({type(e).__name__})", path, "remove it and run again") from e
 
 # %% ../nbs/lib/10_core.ipynb #24a1428a
 def hash_of(
@@ -207,12 +209,10 @@ def file_hash(
     path:Path, # File
 ) -> str: # sha256 as 64 hex digits
     "SHA-256 of a file's bytes."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib,"file_digest") else _digest(f)
-
-def _digest(f):
-    h = hashlib.sha256()
-    for block in iter(lambda: f.read(1<<20), b""): h.update(block)
-    return h.hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(1<<20), b""): digest.update(block)
+    return digest.hexdigest()
 
 # %% ../nbs/lib/10_core.ipynb #e71b710d
 @contextlib.contextmanager
@@ -230,12 +230,14 @@ def pick_device(
 ): # `torch.device`
     "The device of that name, or the best there is for `auto`; an absent device is an error."
     import torch
-    if name == "auto": name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto": name = "cuda" if cuda else "mps" if mps else "cpu"
+    known = ["auto", "cpu", "cuda", "cuda:0", "mps"]
     try: dev = torch.device(name)
-    except RuntimeError as e: raise ParameterError(f"'{name}' is no device name", "device", nearest(name, ["auto","cpu","cuda","cuda:0","mps"])) from e
-    missing = (dev.type=="cuda" and (dev.index or 0) >= torch.cuda.device_count()) or (dev.type=="mps" and not torch.backends.mps.is_available())
+    except RuntimeError as e: raise ParameterError(f"'{name}' is no device name", "device", nearest(name, known)) from e
+    missing = dev.type == "cuda" and (dev.index or 0) >= torch.cuda.device_count() or dev.type == "mps" and not mps
     if missing: raise ParameterError(f"'{name}' is not on this machine", "device", "use auto or cpu")
-    if dev.type not in ("cpu","cuda","mps"): raise ParameterError(f"'{name}' is not supported", "device", "use auto, cpu, cuda or mps")
+    if dev.type not in known: raise ParameterError(f"'{name}' is not supported", "device", "use auto, cpu, cuda or mps")
     return dev
 
 # %% ../nbs/lib/10_core.ipynb #61aa70d4
@@ -247,28 +249,38 @@ def check_mode(mode:str) -> str:
     return mode
 
 # %% ../nbs/lib/10_core.ipynb #e904f9ec
-def _choose(benchmark, deterministic, tf32_conv, tf32_product): # -> what was chosen before
+@dataclass(frozen=True)
+class Kernels:
+    "How CUDA's kernels are chosen."
+    benchmark:bool # cuDNN tries kernels and takes the fastest
+    deterministic:bool # Repeatable ones only
+    tf32_conv:bool # TF32 in convolutions
+    tf32_product:bool # TF32 in products
+
+KERNELS = dict(exact=Kernels(False, True, False, False), fast=Kernels(True, False, True, True))
+
+def _choose(new): # -> what was chosen before
     import torch
     conv, product = torch.backends.cudnn, torch.backends.cuda.matmul
-    old = conv.benchmark, conv.deterministic, conv.allow_tf32, product.allow_tf32
-    conv.benchmark, conv.deterministic, conv.allow_tf32, product.allow_tf32 = benchmark, deterministic, tf32_conv, tf32_product
+    old = Kernels(conv.benchmark, conv.deterministic, conv.allow_tf32, product.allow_tf32)
+    conv.benchmark, conv.deterministic = new.benchmark, new.deterministic
+    conv.allow_tf32, product.allow_tf32 = new.tf32_conv, new.tf32_product
     return old
 
-KERNELS = dict(exact=(False, True, False, False), fast=(True, False, True, True)) # cuDNN tries kernels, repeatable ones only, TF32 in convolutions, in products
-
+# %% ../nbs/lib/10_core.ipynb #eccc29c6
 @contextlib.contextmanager
 def kernels(
     mode:str, # `exact` or `fast`
 ):
     "Choose CUDA's kernels inside the block, and put back what was chosen before."
-    old = _choose(*KERNELS[check_mode(mode)])
+    old = _choose(KERNELS[check_mode(mode)])
     try: yield
-    finally: _choose(*old)
+    finally: _choose(old)
 
-# %% ../nbs/lib/10_core.ipynb #eccc29c6
+# %% ../nbs/lib/10_core.ipynb #75a04c08
 def exact_mode() -> None:
     "Ask torch for reproducible kernels and full float32: same seed and device class, same tables."
-    _choose(*KERNELS["exact"])
+    _choose(KERNELS["exact"])
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # %% ../nbs/lib/10_core.ipynb #1bd79b9c

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mammo_nb.core import DataError, LeakError, MammoError, ParameterError, RunError, WeightsError, read_json, rng, torch_rng, write_json
-from mammo_nb.gans import adopt, package
+from mammo_nb.gans import adopt, folder, package
 from mammo_nb.gans.adopt import Parcel, as_generator, import_generator, read_weights
 from mammo_nb.gans.blocks import DCGANGenerator
 from mammo_nb.gans.package import drawn_by, export_generator, export_run, main_export, main_import
@@ -138,9 +138,9 @@ def test_the_card_is_one_the_hub_reads(snapshot, tmp_path):
 def test_members_leave_only_when_asked(snapshot, tmp_path):
     shut, told = (export_generator(snapshot, tmp_path/n, license="mit", members=m, check=False).card for n,m in (("shut",False), ("told",True)))
     assert "members" not in shut and "patients_hash" not in shut and shut["patients"] == 30 and len(told["members"]) == 30
-    with pytest.raises(LeakError, match="1 of these patients"): adopt.check_unseen(told, ["bcdr:7","inbreast:1"])
-    with pytest.raises(LeakError, match="may have seen"): adopt.check_unseen(shut, ["bcdr:999"])
-    assert "inbreast" in adopt.check_unseen(shut, ["inbreast:1"])
+    with pytest.raises(LeakError, match="1 of these patients"): folder.check_unseen(told, ["bcdr:7","inbreast:1"])
+    with pytest.raises(LeakError, match="may have seen"): folder.check_unseen(shut, ["bcdr:999"])
+    assert "inbreast" in folder.check_unseen(shut, ["inbreast:1"])
 
 def test_run_folder(tmp_path, capsys):
     run = tmp_path/"run"
@@ -277,7 +277,7 @@ def test_a_medigan_package_without_wrap_around(tmp_path):
     assert not (tmp_path/"touched").exists() and card["license"] == "MIT" and card["datasets"] == ["bcdr"] and card["value_range"] == [-1.,1.] and card["training"]["epoch"] == 500
     assert np.array_equal(load_generator(out)(*lively().latents(3, rng(0,"z"))), lively().eval()(*lively().latents(3, rng(0,"z"))).detach())
     assert sample_generator(as_generator(z), 4, seed=0)[0].shape == (4,16,16)
-    with pytest.raises(LeakError, match="bcdr"): adopt.check_unseen(card, ["bcdr:1"])
+    with pytest.raises(LeakError, match="bcdr"): folder.check_unseen(card, ["bcdr:1"])
 
 def test_bare_weights(tmp_path):
     from safetensors.torch import save_file
@@ -342,7 +342,7 @@ def test_bare_weights_of_any_kind(kind, packages, tmp_path):
 
 def test_a_real_audit_goes_into_the_card(snapshot, tmp_path):
     from mammo_nb.data.patches import PatchSet, patch_table
-    from mammo_nb.metrics.privacy import audit, no_audit
+    from mammo_nb.gans.privacy import audit, no_audit
     def patches(first): # Two patches of each of 30 patients
         x = rng(0, "patches", first).integers(0, 256, (60,1,16,16), dtype=np.uint8)
         return PatchSet(x, patch_table([dict(patch_id=f"{first}:{i}", patient_id=f"bcdr:{first + i//2}", image_id=f"{first}:{i}", target=1) for i in range(60)]))

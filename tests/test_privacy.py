@@ -8,7 +8,7 @@ import torch
 
 from mammo_nb.core import DataError, LeakError, WeightsError, hash_of, read_json, rng
 from mammo_nb.metrics.features import texture_patches
-from mammo_nb.metrics.privacy import (FEW, NAMES, Audit, attack_scores, audit, discriminator_scores, load_discriminator, looks, member_control, nearness, no_audit, tpr_at)
+from mammo_nb.gans.privacy import (FEW, NAMES, Audit, attack_scores, audit, discriminator_scores, load_discriminator, looks, member_control, nearness, no_audit, tpr_at)
 
 def women(k, seed, patches=2, size=32):
     "Patches of k patients; several of one patient are one texture, shifted and noisy."

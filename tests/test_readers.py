@@ -8,6 +8,7 @@ import pytest
 
 from mammo_nb.core import DataError, hash_of, repo_root
 from mammo_nb.data import lookalike, lookalike2, phantom
+from mammo_nb.data.trees import LAYOUTS
 from mammo_nb.data.bcdr import read_bcdr
 from mammo_nb.data.cbis import read_cbis, read_cbis_tables
 from mammo_nb.data.folder import read_folder
@@ -35,7 +36,7 @@ def patients():
 def trees(patients, tmp_path_factory):
     root = tmp_path_factory.mktemp("trees")
     pairs = dict(inbreast="a", bcdr="b", folder="c")
-    return {(l,q): lookalike.LAYOUTS[l](patients[c], root/f"{l}{q}", seed=0, quirks=q) for l,c in pairs.items() for q in (False,True)}
+    return {(l,q): LAYOUTS[l](patients[c], root/f"{l}{q}", seed=0, quirks=q) for l,c in pairs.items() for q in (False,True)}
 
 
 def truth(patients):
@@ -320,7 +321,7 @@ for f in ('a.dcm','t.png'):
 def test_killed_build_leaves_no_half_tree(tmp_path):
     "`kill -9` while a tree is written: the next call builds it whole."
     env = dict(os.environ, MAMMO_NB_CACHE=str(tmp_path), OMP_NUM_THREADS="1")
-    code = f"from mammo_nb.data.lookalike import phantom_tree; print(phantom_tree('folder', centre='c', n_patients=%d, scale={SCALE}, seed=5))"
+    code = f"from mammo_nb.data.trees import phantom_tree; print(phantom_tree('folder', centre='c', n_patients=%d, scale={SCALE}, seed=5))"
     p = subprocess.Popen([sys.executable,"-c",code%200], env=env, cwd=repo_root())
     for _ in range(600):
         if any(tmp_path.rglob("*.png")): break

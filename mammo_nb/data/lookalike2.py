@@ -15,7 +15,7 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from ..core import seed_of
-from .lookalike import LAYOUTS, Pictures, as_uint, shape_of, write_dicom
+from .lookalike import Pictures, as_uint, shape_of, write_dicom
 
 # %% ../../nbs/lib/21b_data.lookalike2.ipynb #fe5c82e5
 _MASS = ["patient_id","breast_density","left or right breast","image view","abnormality id","abnormality type","mass shape","mass margins",
@@ -130,8 +130,6 @@ def _cbis_lesion(files, table, *, seed, full, image, v, l, number, kind, pid, k)
                   f"{full}/{image}/000000.dcm", crop_path, mask_path])
     return out
 
-LAYOUTS["cbis"], LAYOUTS["cbis_jpeg"] = write_cbis, partial(write_cbis, form="jpeg")
-
 # %% ../../nbs/lib/21b_data.lookalike2.ipynb #f4c82455
 _MIAS_CLASS = dict(mass="CIRC", calcification="CALC", distortion="ARCH", asymmetry="ASYM", other="MISC")
 
@@ -166,8 +164,6 @@ def write_mias(
         lines[k:k+1] = [lines[k], " ".join(lines[k].split()[:2])+" CALC B *NOTE 3*"]
     (root/"Info.txt").write_text("Information on the images\n\nINFORMATION: mdb files listed below\n\n" + "\n".join(sorted(lines)) + "\n\nNOTES\n  mdb numbers in this footer, mdbxyz, are prose\n")
     return root
-
-LAYOUTS["mias"] = write_mias
 
 # %% ../../nbs/lib/21b_data.lookalike2.ipynb #83905ed0
 _OMI_ROOT = "1.2.826.0.1.3680043.9.3218.9." # an invented branch
@@ -248,5 +244,3 @@ def _omi_episode(views, patient, quirks, i):
         out["BIOPSYWIDE"][("left" if s=="L" else "right")+"_opinion"] = "OM" if "malignant" in worst[s].values() else ("Benign" if quirks else "OB")
         out["LESION"][s] = {str(n+1): {"LesionDescription":"MA"} for n in worst[s]}
     return out
-
-LAYOUTS["omidb"] = write_omidb

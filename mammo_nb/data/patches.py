@@ -61,6 +61,8 @@ def no_skips() -> pd.DataFrame:
     return pd.DataFrame({"file":pd.Series(dtype=object), "reason":pd.Series(dtype=object), "count":pd.Series(dtype=int)})
 
 # %% ../../nbs/lib/28_data.patches.ipynb #2198e485
+def _cells(s): return [None if pd.isna(v) else v for v in s.tolist()]
+
 @dataclass
 class PatchSet:
     "Patches and what is known of each, row by row."
@@ -83,8 +85,22 @@ class PatchSet:
     def size(self) -> int: return self.pixels.shape[2]
     @property
     def y(self) -> np.ndarray:
-        if self.table.target.isna().any(): raise DataError(f"{self.table.target.isna().sum()} patches of unknown class", "PatchSet", "fill in or leave out the rows without target")
+        unknown = self.table.target.isna().sum()
+        if unknown:
+            raise DataError(f"{unknown} patches of unknown class", "PatchSet", "fill in or leave out the rows without target")
         return self.table.target.to_numpy(dtype=np.int64)
+
+    @cached_property
+    def pixel_key(self) -> str:
+        "Hash of the pixels of all views; worked out once, for nobody writes into the pixels of a set."
+        digest = hashlib.sha256(str(self.pixels.shape).encode())
+        for block in np.array_split(self.pixels, 1+self.pixels.nbytes//2**26): digest.update(np.ascontiguousarray(block))
+        return digest.hexdigest()[:16]
+
+    def key(self) -> str: # 16 hex digits
+        "Content of everything a job may depend on: every column of the table, generators' patients, pixels of all views."
+        columns = {c: _cells(self.table[c]) for c in self.table.columns}
+        return hash_of(json.dumps([columns, self.generators, self.pixel_key], sort_keys=True, default=str))
 
     def subset(self,
         idx, # Boolean mask or row numbers
@@ -106,8 +122,6 @@ class PatchSet:
                         pd.concat([s.skipped for s in (self,*others)], ignore_index=True).drop_duplicates(ignore_index=True))
 
 # %% ../../nbs/lib/28_data.patches.ipynb #b333dd9b
-def _cells(s): return [None if pd.isna(v) else v for v in s.tolist()]
-
 def _write_table(path, table, generators):
     write_text(path, json.dumps(dict(columns={c:_cells(table[c]) for c in table.columns}, generators=generators), sort_keys=True))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'patient_counts', 'balanced_groups', 'split_patients', 'balance_table', 'line_of', 'half', 'nested_subsets',
-           'folds', 'pooled_split', 'check_leaks', 'without_doubles']
+           'folds', 'pooled_split', 'check_leaks', 'without_doubles', 'leak_table']
 
 # %% ../../nbs/lib/29_data.splits.ipynb #99057c1b
 from itertools import combinations
@@ -269,3 +269,23 @@ def without_doubles(
     h = ps.table.pixel_hash
     blank = h.isna() | h.astype(str).str.startswith("constant")
     return ps.subset((blank | ~(h.duplicated() | h.isin(before))).to_numpy())
+
+# %% ../../nbs/lib/29_data.splits.ipynb #dd7073ed
+def leak_table(
+    table:pd.DataFrame, # Patch table
+    sides:dict, # Name of a split (protocol, fold) -> `train`, `val`, `test` for each row
+    *,
+    y=None, # Class of each row, default the column `target`
+    names:tuple=("healthy","lesion"), # Words of the classes
+) -> pd.DataFrame: # split, kind (`all` or a class), train, val, test, test_patients, patient_in_training, image_in_training, doubles
+    "Sizes of a split, and the test patches that training has seen something of, as counts."
+    y = table.target if y is None else pd.Series(np.asarray(y), index=table.index)
+    rows = []
+    for split,side in sides.items():
+        side = np.asarray(side)
+        seen = {c: set(table[c][side=="train"].dropna()) for c in ("patient_id","image_id","pixel_hash")}
+        for kind,of in (("all",np.ones(len(table),bool)), *((word,(y==k).to_numpy(bool)) for k,word in enumerate(names))):
+            test = table[of & (side=="test")]
+            known = [int(test[c].isin(seen[c]).sum()) for c in seen]
+            rows.append((split, kind, *(int((of & (side==s)).sum()) for s in SPLITS), test.patient_id.nunique(), *known))
+    return pd.DataFrame(rows, columns=["split","kind",*SPLITS,"test_patients","patient_in_training","image_in_training","doubles"])

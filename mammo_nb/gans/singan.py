@@ -24,8 +24,9 @@ from torch.optim.adam import adam
 
 from ..core import (DataError, ParameterError, RunError, WeightsError, check_mode, global_seed, hash_of, locked, pick_device, read_json, torch_rng,
                            write_csv, write_json, write_whole)
+from .blocks import register
+from .checkpoint import Checkpoint, differs, fill
 from .engine import Engine, rate_for, set_rate
-from .train import Checkpoint, differs, fill
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #cb235d01
 def cubic(
@@ -497,8 +498,10 @@ def g_steps(
     return torch.stack([adv, off(rec).square().view(models,-1).mean(1)])
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #a74d1640
+@register
 class SinGAN(nn.Module):
     "Generators of all scales of one image, coarsest first."
+    kind = "singan"
     def __init__(self,
         shapes:tuple, # (rows, columns) of the scales
         *,

@@ -161,7 +161,7 @@ def load_masses(
     R:SimpleNamespace, # From `resolve`
 ) -> tuple: # (table, note on where it came from, rows left out)
     "The masses of this run, phantom or real."
-    from mammo_nb.data.lookalike import phantom_tree
+    from mammo_nb.data.trees import phantom_tree
     from mammo_nb.data.phantom import centre_style
     from mammo_nb.data.readers import read_any
     S, how = R.setup, "all masses of known pathology below the given folder"

@@ -188,7 +188,7 @@ def phantom_centres(
     who:tuple=("a","b","c"), # Centres that are needed
 ) -> dict: # a, b, c -> Centre
     "The three centres as phantoms with known truth, each in a layout of its own."
-    from mammo_nb.data.lookalike import phantom_tree
+    from mammo_nb.data.trees import phantom_tree
     from mammo_nb.data.readers import read_any
     with ThreadPoolExecutor(3) as pool: # NumPy leaves the interpreter free, so the centres are drawn side by side
         tree = dict(zip(who, pool.map(lambda c: phantom_tree(LAYOUT[c], centre=c, n_patients=S.patients[c], seed=seed, scale=S.phantom_scale), who)))
@@ -434,7 +434,8 @@ def take_generator(
     patients, # Patients of centre A
 ) -> None:
     "An imported generator in the place of a trained one: `folder/gan/snapshots`, and what is known of whom it has seen."
-    from mammo_nb.gans.package import as_generator, check_unseen
+    from mammo_nb.gans.adopt import as_generator
+    from mammo_nb.gans.folder import check_unseen
     for f in as_generator(Path(path).expanduser()):
         try: known = check_unseen(read_json(f/"generator.json"), patients)
         except DataError as e: known = f"it cannot be told whether it has seen patients of centre A ({e.what})"
@@ -692,12 +693,12 @@ def fresh_centre(
     scaling:str="minmax", # How pixels become uint8
 ) -> Centre:
     "Further patients of a phantom centre, written and read back like the others."
-    from mammo_nb.data import lookalike, lookalike2, phantom
+    from mammo_nb.data import lookalike, lookalike2, phantom, trees
     from mammo_nb.data.readers import read_any
     from mammo_nb.core import seed_of
     seed, n, scale = seed_of(R.seeds["phantom"], "held out"), R.setup.held[c], R.setup.phantom_scale
     key = hash_of(LAYOUT[c], str(phantom.centre_style(c)), n, seed, float(scale), [file_hash(m.__file__) for m in (phantom, lookalike, lookalike2)])
-    tree = lookalike.build_once(cache_dir("phantoms", key)/f"held_{LAYOUT[c]}_{c}_{n}", lambda root: lookalike.LAYOUTS[LAYOUT[c]](islice(fresh_patients(c, seed=seed, scale=scale), n), root, seed=seed))
+    tree = trees.build_once(cache_dir("phantoms", key)/f"held_{LAYOUT[c]}_{c}_{n}", lambda root: trees.LAYOUTS[LAYOUT[c]](islice(fresh_patients(c, seed=seed, scale=scale), n), root, seed=seed))
     rename = lambda t: t.assign(patient_id=t.patient_id.str.replace(":", ":held", n=1))
     return Centre(c, [replace(s, images=rename(s.images), lesions=rename(s.lesions)) for s in read_any(tree, scaling=scaling).values()])
 
@@ -727,7 +728,7 @@ def audit_generator(
     device, # Where to compute
 ) -> None:
     "Membership attacks on one generator, into `folder/audit.json`."
-    from mammo_nb.metrics.privacy import audit, no_audit
+    from mammo_nb.gans.privacy import audit, no_audit
     try: a = audit(generator_folders(generator), members, held, seed=R.seeds["gan"], discriminator=generator/"gan", n=R.setup.audit, views=2, boots=R.setup.boots, device=device)
     except DataError as e: a = no_audit(e.what)
     a.save(folder)
@@ -741,7 +742,7 @@ def audit_all(
     c:dict, # Centre C's masses
 ) -> dict: # (name, scope) -> Audit, None where left out
     "The audit of every generator, also as files under `audits`."
-    from mammo_nb.metrics.privacy import Audit, no_audit
+    from mammo_nb.gans.privacy import Audit, no_audit
     out, jobs, held = {}, {}, {}
     for (name,scope),stage in G.items():
         h, ps = H[GENERATORS[name][0]], patches_behind(name, scope, R, b, c)
@@ -761,7 +762,7 @@ def audit_table(
     audits:dict, # From `audit_all`
 ) -> pd.DataFrame: # One row a generator and attack
     "All audits in one table; an audit that was not possible has one row that says why."
-    from mammo_nb.metrics.privacy import COLUMNS
+    from mammo_nb.gans.privacy import COLUMNS
     rows = [(a.table if len(a.table) else pd.DataFrame([dict(attack="none", verdict=f"cannot tell: {a.why}")])).assign(generator=g, scope=s) for (g,s),a in audits.items() if a is not None]
     return pd.concat(rows, ignore_index=True).reindex(columns=["generator","scope",*COLUMNS]) if rows else pd.DataFrame(columns=["generator","scope",*COLUMNS])
 

@@ -126,7 +126,7 @@ def audit_headline(t:pd.DataFrame) -> str: # t from `papers.sharing.audit_table`
     leak, calm = sum("leak" in s for s in v), sum("no leak seen" in s and not s & {"leak","cannot tell"} for s in v)
     return f"Of {len(v)} generators {leak} let members be recognised ({inside} of them only by their discriminator, which is not handed over), {calm} withstood the attacks, and {len(v)-leak-calm} cannot be judged."
 
-DISCRIMINATOR = "discriminator score (LOGAN)" # As `metrics.privacy.NAMES` has it
+DISCRIMINATOR = "discriminator score (LOGAN)" # As `gans.privacy.NAMES` has it
 
 ATTACKS = ("Three attacks hold a patch and ask whether its patient trained the generator: by the discriminator's score (kept at home by a careful centre), and by the distance to the nearest sample in pixels and in features. "
            "`members against members` is the range chance alone gives; the blind control never sees the generator and must not succeed. `no leak seen` is no proof.")

@@ -152,7 +152,7 @@ def load_sets(
     "The data sets of this run, phantom or real."
     from mammo_nb.data.readers import read_any
     if not P.data_dir:
-        from mammo_nb.data.lookalike import phantom_tree
+        from mammo_nb.data.trees import phantom_tree
         tree = phantom_tree("bcdr", centre=shift_style(), n_patients=R.setup.patients, seed=R.seeds["phantom"], scale=R.setup.phantom_scale)
         return list(read_any(tree, scaling=P.scaling).values()), "phantoms, written as BCDR and read back"
     names = split_words(P.dataset)

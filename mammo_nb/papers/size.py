@@ -30,7 +30,7 @@ from ..core import DataError, ParameterError, RunError, hash_of, read_json, rng,
 from ..params import split_words
 from ..clf.augment import join, patch_arrays
 from ..clf.train import THESIS, build_classifier, fit_classifier, predict_proba
-from ..data.lookalike import phantom_tree
+from ..data.trees import phantom_tree
 from ..data.patches import PatchSet, extract, lesion_patches, ready_patches, tissue_patches
 from ..data.phantom import centre_style
 from ..data.readers import read_any

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'CELL', 'VERDICTS', 'SHARES', 'Claim', 'claims', 'claim', 'contrasts', 'published_value', 'judge', 'why',
-           'Evidence', 'evidence_of', 'from_seeds', 'from_predictions', 'gains', 'gains_over_seeds', 'verdict_table']
+           'Evidence', 'evidence_of', 'from_seeds', 'evidence', 'as_answers', 'from_predictions', 'gains',
+           'gains_over_seeds', 'verdict_table', 'verdicts']
 
 # %% ../../nbs/lib/62_report.claims.ipynb #c63b5186
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np, pandas as pd
 from scipy import stats
 
-from ..core import ParameterError, nearest, read_json
-from ..metrics.boot import boot_contrasts, holm, over_seeds, paired_seeds
+from ..core import DataError, ParameterError, nearest, read_json
+from ..metrics.answers import KEYS, NOTHING, Answers, Cell, Intervals, contrast, said
+from ..metrics.boot import holm, over_seeds, paired_seeds
 from .tables import PUBLISHED, published
 
 # %% ../../nbs/lib/62_report.claims.ipynb #49ca644e
@@ -44,7 +46,7 @@ def claims(
     "The claims of one paper or of all."
     out = [Claim(**c) for c in read_json(PUBLISHED/"claims.json")]
     known = list(dict.fromkeys(c.paper for c in out))
-    if paper is not None and paper not in known: raise ParameterError(f"no claims of '{paper}'", "claims", nearest(paper, known))
+    if paper not in (None, *known): raise ParameterError(f"no claims of '{paper}'", "claims", nearest(paper, known))
     return [c for c in out if paper in (None, c.paper)]
 
 # %% ../../nbs/lib/62_report.claims.ipynb #e989d949
@@ -63,7 +65,8 @@ def contrasts(
 ) -> tuple: # Coefficients `(strata used, cells)`, names of these strata, number of strata in the claim
     "One row of coefficients a stratum whose cells are all there."
     at = {k:i for i,k in enumerate(map(tuple, cells[CELL].astype(str).values))}
-    if len(at)!=len(cells): raise ParameterError("the same cell twice", f"claim {claim.id}", "choose one seed, preset, protocol and split")
+    if len(at)!=len(cells):
+        raise ParameterError("the same cell twice", f"claim {claim.id}", "choose one seed, preset, protocol and split")
     strata = [dict(zip(claim.over, v)) for v in itertools.product(*claim.over.values())]
     rows, used = [], []
     for s in strata:
@@ -85,8 +88,9 @@ def _of_metric(claim, frame):
     if "paper" in f: f = f[f.paper==claim.paper]
     if "table" in f and "seed" not in f: f = f[~f.table.isin(["statements","f1_gains","appendix"])]
     free = claim.metric=="accuracy" or (claim.metric=="auroc" and claim.positive in ("healthy","lesion","malignant"))
-    f = f if free else f[f.positive==claim.positive]                             # a metric without a positive class is listed once for each
-    return f[~f.assign(value=f.value.round(9))[[*CELL, "value", *(["seed"] if "seed" in f else [])]].duplicated()].reset_index(drop=True)
+    f = f if free else f[f.positive==claim.positive]
+    same = [*CELL, "value", *(["seed"] if "seed" in f else [])]    # listed once for each positive class
+    return f[~f.assign(value=f.value.round(9))[same].duplicated()].reset_index(drop=True)
 
 # %% ../../nbs/lib/62_report.claims.ipynb #d87f1d05
 def published_value(
@@ -127,7 +131,9 @@ def why(claim:Claim, estimate:float, lo:float, hi:float) -> str: # A sentence
     line = "0" if claim.side in (">","<") else f"{claim.margin if claim.side=='no more' else -claim.margin:g}"
     if v=="holds": return f"the whole interval is on the claimed side of {line}"
     if v=="differs": return f"the whole interval is on the other side, beyond {claim.margin:g}"
-    return f"the interval holds values on both sides of {line}" if not (claim.side in (">","<") and (hi<0 or lo>0)) else f"on the other side, but not by more than {claim.margin:g}"
+    one_side = claim.side in (">","<") and (hi<0 or lo>0)
+    if one_side: return f"on the other side, but not by more than {claim.margin:g}"
+    return f"the interval holds values on both sides of {line}"
 
 # %% ../../nbs/lib/62_report.claims.ipynb #d7ab5c71
 @dataclass
@@ -150,12 +156,13 @@ def evidence_of(
     rows:pd.DataFrame, # value, lo, hi, p: one row for `mean`, one a stratum for `every`
     **kw # how, used, of, seeds, n_patients
 ) -> Evidence: # The only row of `mean`, the worst of `every`
-    "Evidence from contrasts; p of `every` is the largest where all are on the claimed side, else the worst one's with Bonferroni's factor."
+    "Evidence from contrasts; p of `every` is the largest, or the worst's times the strata where one fails."
     v = rows.value.values
     pick = min if claim.side in (">","no less") else max
     on = {">":v>0, "<":v<0, "no more":v<claim.margin, "no less":v>-claim.margin}[claim.side]
     worst = int(np.argmin(v) if pick is min else np.argmax(v))
-    p = np.nan if claim.side in ("no more","no less") else rows.p.max() if on.all() else min(1., len(rows)*rows.p.iloc[worst])
+    p = rows.p.max() if on.all() else min(1., len(rows)*rows.p.iloc[worst])
+    p = np.nan if claim.side in ("no more","no less") else p
     return Evidence(float(v[worst]), float(pick(rows.lo)), float(pick(rows.hi)), float(p), holds=int(on.sum()), **kw)
 
 # %% ../../nbs/lib/62_report.claims.ipynb #cfe6c4c2
@@ -176,31 +183,57 @@ def from_seeds(
     frame = frame.dropna()                                                       # strata that every seed has
     if not len(frame): return Evidence(of=of)
     w = frame.mean().to_frame().T if claim.kind=="mean" else frame
-    top = sum(t["weight"] for t in claim.terms if t["weight"]>0) if claim.metric in SHARES else np.inf # no contrast of shares is larger
+    top = sum(t["weight"] for t in claim.terms if t["weight"]>0) if claim.metric in SHARES else np.inf
     rows = []
     for _,v in w.iterrows():
         s = over_seeds(v, level=1-.05/len(w))
         t = s["mean"]/(s["sd"]/np.sqrt(s["n"])) if s["n"]>1 and s["sd"]>0 else np.nan
         lo, hi = np.clip([s["lo"], s["hi"]], *(-top, top)) if np.isfinite(s["lo"]) else (s["lo"], s["hi"])
-        rows.append(dict(value=s["mean"], lo=float(lo), hi=float(hi), p=2*stats.t.sf(abs(t), s["n"]-1) if np.isfinite(t) else np.nan))
-    return evidence_of(claim, pd.DataFrame(rows), how=f"t over {frame.shape[1]} seeds" if frame.shape[1]>1 else "one seed, no interval", used=len(frame), of=of, seeds=frame.shape[1])
+        p = 2*stats.t.sf(abs(t), s["n"]-1) if np.isfinite(t) else np.nan
+        rows.append(dict(value=s["mean"], lo=float(lo), hi=float(hi), p=p))
+    seeds = frame.shape[1]
+    how = f"t over {seeds} seeds" if seeds>1 else "one seed, no interval"
+    return evidence_of(claim, pd.DataFrame(rows), how=how, used=len(frame), of=of, seeds=seeds)
 
 # %% ../../nbs/lib/62_report.claims.ipynb #920e0572
-def from_predictions(
+def evidence(
     claim:Claim, # What is claimed
-    cells:list, # One dict a cell: scope, model, arm, regime, y, p, patients
+    answers:Answers, # What the tested classifiers of one run said
+    how:Intervals=Intervals(), # How intervals come about; the strata of a claim are always drawn together
     *,
-    names:tuple=("healthy","lesion"), # Classes 0 and 1
-    threshold:float=.5, # For F1 and accuracy
-    n_boot:int=1000, # Resamples
-    seed:int=0, # Of the resamples
-) -> Evidence: # Interval over patients
-    "Contrast of one run with a patient-bootstrap interval; the positive class is the claim's."
-    C, used, of = contrasts(claim, pd.DataFrame([{k:str(c[k]) for k in CELL} for c in cells], columns=CELL))
+    rows:tuple=None, # (frame of KEYS, W) where rows are more than means over replicates, default `answers.rows()`
+) -> Evidence: # Interval over patients, or the wider of patients and folds
+    "What one run says about a claim; `every` gives each stratum its share of the 5 %."
+    frame, W = answers.rows() if rows is None else rows
+    C, used, of = contrasts(claim, frame)
     if not len(used): return Evidence(of=of)
-    W = C.mean(0, keepdims=True) if claim.kind=="mean" else C
-    rows = boot_contrasts(cells, W, metric=claim.metric, positive=claim.positive if claim.positive in names else names[1], names=names, threshold=threshold, n_boot=n_boot, level=1-.05/len(W), seed=seed)
-    return evidence_of(claim, rows, how=f"bootstrap of {rows.n_patients.iloc[0]} patients", used=len(used), of=of, seeds=1, n_patients=int(rows.n_patients.iloc[0]))
+    C = C.mean(0, keepdims=True) if claim.kind=="mean" else C
+    how = replace(how, together=True, level=1-.05/len(C))
+    try: t = contrast(answers, C@W, metric=claim.metric, positive=claim.positive, how=how)
+    except DataError: t = pd.DataFrame([NOTHING]*len(C))                          # too few patients of a class
+    n = int(t.n_patients.iloc[0])
+    return evidence_of(claim, t, how=_interval_words(answers, how, n), used=len(used), of=of, seeds=1, n_patients=n)
+
+def _interval_words(answers, how, n):
+    replicates = set(answers.frame.replicate)
+    if how.over=="wider": return f"{len(replicates)} folds and {n} patients, the wider interval"
+    return f"bootstrap of {n} patients" + ", mean of folds"*any(r.startswith("fold") for r in replicates)
+
+# %% ../../nbs/lib/62_report.claims.ipynb #048f30d5
+def as_answers(
+    cells:list, # One dict a cell: scope, model, arm, regime, y, p, patients, and rank where it differs
+) -> Answers:
+    "Predictions in arrays as `Answers`, each cell a single training."
+    out = {}
+    for c in cells:
+        patches = pd.DataFrame(dict(patient_id=c["patients"]), dtype=object)
+        patches["patch_id"] = [str(i) for i in range(len(patches))]
+        out[Cell(*(str(c[k]) for k in CELL))] = said(patches, c["y"], c["p"], c.get("rank"))
+    return Answers.of(out, fewest=0)
+
+def from_predictions(claim:Claim, cells:list, *, n_boot:int=1000, seed:int=0) -> Evidence: # cells as of `as_answers`
+    "`evidence` of predictions in arrays."
+    return evidence(claim, as_answers(cells), Intervals(n_boot, seed))
 
 # %% ../../nbs/lib/62_report.claims.ipynb #dda196d2
 def _published_gain(paper, metric, positive, key, arm, baseline):
@@ -211,30 +244,30 @@ def _published_gain(paper, metric, positive, key, arm, baseline):
     return at.get((*key, arm), np.nan) - at.get((*key, baseline), np.nan)
 
 def gains(
-    cells:list, # One dict a cell: scope, model, arm, regime, y, p, patients
+    answers:Answers, # What the tested classifiers said; or a list of dicts as of `as_answers`
     paper:str, # Whose published differences stand beside
     *,
     metric:str, # Metric
     positive:str, # Positive class
     baseline:str="none", # Arm that is compared against
-    names:tuple=("healthy","lesion"), # Classes 0 and 1
-    threshold:float=.5, # For F1 and accuracy
-    n_boot:int=1000, # Resamples
+    how:Intervals=None, # How intervals come about
+    n_boot:int=1000, # Resamples, where `how` is not given
     seed:int=0, # Of the resamples
 ) -> pd.DataFrame: # scope, model, regime, arm, value, lo, hi, se, p, p_holm, published, n_patients
-    "Paired difference of each arm to the baseline of its stratum, from the predictions of one run."
-    groups, rows = {}, []
-    for c in cells: groups.setdefault((c["scope"], c["model"], str(c["regime"])), []).append(c)
-    for key,group in groups.items():
-        arms = [c["arm"] for c in group]
-        if baseline not in arms: continue
-        C = np.array([np.eye(len(arms))[i] - np.eye(len(arms))[arms.index(baseline)] for i,a in enumerate(arms) if a!=baseline])
-        if not len(C): continue
-        out = boot_contrasts(group, C, metric=metric, positive=positive, names=names, threshold=threshold, n_boot=n_boot, seed=seed)
-        rows.append(out.assign(scope=key[0], model=key[1], regime=key[2], arm=[a for a in arms if a!=baseline],
-                               published=[_published_gain(paper, metric, positive, key, a, baseline) for a in arms if a!=baseline]))
+    "Paired difference of each arm to the baseline of its stratum, from the answers of one run."
+    answers = as_answers(answers) if isinstance(answers, list) else answers
+    frame, W = answers.rows()
+    how, out = replace(how or Intervals(n_boot, seed), together=True), []
+    for key,group in frame.groupby(["scope","model","regime"], sort=False):
+        base = group.index[group.arm==baseline]
+        arms = group.arm.drop(base)
+        if not len(base) or not len(arms): continue
+        t = contrast(answers, W[arms.index]-W[base], metric=metric, positive=positive, how=how)
+        theirs = [_published_gain(paper, metric, positive, key, a, baseline) for a in arms]
+        out.append(t.assign(scope=key[0], model=key[1], regime=key[2], arm=list(arms), published=theirs))
     cols = ["scope","model","regime","arm","value","lo","hi","se","p","p_holm","published","n_patients"]
-    return pd.concat(rows, ignore_index=True).assign(p_holm=lambda d: holm(d.p))[cols] if rows else pd.DataFrame(columns=cols)
+    if not out: return pd.DataFrame(columns=cols)
+    return pd.concat(out, ignore_index=True).assign(p_holm=lambda d: holm(d.p))[cols]
 
 # %% ../../nbs/lib/62_report.claims.ipynb #c04805ed
 def gains_over_seeds(
@@ -253,8 +286,9 @@ def gains_over_seeds(
         for a in w.columns.drop(baseline, errors="ignore") if baseline in w else []:
             both = w[[a,baseline]].dropna()
             s = paired_seeds(both[a], both[baseline])
-            rows.append(dict(zip(["scope","model","regime"],key), arm=a, value=s["mean"], sd=s["sd"], lo=s["lo"], hi=s["hi"], p=s["p"], seeds=s["n"],
-                             published=_published_gain(paper, metric, positive, key, a, baseline)))
+            ours = dict(value=s["mean"], sd=s["sd"], lo=s["lo"], hi=s["hi"], p=s["p"], seeds=s["n"])
+            theirs = _published_gain(paper, metric, positive, key, a, baseline)
+            rows.append(dict(zip(["scope","model","regime"],key), arm=a, published=theirs, **ours))
     cols = ["scope","model","regime","arm","value","sd","lo","hi","p","p_holm","seeds","published"]
     return pd.DataFrame(rows).assign(p_holm=lambda d: holm(d.p))[cols] if rows else pd.DataFrame(columns=cols)
 
@@ -266,7 +300,7 @@ def verdict_table(
     data:str, # e.g. `phantom` or `inbreast`
     preset:str, # `demo` or `paper`
     protocol:str="paper", # `paper`, `authors` or `clean`
-) -> pd.DataFrame: # id, paper, claim, where, published, ours, lo, hi, p, p_holm, verdict, on, shown, why, strata, how, note
+) -> pd.DataFrame: # claim, where, published, ours, lo, hi, p, p_holm, verdict, on, shown, why, strata, how, note
     "One row a claim, run or not."
     rows = []
     for c in claims:
@@ -275,12 +309,35 @@ def verdict_table(
         pub = published_value(c)
         verdict = judge(c, e.estimate, e.lo, e.hi) if ran else "cannot tell"
         on = ", ".join(([data] if data!="real" else ["real data"]) + [preset] + [f"{protocol} protocol"])
-        rows.append(dict(id=c.id, paper=c.paper, claim=c.text, where=c.where, published=pub["value"], ours=e.estimate, lo=e.lo, hi=e.hi, p=e.p, verdict=verdict, on=on if ran else "",
-                         shown=f"{verdict} ({data}, {preset})" if ran else "cannot tell (not run)", why=why(c, e.estimate, e.lo, e.hi) if ran else "not run",
-                         strata=f"{e.used} of {e.of}" if ran else "", how=e.how, note=c.note))
+        row = dict(id=c.id, paper=c.paper, claim=c.text, where=c.where, published=pub["value"])
+        row |= dict(ours=e.estimate, lo=e.lo, hi=e.hi, p=e.p, verdict=verdict, on=on if ran else "")
+        row |= dict(shown=f"{verdict} ({data}, {preset})" if ran else "cannot tell (not run)",
+                    why=why(c, e.estimate, e.lo, e.hi) if ran else "not run",
+                    strata=f"{e.used} of {e.of}" if ran else "", how=e.how, note=c.note)
+        rows.append(row)
     out = pd.DataFrame(rows)
     if not len(out): return out
     out.insert(out.columns.get_loc("p")+1, "p_holm", holm(out.p))
     lone = (out.verdict!="cannot tell") & (out.p_holm>.05)
     out["why"] = out.why.where(~lone, out.why + f"; not so after Holm's correction for {out.p.notna().sum()} claims")
     return out
+
+# %% ../../nbs/lib/62_report.claims.ipynb #82eb0d96
+def verdicts(
+    paper:str, # e.g. `04_sharing`
+    answers:Answers, # What the tested classifiers of one run said; empty or None = not run
+    how:Intervals=Intervals(), # How intervals come about
+    *,
+    data:str, # e.g. `phantom` or `inbreast`
+    preset:str, # `demo` or `paper`
+    protocol:str="paper", # Under which is judged, where the answers hold several
+    rows:tuple=None, # See `evidence`
+) -> pd.DataFrame: # As `verdict_table`
+    "Every claim of a paper against what one run's classifiers said."
+    found = {}
+    if answers:
+        frame, W = answers.rows() if rows is None else rows
+        here = frame.protocol.isin(["", protocol]).to_numpy()
+        rows = frame[here].reset_index(drop=True), W[here]
+        found = {c.id: evidence(c, answers, how, rows=rows) for c in claims(paper)}
+    return verdict_table(claims(paper), found, data=data, preset=preset, protocol=protocol)
