@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import ParameterError, RunError, write_text
-from .figures import figure_bytes
 from .tables import beside, cell_ours, lay_out, paper_record, printed, to_html
+from ..runs import figure_bytes
 
 # %% ../../nbs/lib/63_report.html.ipynb #9bcec490
 class Html(str):
