@@ -10,11 +10,17 @@ import pandas as pd
 import pytest
 
 from mammo_nb.core import ParameterError, RunError, read_json, write_csv, write_json
+from mammo_nb.metrics.answers import Cell, Intervals, said, scores
+from mammo_nb.params import Params
 from mammo_nb.report import page as pages
+from mammo_nb.report.claims import verdicts
+from mammo_nb.report.figures import sheet
 from mammo_nb.report.html import Section, Table, banner_for, render_report
 from mammo_nb.report.overview import main
-from mammo_nb.report.page import LAYOUT, RunFolder, Shown, find_folders, gather_main, mean_over, page, part, verdicts_section
-from mammo_nb.report.tables import RESULT_COLUMNS, papers, summarise
+from mammo_nb.report.page import (LAYOUT, RunFolder, Shown, beside_section, curves_section, data_section, find_folders, gather_main,
+                                  generators_section, leaks_section, mean_over, page, part, verdicts_section)
+from mammo_nb.report.tables import papers, summarise
+from mammo_nb.runs import RESULT_COLUMNS, Run
 
 
 def run_folder(root, seed=0, paper="04_sharing", status="done", **parameters):
@@ -37,6 +43,25 @@ def test_one_run_and_several_go_through_the_same_sections(tmp_path):
     joined = pd.read_csv(many.parent/"tables"/"leaks.csv")
     assert joined.test.tolist() == [11] and joined.runs.tolist() == [3]
     assert (many.parent/"tables"/"sizes.csv").read_text() == (runs[0].path/"tables"/"sizes.csv").read_text(), "what is alike stays as it is"
+
+def test_a_page_needs_nothing_but_what_a_run_writes(tmp_path):
+    "A real Run, written by its own functions, moved to another place and read back there."
+    given = dict(seed=3, preset="demo", protocol="paper", data_dir="", run_dir=str(tmp_path/"run"), device="cpu", mode="exact", only="", show_real=False)
+    run = Run(Params(**given), paper="04_sharing", resolved=dict(protocol=dict(lr=.1), seeds=dict(seed=3)))
+    rows = [dict(patch_id=str(i), patient_id=str(i//2)) for i in range(24)]
+    y = [i % 2 for i in range(24)]
+    told = {Cell("lesions","swin",arm,"50"): said(pd.DataFrame(rows), y, [abs(v-d) for v in y]) for arm,d in (("none",.4),("bcdr_dcgan",.1))}
+    answers = run.answers(told)
+    run.results(scores(answers, [("f1","healthy"),("auroc","healthy")], Intervals(20)))
+    run.table("claims", verdicts("04_sharing", answers, Intervals(20), data=run.data, preset="demo", protocol="paper"))
+    fig, ax = sheet(size=(2,2)); ax.plot([1,0]); run.figure("losses", fig, alt="Losses that fall", caption="Two epochs.", real=True)
+    run.words("data", "Source: <phantoms>."); run.table("leaks", pd.DataFrame(dict(protocol=["paper"], test=[12]))); run.finish()
+    moved = (tmp_path/"run").rename(tmp_path/"elsewhere")
+    sections = [verdicts_section(), beside_section("table1"), curves_section(), generators_section("losses"), leaks_section(), data_section(probe=None, tables=("leaks",))]
+    text = page(moved, sections).read_text()
+    assert re.findall("<h2>(.*?)</h2>", text)[:4] == ["What holds","Table 1, ours beside published","Curves","Generators"]
+    assert text.count("<img") == 3 and "Source: &lt;phantoms&gt;." in text and str(tmp_path) not in text and "elsewhere" not in text
+    assert 'href="tables/leaks.csv"' in text and (moved/"tables"/"leaks.csv").is_file() and "Rerun with seed 3" in text
 
 def test_old_folders_are_refused_and_nothing_is_written(tmp_path, capsys):
     d = run_folder(tmp_path); info = read_json(d/"run.json"); del info["layout"]; write_json(d/"run.json", info)

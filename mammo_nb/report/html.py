@@ -203,7 +203,7 @@ border-radius:3px;overflow-wrap:anywhere}
 nav{background:var(--tint);border:1px solid var(--line);border-radius:6px;padding:.7rem 1.1rem;margin:1.2rem 0}
 nav b{font-size:.8rem;letter-spacing:.05em;text-transform:uppercase;color:var(--soft)}
 nav ol{columns:2 16rem;margin:.3rem 0 0;padding-left:1.3rem;max-width:none}
-nav a{text-decoration:none}nav a:hover{text-decoration:underline}
+nav li{margin:0;break-inside:avoid}nav a{text-decoration:none}nav a:hover{text-decoration:underline}
 footer{margin-top:3rem;padding-top:1rem;padding-bottom:3rem;border-top:1px solid var(--line);font-size:.84rem;
 color:var(--soft)}footer h2{border:0;margin:.4rem 0;padding:0;font-size:1rem;color:var(--ink)}
 dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.15rem 1rem;margin:.4rem 0}
