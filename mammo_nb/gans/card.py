@@ -61,7 +61,7 @@ LICENSES = { # Identifier on the Hub -> where its text is; any other name needs 
     "cc0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/legalcode",
     **{f"cc-{k}-4.0": f"https://creativecommons.org/licenses/{k}/4.0/legalcode"
        for k in ("by", "by-sa", "by-nc", "by-nd", "by-nc-sa", "by-nc-nd")}}
-SPDX = {"mit": "MIT", "apache-2.0": "Apache-2.0", "bsd-3-clause": "BSD-3-Clause"} # Official spelling, where not upper case
+SPDX = {"mit": "MIT", "apache-2.0": "Apache-2.0", "bsd-3-clause": "BSD-3-Clause"} # Where not upper case
 
 def licence_text(
     license:str, # A name of `LICENSES`, or any other with `text`
@@ -141,7 +141,8 @@ def measure(
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #6cb9f8e9
 NO_AUDIT = ("**No privacy audit was made of this generator.** Nothing is known about how much it gives away of the "
-            "patients it was trained on; treat weights and synthetic patches with the care that the training data need.")
+            "patients it was trained on; treat weights and synthetic patches with the care that the "
+            "training data need.")
 
 def audit_dict(
     audit, # `gans.privacy.Audit`, its dict, a folder or JSON file of one, or None
@@ -236,7 +237,8 @@ def front_matter(
 ) -> str: # YAML between two lines of ---
     "What the Hub reads of a card."
     told, kind = card["license"].lower(), kind_of(card)
-    other = {"license": "other", "license_name": re.sub(r"[^a-z0-9.-]+", "-", told).strip("-"), "license_link": "LICENSE"}
+    other = {"license": "other", "license_name": re.sub(r"[^a-z0-9.-]+", "-", told).strip("-"),
+             "license_link": "LICENSE"}
     data = ["phantoms"] if on_phantoms(card) else data_names(card)
     task = dict(type="unconditional-image-generation", name="Synthetic mammography patches")
     dataset = dict(type=(data or ["unknown"])[0], name=", ".join(data) or "unknown")
@@ -257,12 +259,14 @@ LIMITS = [
     "Synthetic patches show what the training data show: its devices, its readers, its population. "
     "None of that was balanced.",
     "A metric holds for its extractor and its n; a small distance does not mean that a radiologist is fooled.",
-    "Equal seeds give equal patches on one kind of device; another device or version of torch may differ by a gray level."]
-SINGLE = ("Trained on **one image of one patient**. Its patches rearrange that image: they are to be protected like the "
-          "image itself, whatever an audit says.")
+    "Equal seeds give equal patches on one kind of device; another device or version of torch may "
+    "differ by a gray level."]
+SINGLE = ("Trained on **one image of one patient**. Its patches rearrange that image: they are to be protected like "
+          "the image itself, whatever an audit says.")
 PHANTOMS = ("Trained on **phantoms**: drawn by a program, not from patients. It shows that the pipeline works and says "
             "nothing about mammograms.")
-WHAT = {"context": "It paints a lesion into, or out of, patches that you give.", "singan": "It gives variants of one image."}
+WHAT = {"context": "It paints a lesion into, or out of, patches that you give.",
+        "singan": "It gives variants of one image."}
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #f536bf71
 def provenance(card:dict) -> list: # Lines `(what, how many)`
@@ -373,7 +377,8 @@ def medigan_execution(card:dict, name:str, needs:list) -> dict:
     args = dict(base=["model_file", "num_samples", "output_path", "save_images"], custom=custom)
     method = dict(name="generate", args=args, input_latent_vector_size=card["config"].get("nz"))
     return dict(package_name=name, package_link=f"{name}.zip", model_name="G", extension=".safetensors",
-                image_size=[size, size] if isinstance(size, int) else list(size), dependencies=needs, generate_method=method)
+                image_size=[size, size] if isinstance(size, int) else list(size), dependencies=needs,
+                generate_method=method)
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #3294fea6
 NOT_MEASURED = ("SSIM", "MSE", "NSME", "PSNR", "IS", "turing_test", "FID_RADIMAGENET", "FID_RADIMAGENET_ratio",
@@ -408,7 +413,8 @@ def medigan_selection(
         modality=["MMG", "Mammography", "Mammogram", "x-ray mammography"], vendors=[], centres=[],
         function=[way, "image generation", "data augmentation"], condition=[], dataset=data_names(card),
         augmentations=[], generates=[scope, f"{scope} ROI"], height=h, width=w, depth=None,
-        type=TITLES.get(kind, kind), license=card["license"], dataset_type=None, privacy_preservation=private, year=None,
+        type=TITLES.get(kind, kind), license=card["license"], dataset_type=None, privacy_preservation=private,
+        year=None,
         tags=["Mammogram", "Mammography", f"{h}x{w}", "mammo_nb"])
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #512c3535

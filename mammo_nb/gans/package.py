@@ -147,7 +147,8 @@ def export_generator(
     "Hand on a generator; whatever is wrong is a typed error and leaves nothing behind."
     generator, folder, release = Path(generator), Path(folder), Release(**release)
     if folder.name != package_name(folder.name):
-        raise ParameterError(f"'{folder.name}' is no name Python can import", "folder", f"e.g. {package_name(folder.name)}")
+        raise ParameterError(f"'{folder.name}' is no name Python can import", "folder",
+                             f"e.g. {package_name(folder.name)}")
     G = load_generator(generator)
     told = released_card(G, card or {}, release)
     licence_text(release.license, title="", text=release.license_text) # refused here, before anything is written
@@ -167,11 +168,13 @@ def told_by_run(
     "What a run knows about one of its generators."
     if not (run/"run.json").is_file(): return {}
     info, key, stages = read_json(run/"run.json"), re.sub(r"^gan-", "", name), dict(stages_of(run))
-    def beside(kind): return [stages[f"{kind}-{key}"]/f"{kind}.{end}" for end in ("csv", "json") if f"{kind}-{key}" in stages]
+    def beside(kind): return [stages[f"{kind}-{key}"]/f"{kind}.{end}" for end in ("csv", "json")
+                              if f"{kind}-{key}" in stages]
     files = {kind: [f for f in beside(kind) if f.is_file()] for kind in ("quality", "audit")}
     audits = [f for f in (*files["audit"], run/"audits"/key/"audit.json") if f.is_file()]
     asked, commit = info.get("parameters", {}), str(info.get("commit") or "")
-    source = dict(paper=info.get("paper"), data=info.get("data"), protocol=asked.get("protocol"), preset=asked.get("preset"),
+    source = dict(paper=info.get("paper"), data=info.get("data"), protocol=asked.get("protocol"),
+                  preset=asked.get("preset"),
                   commit="" if commit == "no git" else commit[:12])
     return dict(metrics=next(iter(files["quality"]), None), audit=next(iter(audits), None),
                 card=dict(source={k: v for k,v in source.items() if v}))
@@ -186,7 +189,8 @@ def snapshot_of(
     named = {f.name.rpartition("-")[2]: f for f in row.folders}
     at = {int(k): f for k,f in named.items() if k.isdigit()}
     if epoch not in at:
-        raise ParameterError(f"epoch {epoch} of {row.name} was not kept", "snapshot", "there are " + ", ".join(map(str, at)))
+        raise ParameterError(f"epoch {epoch} of {row.name} was not kept", "snapshot",
+                             "there are " + ", ".join(map(str, at)))
     return at[epoch]
 
 # %% ../../nbs/lib/49e_gans.package.ipynb #a547343e
@@ -223,7 +227,8 @@ TEXTS = dict(holder="who grants the licence", title="title of the card", about="
 
 def export_arguments() -> argparse.ArgumentParser:
     "What `mammo_export` may be asked."
-    ap = argparse.ArgumentParser("mammo_export", description="Hand on the generators of a run: a folder and a zip each, "
+    ap = argparse.ArgumentParser("mammo_export",
+                                 description="Hand on the generators of a run: a folder and a zip each, "
                                                              "for PyTorch, medigan and the Hugging Face Hub.")
     ap.add_argument("run", help="run folder, stage folder, folder of train_gan, or generator folder")
     ap.add_argument("--license", default="",
@@ -268,8 +273,10 @@ def main_export(
             return 0
         text = Path(a.license_file).read_text(encoding="utf-8") if a.license_file else ""
         metrics = _measured(a.run, a.real, a.only) if a.real else a.metrics or None
-        release = dict(license=a.license, license_text=text, holder=a.holder, title=a.title, about=a.about, members=a.members)
-        made = export_run(a.run, a.out or None, only=a.only, snapshot=a.snapshot, metrics=metrics, audit=a.audit or None,
+        release = dict(license=a.license, license_text=text, holder=a.holder, title=a.title, about=a.about,
+                       members=a.members)
+        made = export_run(a.run, a.out or None, only=a.only, snapshot=a.snapshot, metrics=metrics,
+                          audit=a.audit or None,
                           check=not a.no_check, **release)
         for p in made: print(f"package {p.folder}\nzip     {p.zip}")
     except (MammoError, OSError) as e:
@@ -283,8 +290,8 @@ def main_import(
 ) -> int: # 0, or 1 with a message
     "Console command `mammo_import PATH`."
     ap = argparse.ArgumentParser("mammo_import",
-                                 description="Make a foreign generator ours without running its code: "
-                                                             "a package of mammo_nb or medigan (folder or zip), or bare weights.")
+                                 description="Make a foreign generator ours without running its code: a package of "
+                                             "mammo_nb or medigan (folder or zip), or bare weights.")
     ap.add_argument("path", help="package folder, zip, or weights file")
     ap.add_argument("--into", default="", help="folder for the generator; default: one in the cache")
     ap.add_argument("--license", default="", help="licence its makers told you, where the package carries none")

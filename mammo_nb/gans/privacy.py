@@ -332,7 +332,8 @@ def groups_of(
         raise LeakError(f"{len(same)} patch(es) of equal pixels on both sides", "audit", "remove doubles")
     counts = [len(set(w)) for w in who]
     if min(counts) < 2:
-        raise DataError(f"{counts[0]} member and {counts[1]} held-out patients", "audit", "at least two of each are needed")
+        raise DataError(f"{counts[0]} member and {counts[1]} held-out patients", "audit",
+                        "at least two of each are needed")
     pixels = [np.asarray(s.pixels) if s.pixels.ndim == 4 else np.asarray(s.pixels)[:,None] for s in (members, held_out)]
     sizes = [p.shape[2:] for p in pixels]
     if sizes[0] != sizes[1]:
@@ -359,8 +360,8 @@ def samples_of(
         lost = set(map(str, members)) - set(seen_patients(card, members))
         seen = seen_patients(card, held)
         if lost or seen:
-            raise LeakError(f"its card says it saw {len(seen)} of the held-out patients and not {len(lost)} of the members",
-                            f, "give the patients it was trained on as members")
+            raise LeakError(f"its card says it saw {len(seen)} of the held-out patients and not {len(lost)} of the "
+                            "members", f, "give the patients it was trained on as members")
     return sample_generator(folders, n, seed=seed, device=device)[0], tuple(card.get("value_range", (-1., 1.)))
 
 # %% ../../nbs/lib/48b_gans.privacy.ipynb #d3378af9
@@ -375,7 +376,8 @@ def table_row(
 ) -> dict: # Of `COLUMNS`
     "One attack as a row of the table."
     none = (np.nan,)*3
-    mid, lo, hi = none if control is None else (float(np.mean(control)), *map(float, np.quantile(control, [.025, .975])))
+    mid, lo, hi = none if control is None else (float(np.mean(control)),
+                                                *map(float, np.quantile(control, [.025, .975])))
     shown = NAMES.get(name, f"nearest sample in {name}, calibrated")
     sizes = (*(len(w) for w in groups.patients), *groups.counts)
     found = (a.auc, a.lo, a.hi, a.tpr, a.tpr_lo, a.tpr_hi, a.fpr, a.fpr_hi)
@@ -467,7 +469,7 @@ def audit(
     held_out, # PatchSet of other patients of the same centre
     *,
     seed:int, # Seed of samples, resamples and deals
-    discriminator = None, # Network, folder of `train_gan`, or function from uint8 `(n,s,s)` to scores; None: not attacked
+    discriminator = None, # Network, folder of `train_gan`, or function from patches to scores; None: not attacked
     device = "cpu", # Where networks run
     **effort, # Fields of `Effort`: extractors, n, views, boots, pairs
 ) -> Audit:
@@ -479,7 +481,8 @@ def audit(
     spaces = [space_of(name, fake, groups, device) for name in effort.extractors]
     scores = {}
     if discriminator is not None:
-        D = load_discriminator(discriminator, device=device) if isinstance(discriminator, (str, Path)) else discriminator
+        D = load_discriminator(discriminator, device=device) if isinstance(discriminator,
+                (str, Path)) else discriminator
         asked = dict(views=groups.views, value_range=value_range, device=device)
         scores["discriminator"] = np.concatenate([discriminator_scores(D, p, **asked) for p in groups.pixels])
     for s in spaces:
