@@ -175,6 +175,8 @@ class Operations(TorchDispatchMode):
         return out
 
 # %% ../nbs/lib/70_bench.ipynb #01778add
+def _classes(labels): return None if labels is None else torch.as_tensor(labels)
+
 def step_flops(
     recipe:Recipe, # What trains
     labels = None, # Classes, where the recipe needs them
@@ -297,8 +299,6 @@ def engine_job(
         at[0] += 1
     epoch.game = game
     return epoch
-
-def _classes(labels): return None if labels is None else torch.as_tensor(labels)
 
 # %% ../nbs/lib/70_bench.ipynb #b7ea70ef
 def bench_gan(
@@ -1048,7 +1048,7 @@ def page_table(
 
 # %% ../nbs/lib/70_bench.ipynb #61004cd7
 SAID = {"SinGAN": "Our part of drawing images some steps ahead is counted. "
-                  "What the convolutions alone would give over the published loop is the most that this arithmetic allows."}
+                  "What the convolutions alone would give over the published loop is the most this arithmetic allows."}
 
 def _machine(about, words): # The first lines of the page
     busy = "**other processes were running**, so absolute figures are too low; ratios were taken in turns."
