@@ -29,9 +29,7 @@ from .engine import Engine, rate_for, set_rate
 from .train import Checkpoint, differs, fill
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #cb235d01
-def cubic(
-    x:np.ndarray, # Distance in pixels
-) -> np.ndarray: # Weight
+def cubic(x:np.ndarray) -> np.ndarray: # Distance in pixels -> weight
     "Cubic convolution kernel of Keys 1981 with a = -1/2."
     x = np.abs(x)
     return np.where(x <= 1, (1.5*x - 2.5)*x*x + 1, np.where(x <= 2, ((-.5*x + 2.5)*x - 4)*x + 2, 0.))
@@ -575,23 +573,14 @@ class SinGAN(nn.Module):
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #2892054c
 @patch
-def below(self:SinGAN,
-    start_scale:int, # Scales below it are fixed
-    inject:np.ndarray, # uint8 image put in there, or None: the training image
-    shape:tuple, # (rows, columns) of an image put in, at the scale below
-) -> Tensor: # `(1,c,h,w)`, or None where nothing is fixed
-    "The image below a scale that samples share."
+def below(self:SinGAN, start_scale:int, inject:np.ndarray, shape:tuple) -> Tensor: # `(1,c,*shape)`, None at scale 0
+    "What samples share below a scale: the training image, or a uint8 image put in there."
     if not start_scale: return None
     if inject is None: return self.climb(self.rec_noises(start_scale))
     return resize(to_tanh(np.asarray(inject)[None], self.z_rec.device), shape, eight_bit=self.eight_bit)
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #63a589b4
-def sample_noises(
-    seed:int,
-    images, # Numbers of the images
-    shapes:list, # (rows, columns) of each scale
-    channels:int,
-) -> list: # A tensor `(n,channels,rows,columns)` a scale
+def sample_noises(seed:int, images, shapes:list, channels:int) -> list: # `(n,channels,*shape)` for each of `shapes`
     "The noise of these samples, each from its own generator; one map for all channels at the coarsest scale."
     def drawn(i):
         gen = torch_rng(seed, "singan sample", i)
@@ -702,10 +691,7 @@ class SinGANFit:
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #91aa0911
 @patch
-def start_net(self:SinGANFit,
-    i:int, # Image
-    kind:type, # `SinGANG` or `SinGAND`
-) -> nn.Module:
+def start_net(self:SinGANFit, i:int, kind:type) -> nn.Module: # Number of an image; `SinGANG` or `SinGAND`
     "A network of this scale: with the coarser scale's weights where that is as wide, else with new ones."
     n,width = self.scale, self.recipe.width_at(self.scale)
     old = None if not n else self.nets[i].G[n-1] if kind is SinGANG else self.last_D[i]
@@ -755,11 +741,7 @@ def block_steps(self:SinGANFit) -> int:
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #7a3a23b8
 @patch
-def noise(self:SinGANFit,
-    gens:list, # A generator of chance an image
-    k:int, # How many maps of each
-    scale:int,
-) -> Tensor: # `(k,models*c,rows,columns)`
+def noise(self:SinGANFit, gens:list, k:int, scale:int) -> Tensor: # A generator an image -> `(k,models*c,rows,columns)`
     "Noise of a scale; at the coarsest one map for all channels."
     shape = k, self.channels if scale else 1, *self.plan.shapes[scale]
     maps = (torch.randn(shape, generator=g, device=self.device) for g in gens)
@@ -899,20 +881,49 @@ def check_singan_image(
 # %% ../../nbs/lib/47_gans.singan.ipynb #c0be112f
 @dataclass(frozen=True)
 class SinGANRun:
-    "Where and how SinGANs are trained."
+    "Where and how SinGANs are trained; `auto` and None are settled as it is made."
     device:str = "auto"      # Where
     merge_width:int = None   # Scales up to this width train all images at once; None: 64 on a GPU, 8 elsewhere
     mode:str = "exact"       # Arithmetic: `exact`, or on a GPU `fast` (TF32)
     checkpoint_every_s:float = 60.
 
-    def __post_init__(self): check_mode(self.mode)
+    def __post_init__(self):
+        check_mode(self.mode)
+        device = pick_device(str(self.device))
+        object.__setattr__(self, "device", device)
+        if self.merge_width is None: object.__setattr__(self, "merge_width", 64 if device.type == "cuda" else 8)
 
-    @property
-    def place(self) -> torch.device: return pick_device(str(self.device))
-    @property
-    def merge(self) -> int:
-        if self.merge_width is not None: return self.merge_width
-        return 64 if self.place.type == "cuda" else 8
+# %% ../../nbs/lib/47_gans.singan.ipynb #125aeba1
+def _resume(fit, ck, log):
+    kept = ck.load()
+    if kept: fit.restore(kept["state"])
+    try:
+        while not fit.done():
+            if fit.live is None: fit.begin()
+            with _threads_for(fit), fit.engine.ready(): _scale(fit, ck, log)
+            fit.finish()
+    except KeyboardInterrupt:
+        ck.save(fit.state(), step=fit.count)
+        raise
+
+def _scale(fit, ck, log):
+    steps = fit.recipe.steps
+    every = max(1, steps//20)
+    while fit.step < steps:
+        fit.advance()
+        if fit.step % every == 0 or fit.step == steps:
+            losses = fit.note()
+            place = dict(scale=fit.scale, scales=len(fit.plan.shapes), images=fit.live["who"], step=fit.step)
+            if log: log(stage="singan", **place, **losses)
+        if ck.due(): ck.save(fit.state(), step=fit.count)
+
+@contextlib.contextmanager
+def _threads_for(fit): # Maps of a few kilobytes are slower on several cores than on one, many times slower on busy ones
+    n, (h,w) = torch.get_num_threads(), fit.plan.shapes[fit.scale]
+    small = len(fit.live["who"])*fit.recipe.width_at(fit.scale)*h*w < 2**20
+    if fit.device.type == "cpu" and small: torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #d18a736e
 def fit_singans(
@@ -946,17 +957,17 @@ def _keys(images): # The hash of each, and how many equal ones came before it
 
 def _fit_one_size(images, *, recipe, folder, seed, how, cards, log):
     name, keys = "x".join(map(str, images[0].shape)), _keys(images)
-    identity = dict(recipe=asdict(recipe), seed=seed, images=keys, device=how.place.type, merge_width=how.merge,
+    identity = dict(recipe=asdict(recipe), seed=seed, images=keys, device=how.device.type, merge_width=how.merge_width,
                     mode=how.mode)
     homes = [folder/f"singan_{name}_{j:02d}" for j in range(len(images))]
     finished = folder/f"history_{name}.json"
     if finished.exists():
         old = read_json(finished).get("identity", {})
-        if old == json.loads(json.dumps(identity)): return [SinGAN.load(h, how.place) for h in homes]
+        if old == json.loads(json.dumps(identity)): return [SinGAN.load(h, how.device) for h in homes]
         raise RunError(f"other SinGANs are in this folder; {differs(old, identity)}", finished,
                        "choose another folder, or remove this one")
-    fit = SinGANFit(to_tanh(np.stack(images), how.place), keys=keys, recipe=recipe, seed=seed, merge_width=how.merge,
-                    mode=how.mode, log=log)
+    fit = SinGANFit(to_tanh(np.stack(images), how.device), keys=keys, recipe=recipe, seed=seed, mode=how.mode, log=log,
+                    merge_width=how.merge_width)
     ck = Checkpoint(folder, f"singan_{name}", identity=identity, every_s=how.checkpoint_every_s, log=log)
     _resume(fit, ck, log)
     told = dict(recipe=asdict(recipe), seed=seed)
@@ -964,34 +975,3 @@ def _fit_one_size(images, *, recipe, folder, seed, how, cards, log):
     write_json(finished, {"identity": identity, "history": fit.history})
     ck.prune(0)
     return [n.eval() for n in fit.nets]
-
-def _resume(fit, ck, log):
-    kept = ck.load()
-    if kept: fit.restore(kept["state"])
-    try:
-        while not fit.done():
-            if fit.live is None: fit.begin()
-            with _threads_for(fit), fit.engine.ready(): _scale(fit, ck, log)
-            fit.finish()
-    except KeyboardInterrupt:
-        ck.save(fit.state(), step=fit.count)
-        raise
-
-def _scale(fit, ck, log):
-    steps = fit.recipe.steps
-    every = max(1, steps//20)
-    while fit.step < steps:
-        fit.advance()
-        if fit.step % every == 0 or fit.step == steps:
-            losses = fit.note()
-            place = dict(scale=fit.scale, scales=len(fit.plan.shapes), images=fit.live["who"], step=fit.step)
-            if log: log(stage="singan", **place, **losses)
-        if ck.due(): ck.save(fit.state(), step=fit.count)
-
-@contextlib.contextmanager
-def _threads_for(fit): # Maps of a few kilobytes are slower on several cores than on one, many times slower on busy ones
-    n, (h,w) = torch.get_num_threads(), fit.plan.shapes[fit.scale]
-    small = len(fit.live["who"])*fit.recipe.width_at(fit.scale)*h*w < 2**20
-    if fit.device.type == "cpu" and small: torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
