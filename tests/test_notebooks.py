@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and not p.name.startswith(("_",".")))
 PAPERS = [p for p in NOTEBOOKS if p.parent.name == "nbs" and re.match(r"0[0-4]_|92_", p.name)]
-LIBRARY = [p for p in NOTEBOOKS if p.parent.name == "lib"]
+LIBRARY = [p for p in NOTEBOOKS if p.parent.name in ("lib", "papers")]
 COMMON = {"seed":"int","preset":"str","protocol":"str","data_dir":"str","run_dir":"str","device":"str","only":"str"}
 NETWORKS = {"mode":"str"}      # papers that train networks choose their arithmetic
 name = lambda p: p.stem
@@ -40,7 +40,7 @@ def test_paper_has_one_typed_parameters_cell(nb):
     found = pm.inspect_notebook(nb)
     assert set(found) == set(types) and found["preset"]["default"] == '"demo"' and found["seed"]["default"] == "0"
     after = next(c for c in n.cells[n.cells.index(cells[0])+1:] if c.cell_type == "code")
-    assert "check_params(globals()" in after.source, "the first cell after the parameters checks them"
+    assert re.search(r"check_params\(globals\(\)|start\(\w+\.PAPER, globals\(\)\)", after.source), "the first cell after the parameters checks them"
 
 @pytest.mark.parametrize("nb", PAPERS, ids=name)
 def test_paper_exports_nothing_and_has_no_outputs(nb):
