@@ -322,8 +322,8 @@ def privacy_words(
     c, unit = card, card["unit"]
     return (f"Trained with differential privacy for each {unit}: ε = {c['epsilon']:.2f} at δ = {c['delta']:g} (add or "
             f"remove one of {c['units']} {unit}s), counted by Opacus' Rényi accountant over {c['steps']} steps with "
-            f"noise {c['noise_multiplier']:.2f}, clip {c['clip']:g} and sampling rate {c['sample_rate']:.3f}. It covers the "
-            "generator's weights and whatever is drawn from them, not the audit, the choice of settings or logs."
+            f"noise {c['noise_multiplier']:.2f}, clip {c['clip']:g} and sampling rate {c['sample_rate']:.3f}. It covers "
+            "the generator's weights and whatever is drawn from them, not the audit, the choice of settings or logs."
             + (WEAK if c["epsilon"] > 10 else "") + (REPEATABLE if c["seed_public"] else ""))
 
 # %% ../../nbs/lib/48_gans.dp.ipynb #4b8a8425
