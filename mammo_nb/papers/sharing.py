@@ -286,7 +286,7 @@ def gan_recipe(
     every = protocol.g_every if protocol.g_every > 1 else published.g_every # the counter fault hit both GANs alike
     return published.small(size=setup.size, width=setup.gan_width, g_every=every, real_range=protocol.real_range)
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #76452d92
+# %% ../../nbs/papers/84_papers.sharing.ipynb #4213778e
 def generators(
     run, # Run
     cuts:Cuts, # From `cut`
@@ -294,7 +294,8 @@ def generators(
     "Train every generator the cells need, or take what was handed over."
     setup, theirs, params = run.setup, handed_over(run.params), run.params
     budget = Budget(params.dp_epsilon, Path(params.dp_key).expanduser() if params.dp_key else "")
-    mine = sorted({p for c in cuts.a.values() for ps in c.sets[setup.size].values() for p in ps.table.patient_id})
+    of_a = [ps.table.patient_id for c in cuts.a.values() for ps in c.sets[setup.size].values()]
+    mine = sorted(set().union(*of_a))
     kept, jobs = dict(group="generators", shared=True), {}
     for name,scope in plan_generators(run.grid):
         centre, recipe = GENERATORS[name]
