@@ -7,9 +7,9 @@ import pandas as pd
 import psutil
 import pytest
 
-from mammo_nb.core import MammoError
+from mammo_nb.core import MammoError, ParameterError
 from mammo_nb.report.tables import read_results, summarise
-from mammo_nb.sweep import Submitit, dask_cluster, executor_of, read_sweep
+from mammo_nb.sweep import Submitit, dask_cluster, executor_of, main, read_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = '''seed:int = 0 # Seed
@@ -161,6 +161,25 @@ def test_sample_sweeps_can_be_planned():
 def test_wrong_sweep_file_ends_with_one_line(tmp_path):
     p = start(sweep_file(tmp_path, "rows:\n  - {notebook: 90_tiny, parameters: {rat: 2}}\n")); said, _ = p.communicate(timeout=60)
     assert p.returncode == 2 and "did you mean 'rate'" in said and "Traceback" not in said and not (tmp_path/"out").exists()
+
+@pytest.mark.parametrize("text,said", [
+    (b'rows:\n  - {notebook: 04_sharing, seeds: "9-0"}\n', "are no seeds"),
+    (b'rows:\n  - {notebook: 04_sharing, seeds: "0-99999999"}\n', "are no seeds"),
+    (b"name: \xe4\nrows:\n  - {notebook: 04_sharing}\n", "is not UTF-8"),
+    (b"rows:\n  - notebook: 00_annotation_shift\n    parameters: {patients: 6}\n    parameters: {patients: 9}\n", "'parameters' stands twice"),
+    (b"rows:\n  - {notebook: 04_sharing, seeds: [4294967296]}\n", "4294967296 is not possible"),
+    (b"rows:\n  - {notebook: 04_sharing, parameters: {preset: demmo}}\n", "did you mean 'demo'"),
+    (b"rows:\n  - {notebook: 04_sharing, grid: {protocol: [papr]}}\n", "did you mean 'paper'"),
+    (b"name: ..\nrows:\n  - {notebook: 04_sharing}\n", "is no name"),
+    (b"name: [a]\nrows:\n  - {notebook: 04_sharing}\n", "name: \\['a'\\] is no str"),
+    (b"rows:\n  - {notebook: 04_sharing, parameters: [1]}\n", "is no dict"),
+    (b"rows:\n  - {notebook: 04_sharing, seeds: 0-9, parameters: {seed: 1}}\n", "seed stands twice"),
+    (b"rows:\n  - {notebook: 04_sharing, seeds: 0-9999}\n  - {notebook: 04_sharing, seeds: 10000-10009}\n", "more than 10,000 runs"),
+    (b"a\x00b", "no YAML"), (b"- 1\n", "a sweep is a mapping"), (b"", "a sweep is a mapping"), (b"1: 2\n", "1 is no name")])
+def test_what_cannot_be_meant_is_refused_before_anything_runs(tmp_path, text, said):
+    (tmp_path/"s.yaml").write_bytes(text)
+    with pytest.raises(ParameterError, match=said): read_sweep(tmp_path/"s.yaml", folder=str(tmp_path/"out"))
+    assert main([str(tmp_path/"s.yaml"), "--dry-run"]) == 2 and not (tmp_path/"out").exists()
 
 @pytest.mark.slow
 def test_dask_rows_survive_the_loss_of_a_worker(tmp_path):

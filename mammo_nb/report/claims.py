@@ -17,7 +17,7 @@ from scipy import stats
 from ..core import DataError, ParameterError, nearest, read_json
 from ..metrics.answers import KEYS, NOTHING, Answers, Cell, Intervals, contrast, said
 from ..metrics.boot import holm, over_seeds, paired_seeds
-from .tables import PUBLISHED, published
+from .tables import paper_record, published, published_folders
 
 # %% ../../nbs/lib/62_report.claims.ipynb #49ca644e
 SIDES = {">": "above", "<": "below", "no more": "not above", "no less": "not below"}
@@ -44,7 +44,8 @@ def claims(
     paper:str=None, # One paper; None = all
 ) -> list: # `Claim`s in the order of the papers
     "The claims of one paper or of all."
-    out = [Claim(**c) for c in read_json(PUBLISHED/"claims.json")]
+    folders = published_folders() if paper is None else [paper_record(paper)["folder"]]
+    out = [Claim(**c) for folder in folders for c in read_json(folder/"claims.json")]
     known = list(dict.fromkeys(c.paper for c in out))
     if paper not in (None, *known): raise ParameterError(f"no claims of '{paper}'", "claims", nearest(paper, known))
     return [c for c in out if paper in (None, c.paper)]
