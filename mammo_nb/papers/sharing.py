@@ -30,7 +30,7 @@ from .sharing_patches import Cutting, cut_centre_a, cut_lesions
 from .sharing_rows import ARMS, Counts, Halving, Training, fit_cell, who_trains
 from ..params import Params, between, split_words
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #214f2e7b
+# %% ../../nbs/papers/84_papers.sharing.ipynb #45451e88
 SCOPES = ("lesions", "masses")   # Table 1, Table 2
 MODELS = ("cnn", "swin")
 REGIMES = ("100", "50")          # Percent of centre A's training patches
@@ -45,13 +45,13 @@ def plan(
     "The grid of section 3, in the order of Tables 1 and 2."
     def asked(name): return [w for w in LISTS[name] if w in (split_words(getattr(params, name)) or LISTS[name])]
     arms = asked("arms")
-    if params.generator_b and not params.arms: arms = [a for a in arms if "bcdr_wgangp" not in ARMS[a]] # one cannot play two
+    if params.generator_b and not params.arms: arms = [a for a in arms if "bcdr_wgangp" not in ARMS[a]] # it plays one
     rows = [(s, m, r, a) for s,m in _pairs(asked("scopes"), asked("models")) for r,a in _pairs(asked("regimes"), arms)]
     return pd.DataFrame(rows, columns=["scope", "model", "regime", "arm"])
 
 def _pairs(first, second): return [(one, two) for one in first for two in second]
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #d3a63635
+# %% ../../nbs/papers/84_papers.sharing.ipynb #812e25be
 def scope_of(
     generator:str, # Name in `GENERATORS`
     scope:str, # Of the cell
@@ -59,17 +59,19 @@ def scope_of(
     "What a generator is trained on for a cell: centre C's is one and the same in both scopes."
     return "masses" if GENERATORS[generator][0] == "c" else scope
 
+# %% ../../nbs/papers/84_papers.sharing.ipynb #c5fc8bdc
 def plan_generators(
     cells:pd.DataFrame, # From `plan`
 ) -> list: # (generator, scope) pairs
     "The generators that these cells need."
-    return sorted({(g, scope_of(g, s)) for s,a in zip(cells.scope, cells.arm) for g in ARMS[a] if g in GENERATORS})
+    pairs = zip(cells.scope, cells.arm)
+    return sorted({(g, scope_of(g, scope)) for scope,arm in pairs for g in ARMS[arm] if g in GENERATORS})
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #2481ece2
+# %% ../../nbs/papers/84_papers.sharing.ipynb #8e5e6d6c
 @dataclass(frozen=True)
 class Protocol:
     "How patches are cut, split and fed; every field is one decision."
-    crop_rule:str = "paper"         # `paper` (zoom and shift never cut the lesion), `reference` (the authors'), `centred`
+    crop_rule:str = "paper"         # `paper` (zoom, shift never cut the lesion), `reference` (the authors'), `centred`
     healthy_side:str = "matched"    # Side of healthy boxes: `matched` to the lesions', or `fixed` (128 px)
     swap_axes:bool = False          # Healthy boxes stored (y,x) and read (x,y)
     max_inside:float = 1.           # Most air where the lesion would be in a healthy box; 0: where lesions can be
@@ -136,7 +138,7 @@ PUBLISHED = Setup(
     cnn=dict(widths=(16, 32, 64, 128), hidden=128),
     swin=dict(embed=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7), boots=2000, audit=2000)
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #a17b4bd6
+# %% ../../nbs/papers/84_papers.sharing.ipynb #a7d69005
 def handed_over(
     params:Params, # Checked parameters
 ) -> dict: # Of b, c -> what was handed over
@@ -144,6 +146,7 @@ def handed_over(
     given = dict(b=params.generator_b, c=params.generator_c)
     return {c: Path(path).expanduser() for c,path in given.items() if path}
 
+# %% ../../nbs/papers/84_papers.sharing.ipynb #71ffadce
 def refuse(
     params:Params, # Checked parameters
 ) -> None:
@@ -156,15 +159,15 @@ def refuse(
     rules = [
         (private and params.mode == "fast", "mode", "private training is exact only", "use mode exact with dp_epsilon"),
         (params.dp_key and not private, "dp_key", "a key without dp_epsilon does nothing", "give both, or none"),
-        (params.dp_key and not key.is_file(), "dp_key", f"there is no file {key.name!r}", "give a file with secret text"),
+        (params.dp_key and not key.is_file(), "dp_key", f"there is no file {key.name!r}", "give a text file"),
         (params.centres and not params.data_dir, "centres", "phantoms have their roles", without_data),
         (params.split_by == "image" and not params.data_dir, "split_by", "phantoms have patients", without_data),
-        (params.split_by == "image" and params.protocol == "clean", "split_by", "split_by=image puts one woman on both sides",
-         "clean splits by patient; use protocol paper")]
+        (params.split_by == "image" and params.protocol == "clean", "split_by",
+         "split_by=image puts one woman on both sides", "clean splits by patient; use protocol paper")]
     for wrong,where,what,fix in rules:
         if wrong: raise ParameterError(what, where, fix)
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #ce369d4f
+# %% ../../nbs/papers/84_papers.sharing.ipynb #e2d2faea
 def settle(
     params:Params, # Checked parameters
     settled:Settled, # By preset, protocol and knobs
@@ -180,15 +183,17 @@ def settle(
     views = 1 if settled.protocol.crop_rule == "centred" else setup.views
     return replace(settled, setup=replace(setup, margin=params.margin, views=views))
 
+# %% ../../nbs/papers/84_papers.sharing.ipynb #e1553dca
 PAPER = Paper(
     "04_sharing", title="Sharing generative models instead of private data",
     presets=dict(demo=DEMO, paper=PUBLISHED), protocol=Protocol, plan=plan, switches=SWITCHES, clean=CLEAN, lists=LISTS,
     choices=dict(split_by=("patient", "image"), scaling=("minmax", "voi")), settle=settle,
     rules=dict(margin=between(0, 1000), patients=between(0, 100_000), gan_epochs=between(0, 100_000),
                holdout=between(0., .8), dp_epsilon=between(0., 1e6)),
-    knobs=dict(clf_epochs="clf_epochs", boots="boots"), stages=("data", "patches", "generators", "classifiers", "report"))
+    knobs=dict(clf_epochs="clf_epochs", boots="boots"),
+    stages=("data", "patches", "generators", "classifiers", "report"))
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #6041b6dd
+# %% ../../nbs/papers/84_papers.sharing.ipynb #d293d7f2
 @dataclass(frozen=True)
 class Hospitals:
     "Who takes part."
@@ -204,24 +209,26 @@ def load(
     run, # Run
 ) -> Hospitals:
     "The three centres of this run, phantom or real; one whose generator was handed over needs no data."
-    params, setup, theirs = run.params, run.setup, handed_over(run.params)
+    params, theirs = run.params, handed_over(run.params)
     need = tuple(c for c in "abc" if c not in theirs or (c == "b" and "bcdr_real" in set(run.grid.arm)))
-    if run.phantom:
-        like = dict(seed=run.seeds.phantom, scale=setup.phantom_scale, scaling=params.scaling)
-        centres, words = phantom_centres({c: setup.patients[c] for c in need}, **like), PHANTOMS
+    if run.phantom: centres, words = phantom_centres({c: run.setup.patients[c] for c in need}, **_like(run)), PHANTOMS
     else:
         of = dict(seed=run.seeds.split, scaling=params.scaling, split_by=params.split_by)
         centres, words = real_centres(params.data_dir, given=params.centres, need=need, **of)
-    held = {c: "it was trained elsewhere; see the audit on its own card" for c in theirs}
-    def keep(c):
-        fresh = partial(fresh_centre, c, setup.held[c], **like) if run.phantom else None
-        return kept_from(centres[c], params.holdout, seed=run.seeds.split, fresh=fresh)
-    trains = sorted({GENERATORS[g][0] for g,_ in plan_generators(run.grid)} - set(theirs))
-    with ThreadPoolExecutor(2) as pool: kept = dict(zip(trains, pool.map(keep, trains)))     # drawn side by side
     run.note(centres=words)
+    kept = _kept(run, centres, trains=sorted({GENERATORS[g][0] for g,_ in plan_generators(run.grid)} - set(theirs)))
+    held = {c: "it was trained elsewhere; see the audit on its own card" for c in theirs}
     return Hospitals(centres | {c: k[0] for c,k in kept.items()}, held | {c: k[1] for c,k in kept.items()}, words)
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #c7e4bd30
+def _like(run): return dict(seed=run.seeds.phantom, scale=run.setup.phantom_scale, scaling=run.params.scaling)
+
+def _kept(run, centres, trains): # centre -> (Centre that trains, Centre no generator sees, or the reason)
+    def keep(c):
+        fresh = partial(fresh_centre, c, run.setup.held[c], **_like(run)) if run.phantom else None
+        return kept_from(centres[c], run.params.holdout, seed=run.seeds.split, fresh=fresh)
+    with ThreadPoolExecutor(2) as pool: return dict(zip(trains, pool.map(keep, trains)))     # drawn side by side
+
+# %% ../../nbs/papers/84_papers.sharing.ipynb #400c13e4
 def cutting_of(
     run, # Run
 ) -> Cutting:
@@ -234,6 +241,7 @@ def cutting_of(
                    test_jitter=protocol.test_jitter, healthy_side=protocol.healthy_side,
                    drop_duplicates=protocol.drop_duplicates)
 
+# %% ../../nbs/papers/84_papers.sharing.ipynb #7c2f64d4
 @dataclass(frozen=True)
 class Cuts:
     "The patches of all three centres."
@@ -244,27 +252,30 @@ class Cuts:
         "Every patch set of one size."
         return [ps for c in self.a.values() for ps in c.sets[size].values()] + [v[size] for v in self.lesions.values()]
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #8f4163e6
+# %% ../../nbs/papers/84_papers.sharing.ipynb #78019068
 def cut(
     run, # Run
     hospitals:Hospitals, # From `load`
 ) -> Cuts:
     "Cut all patches, list what was left out and what was compared; the patch cache keeps them."
-    cutting, theirs, setup = cutting_of(run), handed_over(run.params), run.setup
+    cutting, theirs, size = cutting_of(run), handed_over(run.params), run.setup.size
     need = {(GENERATORS[g][0], scope) for g,scope in plan_generators(run.grid) if GENERATORS[g][0] not in theirs}
     need |= {("b", scope) for scope in run.grid.scope[run.grid.arm == "bcdr_real"]}
     lesions = {(c, scope): cut_lesions(hospitals.centres[c], scope, cutting) for c,scope in sorted(need)}
-    at_b = {scope: len(sets[setup.size]) for (c,scope),sets in lesions.items() if c == "b"}
-    a = hospitals.centres["a"]
-    cuts = Cuts({s: cut_centre_a(a, s, setup.counts[s], cutting, at_b.get(s)) for s in run.grid.scope.unique()}, lesions)
-    skipped = pd.concat([ps.skipped for ps in cuts.whole(setup.size)]).drop_duplicates()
-    run.table("skipped", skipped)
-    run.table("leak_check", pd.concat([c.leaks.assign(scope=s) for s,c in cuts.a.items()]))
-    run.note(data_hash=hash_of([ps.key() for ps in cuts.whole(setup.size)]), files_skipped=int(skipped["count"].sum()),
-             counts={s: vars(c.counts) for s,c in cuts.a.items()})
+    at_b, a = {s: len(sets[size]) for (c,s),sets in lesions.items() if c == "b"}, hospitals.centres["a"]
+    def of_a(scope): return cut_centre_a(a, scope, run.setup.counts[scope], cutting, at_b.get(scope))
+    cuts = Cuts({scope: of_a(scope) for scope in run.grid.scope.unique()}, lesions)
+    _tell(run, cuts)
     return cuts
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #b7745c4d
+def _tell(run, cuts): # What was left out, what was compared, how many train
+    sets = cuts.whole(run.setup.size)
+    skipped = run.table("skipped", pd.concat([ps.skipped for ps in sets]).drop_duplicates())
+    run.table("leak_check", pd.concat([c.leaks.assign(scope=s) for s,c in cuts.a.items()]))
+    run.note(data_hash=hash_of([ps.key() for ps in sets]), files_skipped=int(skipped["count"].sum()),
+             counts={s: vars(c.counts) for s,c in cuts.a.items()})
+
+# %% ../../nbs/papers/84_papers.sharing.ipynb #792eb920
 def gan_recipe(
     name:str, # Key of `GENERATORS`
     setup:Setup, # Sizes
@@ -272,10 +283,10 @@ def gan_recipe(
 ) -> Recipe:
     "The published recipe of a generator at this preset's size, with this protocol's departures."
     published = RECIPES[GENERATORS[name][1]]
-    every = protocol.g_every if protocol.g_every > 1 else published.g_every # the authors' counter fault hit both GANs alike
+    every = protocol.g_every if protocol.g_every > 1 else published.g_every # the counter fault hit both GANs alike
     return published.small(size=setup.size, width=setup.gan_width, g_every=every, real_range=protocol.real_range)
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #10b7a018
+# %% ../../nbs/papers/84_papers.sharing.ipynb #4213778e
 def generators(
     run, # Run
     cuts:Cuts, # From `cut`
@@ -283,7 +294,8 @@ def generators(
     "Train every generator the cells need, or take what was handed over."
     setup, theirs, params = run.setup, handed_over(run.params), run.params
     budget = Budget(params.dp_epsilon, Path(params.dp_key).expanduser() if params.dp_key else "")
-    mine = sorted({p for c in cuts.a.values() for ps in c.sets[setup.size].values() for p in ps.table.patient_id})
+    of_a = [ps.table.patient_id for c in cuts.a.values() for ps in c.sets[setup.size].values()]
+    mine = sorted(set().union(*of_a))
     kept, jobs = dict(group="generators", shared=True), {}
     for name,scope in plan_generators(run.grid):
         centre, recipe = GENERATORS[name]
@@ -291,12 +303,13 @@ def generators(
             given = dict(path=theirs[centre], patients=mine)
             jobs[name,scope] = run.job(take_generator, name=f"import-{name}-{scope}", **kept, **given)
             continue
-        fit = Fit(gan_recipe(name, setup, run.protocol), setup.epochs[f"{recipe}/{scope}"], run.seeds.gan, scope, budget=budget)
+        epochs, published = setup.epochs[f"{recipe}/{scope}"], gan_recipe(name, setup, run.protocol)
+        fit = Fit(published, epochs, run.seeds.gan, scope, budget=budget)
         patches = cuts.lesions[centre,scope][setup.size]
         jobs[name,scope] = run.job(fit_generator, name=f"gan-{name}-{scope}", **kept, fit=fit, patches=patches)
     return jobs
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #ce914a1e
+# %% ../../nbs/papers/84_papers.sharing.ipynb #7f5a19b9
 def draws(
     run, # Run
     cuts:Cuts, # From `cut`
@@ -312,6 +325,7 @@ def draws(
                                    drawing=drawing, patients=seen)
     return jobs
 
+# %% ../../nbs/papers/84_papers.sharing.ipynb #fe433490
 def synthetic(
     run, # Run
     cuts:Cuts, # From `cut`
@@ -366,7 +380,7 @@ def classifiers(
                              cell=cell, sets=of_a.sets[size], team=team, added=added, how=training_of(run, row.model))
     return jobs
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #157e7bb7
+# %% ../../nbs/papers/84_papers.sharing.ipynb #a4936ce7
 def held_patches(
     run, # Run
     hospitals:Hospitals, # From `load`
@@ -382,6 +396,7 @@ def held_patches(
         if (centre,scope) not in found: found[centre,scope] = patches(hospitals.held[centre], scope)
     return {(g,scope): found[GENERATORS[g][0],scope] for g,scope in plan_generators(run.grid)}
 
+# %% ../../nbs/papers/84_papers.sharing.ipynb #2508748f
 def audits(
     run, # Run
     cuts:Cuts, # From `cut`
@@ -397,7 +412,7 @@ def audits(
                                    generator=stage, members=members, held=held[name,scope], **how)
     return jobs
 
-# %% ../../nbs/papers/84_papers.sharing.ipynb #a26148ba
+# %% ../../nbs/papers/84_papers.sharing.ipynb #50d89c3f
 def audit_table(
     done:dict, # (name, scope) -> folder, of `audits`; None where left out
     held:dict, # From `held_patches`
@@ -413,6 +428,7 @@ def audit_table(
     columns = ["generator", "scope", *COLUMNS]
     return pd.concat(rows, ignore_index=True).reindex(columns=columns) if rows else pd.DataFrame(columns=columns)
 
+# %% ../../nbs/papers/84_papers.sharing.ipynb #e693c553
 def keep_audits(
     run, # Run
     done:dict, # (name, scope) -> folder, of `audits`

@@ -84,13 +84,14 @@ def given_roles(
         raise ParameterError(f"got centres {have}", "centres", f"{', '.join(sorted(lost))} needed too")
     return {c: roles[c] for c in need}
 
-# %% ../../nbs/papers/84c_papers.sharing_centres.ipynb #7d78a308
+# %% ../../nbs/papers/84c_papers.sharing_centres.ipynb #c9f7933a
 DEAL = dict(a=.5, b=.3, c=.2) # Shares of patients when one set has to play all three centres
 
 def has_lesions(data:MammoData) -> bool:
     "Are there lesions in it, outlined or ready cut?"
     return NEEDS["lesions"][1](data)
 
+# %% ../../nbs/papers/84c_papers.sharing_centres.ipynb #1d079e36
 def dealt_roles(
     ill:MammoData, # The one set with lesions
     well:list, # Sets without
@@ -102,8 +103,8 @@ def dealt_roles(
     ends = (np.cumsum([DEAL[c] for c in "abc"])*len(ids)).round().astype(int)
     shares = dict(zip("abc", np.split(ids[rng(seed, "deal").permutation(len(ids))], ends[:2])))
     normal = {p for data in well for p in data.images.patient_id}
-    def centre(c): return Centre(c, [ill, *well], {*shares[c], *normal}) if c == "a" else Centre(c, [ill], set(shares[c]))
-    return {c: centre(c) for c in "abc"}
+    others = {c: Centre(c, [ill], set(shares[c])) for c in ("b","c")}
+    return {"a": Centre("a", [ill, *well], {*shares["a"], *normal}), **others}
 
 # %% ../../nbs/papers/84c_papers.sharing_centres.ipynb #261575bd
 def assign_roles(
@@ -125,12 +126,13 @@ def assign_roles(
     words = f"its patients were dealt out to three pseudo-centres, {DEAL}"
     return {c: dealt[c] for c in need}, f"one data set with lesions ({ill[0].name}): {words}"
 
-# %% ../../nbs/papers/84c_papers.sharing_centres.ipynb #bae09dd3
+# %% ../../nbs/papers/84c_papers.sharing_centres.ipynb #03cbe077
 def images_as_patients(data:MammoData) -> MammoData:
     "A lesion-free data set whose images stand for patients; other sets as they are."
     if has_lesions(data): return data
     return replace(data, images=data.images.assign(patient_id=data.images.image_id))
 
+# %% ../../nbs/papers/84c_papers.sharing_centres.ipynb #355919d7
 def real_centres(
     data_dir:Path, # Folder with one or more data sets
     *,

@@ -6,9 +6,7 @@
 __all__ = ['NAMED', 'METRICS', 'ASKED', 'SECTIONS', 'named', 'picked', 'sample_figure', 'real_figure', 'loss_figure',
            'pairs_figure', 'audit_words', 'arm_gains', 'data_words']
 
-# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #17ec6a8a
-from pathlib import Path
-
+# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #9bf7058b
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -47,7 +45,7 @@ def sample_figure(
     caption = "Synthetic lesion patches, evenly spread over the kept snapshots, not chosen by hand (compare Figure 2)."
     return dict(fig=fig, alt=f"Sixteen synthetic patches of each of {len(have)} generators", caption=caption)
 
-# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #883e567d
+# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #507808f5
 def real_figure(
     cuts:dict, # scope -> Cut
     size:int, # Patch side, px
@@ -62,6 +60,7 @@ def real_figure(
     alt = "Sixteen lesion and sixteen healthy training patches of centre A for each lesion scope"
     return dict(fig=fig, alt=alt, caption="Training patches of centre A, unjittered view.", real=True)
 
+# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #6c9a2d31
 def loss_figure(
     trained:dict, # (generator, scope) -> folder of its training, None where left out
 ) -> dict: # For `Run.figure`
@@ -75,7 +74,7 @@ def loss_figure(
     return dict(fig=fig, alt="Training losses of generator and discriminator for each GAN",
                 caption="Losses an epoch, moving mean over a twentieth of the run.")
 
-# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #9dc6e516
+# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #5544ca12
 def pairs_figure(
     done:dict, # (generator, scope) -> folder of its audit, None where left out
 ) -> dict: # For `Run.figure`
@@ -93,6 +92,7 @@ def pairs_figure(
     return dict(fig=fig, alt=f"Sixteen samples nearest to a training patch for each of {len(have)} generators",
                 caption=caption)
 
+# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #7b7e59e3
 def audit_words(
     trained:dict, # (generator, scope) -> folder of its training
     private:bool, # Was this run's training private?
@@ -104,10 +104,14 @@ def audit_words(
         origin = stage/"origin.json"
         if origin.is_file(): told.append(f"{named(*key)} was handed over: {read_json(origin)['unseen']}.")
         card = read_json(generator_folders(stage)[-1]/"generator.json")
-        if "privacy" in card and (private or origin.is_file()): told.append(f"{named(*key)}: {privacy_words(card['privacy'])}")
+        promised = card.get("privacy") if private or origin.is_file() else None
+        if promised: told.append(f"{named(*key)}: {privacy_words(promised)}")
     return "\n\n".join(told)
 
-# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #c3754431
+# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #35c6b306
+METRICS = ("accuracy", "f1", "auroc", "auprc")
+ASKED = [(metric, positive) for positive in ("healthy", "lesion") for metric in METRICS] # Both positive classes
+
 def arm_gains(
     answers:Answers, # Of the run
     how:Intervals, # How intervals come about
@@ -115,9 +119,6 @@ def arm_gains(
     "Each arm against `none` on the same test patches, healthy positive; Holm over the rows of a metric."
     def of(m): return gains(answers, PAPER.name, metric=m, positive="healthy", how=how).assign(metric=m)
     return pd.concat([of(m) for m in METRICS], ignore_index=True)
-
-METRICS = ("accuracy", "f1", "auroc", "auprc")
-ASKED = [(metric, positive) for positive in ("healthy", "lesion") for metric in METRICS] # Both choices of the positive class
 
 def data_words(
     source:str, # `Hospitals.words`
@@ -137,7 +138,7 @@ def data_words(
                     "drew patches of that class instead of patients. These intervals are too narrow.**")
     return "\n\n".join(told)
 
-# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #9b349fc7
+# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #a08dd8e3
 SECTIONS = [
     verdicts_section(),
     beside_section("table1", "table2", scatter=METRICS,
@@ -145,9 +146,10 @@ SECTIONS = [
                         "not agree; the comparison that counts is between rows.",
                    note="F1 and AUPRC count healthy as the positive class, as published."),
     gains_section(metrics=("auroc", "f1"), margin=.02),
-    curves_section(where=dict(regime="100"), positive="healthy", text="Trained with all of centre A's training patches."),
-    generators_section("fig2_samples", "losses", text="Every generator is trained on another centre's lesions; centre A "
-                                                      "sees only what it draws from them."),
+    curves_section(where=dict(regime="100"), positive="healthy",
+                   text="Trained with all of centre A's training patches."),
+    generators_section("fig2_samples", "losses", text="Every generator is trained on another centre's lesions; centre "
+                                                      "A sees only what it draws from them."),
     audit_section(),
     data_section(tables=(Shown("centres", "The three centres (section 2.1)"),
                          Shown("balance", "The split of centre A", digits=2,

@@ -47,7 +47,7 @@ def in_line(
     rows = np.flatnonzero(ps.y==target)
     return rows[np.argsort(line_of(ps.table.patch_id.iloc[rows], seed=seed, purpose=f"line {target}"), kind="stable")]
 
-# %% ../../nbs/papers/84b_papers.sharing_rows.ipynb #47f9f521
+# %% ../../nbs/papers/84b_papers.sharing_rows.ipynb #1be1a617
 @dataclass(frozen=True)
 class Halving:
     "How a part of centre A's training patches is drawn."
@@ -55,6 +55,7 @@ class Halving:
     half_seed:int      # Of the part
     by:str = "patch"   # `patch` or `patient`
 
+# %% ../../nbs/papers/84b_papers.sharing_rows.ipynb #3a1a7f3f
 @dataclass(frozen=True)
 class Team:
     "Who trains in one row of Tables 1 and 2."
@@ -80,7 +81,7 @@ def who_trains(
     shares = np.diff(np.linspace(0, want, len(sources)+1).round().astype(int))
     return Team(base[y==1], base[y==0], rest[:want], {s: int(n) for s,n in zip(sources, shares)})
 
-# %% ../../nbs/papers/84b_papers.sharing_rows.ipynb #6796da27
+# %% ../../nbs/papers/84b_papers.sharing_rows.ipynb #9f82a39f
 def cell_training_set(
     train:PatchSet, # Centre A's training patches
     team:Team, # From `who_trains`
@@ -90,7 +91,8 @@ def cell_training_set(
     arrays, extra = patch_arrays(train), []
     for source,n in team.added.items():
         have = added[source]
-        if n > len(have): raise DataError(f"{n-len(have)} of {n} lesion patches are missing", source, "lower the counts")
+        lack = n-len(have)
+        if lack > 0: raise DataError(f"{lack} of {n} lesion patches are missing", source, "lower the counts")
         extra.append(patch_arrays(have.subset(np.linspace(0, len(have), n, endpoint=False).astype(int))))
     return training_mix(arrays.subset(team.lesions), arrays.subset(team.healthy), synthetic=extra or None,
                         extra_healthy=arrays.subset(team.balance) if len(team.balance) else None)
