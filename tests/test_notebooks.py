@@ -47,6 +47,25 @@ def test_paper_exports_nothing_and_has_no_outputs(nb):
     for c in read(nb).cells:
         if c.cell_type == "code": assert not c.outputs and "#| export" not in c.source and "nbdev_export(" not in c.source
 
+@pytest.mark.parametrize("nb", PAPERS, ids=name)
+def test_paper_reads_as_a_page(nb):
+    "At most four lines of code a cell, of at most 120 characters; a heading for the paper's own tables and figures."
+    cells = read(nb).cells
+    for c in cells:
+        if c.cell_type != "code" or "parameters" in c.metadata.get("tags", []): continue
+        lines = [l for l in c.source.splitlines() if l.strip() and not re.match(r"(from|import) |    \S.*import|#", l)]
+        assert len(lines) <= 4, f"{len(lines)} lines: {lines[0]}"
+        assert all(len(l) <= 120 for l in c.source.splitlines()), c.source
+    heads = [l for c in cells if c.cell_type == "markdown" for l in c.source.splitlines() if l.startswith("## ")]
+    assert any(re.search(r"Table|Figure", h) for h in heads), "no heading names a table or a figure of the paper"
+
+@pytest.mark.parametrize("nb", LIBRARY, ids=name)
+def test_outputs_show_no_place_of_this_machine(nb):
+    for c in read(nb).cells:
+        for o in c.get("outputs", []):
+            text = str(o.get("text", "")) + str({k: v for k, v in o.get("data", {}).items() if k.startswith("text")})
+            assert not re.search(r"/root/|/work/|/home/\w+/|/tmp/|0x[0-9a-f]{8}", text), c.source[:80]
+
 def test_names_are_unique():
     stems = [p.name for p in NOTEBOOKS]; assert len(stems) == len(set(stems))
     exps = [m[1] for p in NOTEBOOKS for c in read(p).cells if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", c.source, re.M))]

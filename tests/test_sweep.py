@@ -33,14 +33,14 @@ def said(*words): # what really was done, kills or no kills
     with open(os.environ["TINY_LEDGER"], "a") as f: f.write(" ".join(map(str, words)) + "\\n")
 def data(folder):
     said("data", "all"); time.sleep(1); write_json(folder/"x.json", rng(0, "data").normal(size=5).tolist())
-def fit(folder):
+def fit(folder, base, seed, rate, steps):
     f = folder/"state.json"; i, x = read_json(f) if f.exists() else (0, 0.)
-    for i in range(i+1, P.steps+1):
+    for i in range(i+1, steps+1):
         while i > 8 and os.path.exists(os.environ["TINY_LEDGER"] + ".hold"): time.sleep(.05)     # a test wants to meet it at work
         x += rate*float(rng(seed, "step", i).normal()); said("step", run.dir.name, i, os.getpid()); time.sleep(.4); write_json(f, [i, x])
 
-base = run.stage("data", data, inputs={}, group="data", shared=True)
-done = run.stage("fit", fit, inputs=dict(base=base, seed=seed, rate=rate, steps=steps), group="fit")
+base = run.do({0: run.job(data, name="data", group="data", shared=True)})[0]
+done = run.do({0: run.job(fit, name="fit", group="fit", base=base, seed=seed, rate=rate, steps=steps)})[0]
 value = read_json(done/"state.json")[1] + sum(read_json(base/"x.json"))
 run.results(pd.DataFrame([dict(paper=run.paper, run=run.dir.name, seed=seed, data="phantom", preset=preset, protocol=protocol, scope="", model="m", arm="a", regime="", metric="auroc", positive="",
     value=value, lo=value-1, hi=value+1, n=9, n_patients=5, split="test")]))
@@ -135,16 +135,17 @@ def test_sweep_killed_whole_then_asked_again(tmp_path):
 
 STAGE = '''
 import os, signal, sys, time
-from types import SimpleNamespace
 from mammo_nb.core import read_json, write_json
+from mammo_nb.params import Params
 from mammo_nb.runs import Run
 def count(folder):
     f = folder/"n.json"; start = read_json(f) if f.exists() else 0
     for i in range(start+1, 7):
         open(os.environ["TINY_LEDGER"], "a").write(f"{sys.argv[2]} {i}\\n"); time.sleep(.3); write_json(f, i)
         if i == 3 and sys.argv[2] == "first": os.kill(os.getpid(), signal.SIGKILL)
-P = SimpleNamespace(seed=1, preset="demo", protocol="paper", data_dir="", run_dir=sys.argv[1], device="cpu", mode="exact", only="")
-Run(P, paper="90_stage").stage("count", count, inputs={}, group="data", shared=True)
+P = Params(seed=1, preset="demo", protocol="paper", data_dir="", run_dir=sys.argv[1], device="cpu", mode="exact", only="")
+run = Run(P, paper="90_stage")
+run.do({0: run.job(count, name="count", group="data", shared=True)})
 '''
 
 def test_second_run_waits_for_a_shared_stage_and_takes_over_from_a_killed_first(tmp_path):
