@@ -113,12 +113,13 @@ def all_scores(
     both = pd.concat([*tables.values(), *overfit(answers, how)], ignore_index=True)
     return both.assign(positive="malignant").dropna(subset="value").reset_index(drop=True)
 
-# %% ../../nbs/papers/83e_papers.cbis_answers.ipynb #f91dc7dc
+# %% ../../nbs/papers/83e_papers.cbis_answers.ipynb #2ca1a881
 def _row(protocol, arm, **more): return dict(protocol=protocol, arm=arm, **more)
 
 QUESTIONS = { # name -> (what is compared, first row, second row); regime and scope where they are not "" and masses
     "known_patients": ("Training may hold other images of the tested patients, against none of them; same test images, "
-        "same number of training images", _row("paper", "none", regime="known"), _row("paper", "none", regime="unknown")),
+        "same number of training images",
+        _row("paper", "none", regime="known"), _row("paper", "none", regime="unknown")),
     "known_patients_shared": ("The same, on those test images whose patient was in training",
         _row("paper", "none", regime="known", scope="shared"), _row("paper", "none", regime="unknown", scope="shared")),
     "random_split": ("Rows split at random, against the official split by patient (other test images), without cGAN",

@@ -11,8 +11,8 @@ import pandas as pd
 
 from ..data.splits import pooled_split
 
-# %% ../../nbs/papers/83c_papers.cbis_forensics.ipynb #e3f47e88
-FIGURE6 = dict( # Malignant called malignant, benign called benign; 8.59 + 91.94 is no 100, so either may be the misprint
+# %% ../../nbs/papers/83c_papers.cbis_forensics.ipynb #b87868ac
+FIGURE6 = dict( # Malignant called malignant, benign called benign; 8.59 + 91.94 is no 100, either may be a misprint
     none=((65.33,), (74.87,)), cgan_best=((78.79,), (91.94, 91.41)))
 TABLE1 = dict(none=.71, cgan_best=.86) # Accuracy as printed
 

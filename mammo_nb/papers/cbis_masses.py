@@ -94,7 +94,7 @@ class Files:
         found = source_hashes(self.paths)
         return hash_of([found[path] for path in self.paths])
 
-# %% ../../nbs/papers/83b_papers.cbis_masses.ipynb #3e71bc3a
+# %% ../../nbs/papers/83b_papers.cbis_masses.ipynb #7b88efe4
 def cut_masses(
     folder:Path, # Of the job
     *,
@@ -103,7 +103,7 @@ def cut_masses(
     size:int, # Side, px
     blur:int, # Side of the Gaussian kernel
 ) -> None:
-    "Read every image once and write a PatchSet to `folder/patches`; an image that cannot be read is left out and listed."
+    "Read every image once into the PatchSet `folder/patches`; what cannot be read is left out and listed."
     def one(path):
         try: return read_prepared(path, size=size, blur=blur)
         except DataError as e: return e.what
