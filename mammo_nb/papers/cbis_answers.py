@@ -20,7 +20,7 @@ from ..metrics.boot import over_seeds
 from ..metrics.delong import paired_test
 from .cbis_masses import NAMES, labels_of, lookup, split_name
 
-# %% ../../nbs/papers/83e_papers.cbis_answers.ipynb #aef402f6
+# %% ../../nbs/papers/83e_papers.cbis_answers.ipynb #c69005d1
 def name_answers(
     t:pd.DataFrame, # Table of all masses
     sides:dict, # From `make_splits`
@@ -33,7 +33,7 @@ def name_answers(
         test, train = t[side=="test"], t[side=="train"]
         flags = dict(synthetic=np.zeros(len(test), bool), known=test.patient_id.isin(train.patient_id))
         frame = said(test, labels_of(test), lookup(t, side), names=NAMES, **flags)
-        out[Cell("masses", "name", "none", "", protocol, "0")] = frame
+        out[Cell("masses", "name", "none", "", protocol, "0")] = frame.assign(side="test")
     return out
 
 # %% ../../nbs/papers/83e_papers.cbis_answers.ipynb #3dc79a58
