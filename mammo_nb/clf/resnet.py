@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESNET_FILES', 'FrozenResNet', 'Preparation', 'resnet_file', 'frozen_resnet', 'resnet_features', 'HeadRecipe',
-           'HeadJob', 'Head', 'start_head', 'check_jobs', 'fit_heads', 'save_heads', 'load_heads', 'ResNetClassifier',
-           'TunedResNet']
+           'HeadJob', 'Head', 'start_head', 'check_jobs', 'valid_weights', 'fit_heads', 'save_heads', 'load_heads',
+           'ResNetClassifier', 'TunedResNet']
 
 # %% ../../nbs/lib/52_clf.resnet.ipynb #c90ff2c3
 import contextlib, copy, math
@@ -329,11 +329,18 @@ class _Together:
         for i,(j,x) in enumerate(zip(self.jobs, self.held)):
             y = self.y[list(j.valid)]
             loss = _losses(x @ self.P[0][i].T + self.P[1][i,:,0], torch.from_numpy(y).to(x.device), self.recipe.classes)
-            w = _valid_weights(y, self.recipe.valid, j.seed, epoch)
+            w = valid_weights(y, self.recipe.valid, j.seed, epoch)
             out.append(loss.double() @ torch.from_numpy(w/w.sum()).to(x.device))
         return torch.stack(out).cpu().numpy()
 
-def _valid_weights(y, how, seed, epoch): # Of each validation row in the loss
+# %% ../../nbs/lib/52_clf.resnet.ipynb #46b77f93
+def valid_weights(
+    y:np.ndarray, # Classes of validation patches
+    how:str, # `whole`, `balanced` over classes, or `sampled`
+    seed:int, # Of the training
+    epoch:int, # From 0
+) -> np.ndarray: # `(n,)`, need not sum to 1
+    "Weight of each validation patch in the loss."
     if how == "sampled":
         return np.bincount(epoch_order(_bag(y), seed+1, epoch=epoch, sampling="balanced"),
                            minlength=len(y)).astype(float)

@@ -34,7 +34,7 @@ from .augment import Feed, PatchArrays, PatchLoader, patch_arrays, to_input
 from .cnn import NotebookCNN, SharingCNN, TunedCNN
 from .fcn import ThesisFCN
 from .keras import BODIES, KerasNet
-from .resnet import ResNetClassifier, TunedResNet
+from .resnet import ResNetClassifier, TunedResNet, valid_weights
 from .swin import Swin
 from ..core import (DataError, MammoError, ParameterError, RunError, WeightsError, global_seed, hash_of, nearest,
                            pick_device, read_json, write_json, write_whole)
@@ -75,10 +75,11 @@ def probabilities(
 def class_loss(
     out:Tensor, # Outputs of a network
     y:Tensor, # Classes `(n,)`
+    reduction:str="mean", # `none` for one a patch
 ) -> Tensor: # Mean over the batch
     "Cross-entropy, or its binary form where a network has one output."
-    return F.binary_cross_entropy_with_logits(out[:,0], y.to(out.dtype)) if out.shape[1] == 1 else F.cross_entropy(out,
-                                                                                                                   y)
+    if out.shape[1] > 1: return F.cross_entropy(out, y, reduction=reduction)
+    return F.binary_cross_entropy_with_logits(out[:,0], y.to(out.dtype), reduction=reduction)
 
 # %% ../../nbs/lib/56_clf.train.ipynb #dfc63159
 MONITORS = ("auprc", "auroc", "f1", "accuracy", "loss", "last")
@@ -112,6 +113,7 @@ class FitRecipe:
     classes:tuple = ("healthy", "lesion") # Names of classes 0, 1, ...
     monitor:str = "auprc" # Score of the epoch kept: `auprc`, `auroc`, `f1`, `accuracy`, `loss`, or `last` for no choice
     positive:str = "healthy" # Positive class of that score
+    valid:str = "whole" # Patches behind `valid_loss`: `whole`, `balanced` over classes, or `sampled` (drawn each epoch)
     patience:int = 0 # Stop after so many epochs without a better one; 0 never
     flips:str = "hv" # Random flips: `h`, `v`, both or none
     sampling:str = "all" # `all` or `balanced`
@@ -142,7 +144,7 @@ THESIS = FitRecipe(epochs=20, bs=64, optimiser="adam", lr=2e-4, weight_decay=5e-
 KERAS = NOTEBOOK
 
 # %% ../../nbs/lib/56_clf.train.ipynb #94049b4c
-CHOICES = dict(optimiser=("sgd","adam"), monitor=MONITORS, sampling=("all","balanced"), score=("softmax","exp_logit"),
+CHOICES = dict(optimiser=("sgd","adam"), monitor=MONITORS, sampling=("all","balanced"), valid=("whole","balanced","sampled"), score=("softmax","exp_logit"),
                precision=("fp32","bf16"), value_range=("","tanh","unit"), flips=("hv","vh","h","v",""))
 LEAST = dict(epochs=1, bs=2, lr_every=1, patience=0, epoch_size=0)
 
@@ -218,7 +220,8 @@ class ScoreEpoch(Callback):
         if not self.training: self.outs.append(self.pred.detach())
     def after_train(self): self.train_loss = float(self.total)/max(self.n, 1)
     def after_validate(self):
-        loss, r = float(self.total)/self.n, self.recipe
+        r = self.recipe
+        loss = float(self.total)/self.n if r.valid == "whole" else self.weighted_loss()
         if not np.isfinite([self.train_loss, loss]).all():
             raise RunError(f"the loss is not a number in epoch {self.epoch}", "fit_classifier",
                            f"try a smaller learning rate than {r.lr}")
@@ -227,6 +230,12 @@ class ScoreEpoch(Callback):
         else: score = valid_score(self.dls.valid.patches.target, probabilities(torch.cat(self.outs), r.score),
                                   monitor=r.monitor, positive=r.classes.index(r.positive))
         self.history.append({"epoch": self.epoch, "train_loss": self.train_loss, "valid_loss": loss, "score": score})
+    def weighted_loss(self):
+        "The loss on validation, patches weighed as `clf.resnet.fit_heads` does."
+        y = self.dls.valid.patches.target
+        w = torch.from_numpy(valid_weights(y, self.recipe.valid, self.learn.seed, self.epoch))
+        losses = class_loss(torch.cat(self.outs).float().cpu(), torch.from_numpy(y), reduction="none")
+        return float((losses.double()*w).sum()/w.sum())
 
 # %% ../../nbs/lib/56_clf.train.ipynb #379dd186
 def best_epoch(
