@@ -1,10 +1,11 @@
 "Readers against look-alike trees of phantoms: what was written is what is read, faults are listed, and nothing depends on the file system."
-import os, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from mammo_nb.core import DataError, hash_of, repo_root
 from mammo_nb.data import lookalike, lookalike2, phantom
@@ -220,6 +221,129 @@ def test_doctor_exit_codes(trees, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "published    410   <- differs" in out and "outline saved twice" in out and "papermill nbs/04" in out
     assert main([str(tmp_path)])==1
+
+
+# ---------------------------------------------------------------- normal only where somebody says so
+def own_folder(root, images, lesions=None, shape=(120,90)):
+    "A plain folder: text of images.csv and lesions.csv, and a picture for each name ending in .png."
+    root.mkdir(parents=True, exist_ok=True)
+    (root/"images.csv").write_text(images)
+    if lesions is not None: (root/"lesions.csv").write_text(lesions)
+    for k,name in enumerate(sorted(set(re.findall(r"[\w-]+\.png", images)))):
+        Image.fromarray(np.random.default_rng(k).integers(60, 120, shape).astype(np.uint8)).save(root/name)
+    return root
+
+
+@pytest.mark.parametrize("row", ["7", "a12", "A12.png", "A12 b", "", "A13"])
+def test_a_lesion_row_without_its_image_leaves_nothing_normal(tmp_path, row):
+    "A spreadsheet, another case, a blank: the row finds no image, so a missing row proves nothing; what is said aloud stays."
+    root = own_folder(tmp_path/"f", "image_id,patient_id,path,normal\n007,1,a.png,\nA12,2,b.png,\nz,3,c.png,1\n", f"image_id,x0,y0,x1,y1\n{row},10,10,40,40\n")
+    data = read_folder(root)
+    assert data.images.normal.tolist()==[False,False,True] and not data.images.has_lesion.any()
+    left = data.skipped[data.skipped.kind=="unknown"]
+    assert left["count"].sum()==2 and data.summary()["health_unknown"]==2
+
+
+@pytest.mark.parametrize("words,normal", [("1",True),("Yes",True),("ja",True),("abnormal",False),("nein",False),("no finding",False),("0",False),("unknown",False),("maybe",False),("cancer",False)])
+def test_the_word_in_the_column_normal(tmp_path, words, normal):
+    data = read_folder(own_folder(tmp_path/"f", f"image_id,patient_id,path,Normal\na,1,a.png,{words}\nb,2,b.png,1\n", "image_id,x0,y0,x1,y1\nb,1,1,9,9\n"))
+    assert data.images.normal.tolist()==[normal,False] and data.images.has_lesion.tolist()==[False,True]
+    assert bool((data.skipped.kind=="unknown").any())==(not normal)
+
+
+@pytest.mark.parametrize("column,value", [("label","malignant"),("Pathology","carcinoma"),("birads","4"),("birads","BI-RADS 5"),("birads","0"),("diagnosis","see report"),("cancer","1")])
+def test_another_column_speaks_against_it(tmp_path, column, value):
+    text = f"image_id,patient_id,path,{column}\na,1,a.png,{value}\nb,2,b.png,\nc,3,c.png,\n"
+    data = read_folder(own_folder(tmp_path/"f", text, "image_id,x0,y0,x1,y1\nc,1,1,9,9\n"))
+    assert data.images.normal.tolist()==[False,True,False]
+
+
+def test_an_empty_lesion_table_proves_nothing(tmp_path):
+    data = read_folder(own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n", "image_id,x0,y0,x1,y1\n"))
+    assert not data.images.normal.any()
+
+
+def test_no_healthy_rule_uses_an_unknown_image(tmp_path):
+    "Neither do places beside lesions: not on an unknown image, not where the place of a lesion is lost."
+    from mammo_nb.data.patches import healthy_patches, tissue_patches
+    root = own_folder(tmp_path/"f", "image_id,patient_id,path,normal\na,1,a.png,maybe\nb,2,b.png,\nc,3,c.png,\n", "image_id,x0,y0,x1,y1\nb,1,1,9,9\nc,,,,\n")
+    data = read_folder(root)
+    assert set(healthy_patches(data, 6, seed=0, images="all", side="fixed").rows.image_id)=={f"{data.name}:b"}
+    for rule in ("thesis","context","row","grid"): assert set(tissue_patches(data, rule=rule, slots=2).rows.image_id)=={f"{data.name}:b"}
+
+
+def test_patches_called_healthy_and_malignant_are_refused(tmp_path):
+    own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n")
+    (tmp_path/"f"/"patches.csv").write_text("patch_id,path,patient_id,target,lesion_type,label\n1,a.png,1,healthy,,malignant\n2,a.png,1,normal,mass,\n3,a.png,1,0,,\n4,a.png,1,abnormal,,\n")
+    data = read_folder(tmp_path/"f")
+    assert data.patches.patch_id.tolist()==["f:3"]
+    assert data.skipped.reason.str.contains("called healthy and has").sum()==2
+
+
+@pytest.mark.parametrize("field", ["ACR","Bi-Rads"])
+def test_inbreast_without_a_rating_is_not_normal(trees, tmp_path, field):
+    root = shutil.copytree(trees["inbreast",False], tmp_path/"in")
+    df = pd.read_csv(root/"INbreast.csv", sep=";", dtype=str); before = read_inbreast(root).images.normal.sum()
+    df[field] = ""; df.to_csv(root/"INbreast.csv", sep=";", index=False)
+    assert before>0 and read_inbreast(root).images.normal.sum()==(0 if field=="Bi-Rads" else before)
+
+
+def test_inbreast_table_without_the_image_is_not_normal(trees, tmp_path):
+    root = shutil.copytree(trees["inbreast",False], tmp_path/"in")
+    df = pd.read_csv(root/"INbreast.csv", sep=";", dtype=str); df.iloc[:0].to_csv(root/"INbreast.csv", sep=";", index=False)
+    data = read_inbreast(root)
+    assert len(data.images)==40 and not data.images.normal.any()
+    for x in (root/"AllXML").iterdir(): x.rename(x.with_suffix(".XML"))
+    assert len(read_inbreast(root).lesions)==len(data.lesions)>0
+
+
+@pytest.mark.parametrize("harm", ["gone","broken","renamed","blank name"])
+def test_bcdr_marks_the_breast_by_the_table(trees, tmp_path, harm):
+    "The outline table names a lesion; whatever happened to the picture, no image of that breast is normal."
+    root = shutil.copytree(trees["bcdr",False], tmp_path/"bc")
+    table = next(root.rglob("bcdr_d01_outlines.csv")); df = pd.read_csv(table, dtype=str, keep_default_na=False)
+    file = table.parent/df.image_filename[0].strip(); who, side = f"bcdr:{df.patient_id[0]}", file.stem.split("_")[-1][0]
+    df = df[df.image_filename==df.image_filename[0]]                       # the only outline that is left
+    if harm=="gone": file.unlink()
+    if harm=="broken": file.write_bytes(file.read_bytes()[:50])
+    if harm=="renamed": file.rename(file.with_name("picture.tif"))
+    if harm=="blank name": df = df.assign(image_filename="")
+    df.to_csv(table, index=False)
+    im = read_bcdr(root).images
+    assert not im.normal[(im.patient_id==who) & (im.laterality==side)].any()
+    assert im.normal[im.patient_id!=who].any()
+
+
+OPINIONS = [dict(ASSESSMENT=dict(left_opinion="OM")), dict(INTERVALCANCER=dict(right_opinion="OU")), dict(SURGERY=dict(L={"1":dict(Opinion="H5")})), dict(BIOPSYFINE=dict(R={"2":dict(Opinion="C2")})),
+    dict(BIOPSYWIDE=dict(L={"1":dict(Opinion="B3")})), dict(CLINICAL=dict(left_opinion="Suspicious")), dict(LESION=dict(L={"1":{}})), dict(IntervalCancerDateOfDiagnosis="2013-01-01")]
+
+
+@pytest.mark.parametrize("event", OPINIONS, ids=lambda e: next(iter(e)))
+def test_omidb_record_that_is_not_normal(tmp_path, patients, event):
+    normal = [p for p in patients["c"] if not any(v.lesions for v in p[1])][:1]
+    root = lookalike2.write_omidb(normal, tmp_path)
+    assert read_omidb(root).images.normal.all()
+    f = next(root.rglob("nbss_*.json")); nbss = json.loads(f.read_text())
+    nbss["10000"] |= event; f.write_text(json.dumps(nbss))
+    assert not read_omidb(root).images.normal.any()
+    f.write_text(json.dumps({"ClientID":"demd90000"}))
+    assert not read_omidb(root).images.normal.any()
+
+
+def test_mias_line_that_is_not_understood(tmp_path, patients):
+    root = lookalike2.write_mias(patients["c"][:4], tmp_path); f = root/"Info.txt"
+    ref = read_mias(root).images.image_id[read_mias(root).images.normal].iloc[0].split(":")[1]
+    f.write_text(f.read_text().replace("\n\nNOTES", f"\n{ref} G SPICULATED M 500 500 40\n\nNOTES"))
+    im = read_mias(root).images.set_index("image_id")
+    assert not im.normal[f"mias:{ref}"] and im.normal.any()
+    f.write_text(f.read_text().lower().replace("information","x"))
+    assert read_mias(root).images.normal.sum()==im.normal.sum()
+
+
+def test_four_pictures_of_the_right_names_are_not_normal(tmp_path):
+    from mammo_nb.data.folder import FOUR_VIEWS, read_four_views
+    for n in FOUR_VIEWS: Image.fromarray(np.random.default_rng(0).integers(0,255,(90,60)).astype(np.uint8)).save(tmp_path/n)
+    assert not read_four_views(tmp_path).images.normal.any()
 
 
 # ---------------------------------------------------------------- pixels

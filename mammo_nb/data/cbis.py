@@ -18,7 +18,8 @@ from scipy import ndimage
 from ..core import DataError, ParameterError, cache_dir, hash_of, read_json, write_json
 from .pixels import header_or_skip, read_image
 from .folder import patch_frame
-from mammo_nb.data.table import (BOX, Ledger, find_files, label_of, make_data, number_of, read_table, side_of, view_of,
+from mammo_nb.data.table import (BOX, NO_BOX, Ledger, find_files, label_of, make_data, number_of, read_table, side_of,
+    view_of,
     word)
 
 # %% ../../nbs/lib/25_data.cbis.ipynb #c3d0ab90
@@ -251,7 +252,9 @@ def read_cbis(
         if crop: crops.append(dict(base, patch_id=f"{im['image_id']}:{base['lesion_id']}", target=1, dataset="cbis",
             path=str(crop.resolve()), **{k: im[k] for k in _OF_IMAGE}))
         if mask is None: led.skip(r["lesion_folder"], "no mask on disk: lesion has no box")
-        else: lesions += _cbis_rows(base, im, mask, boxes[str(mask)], parts, led)
+        found = _cbis_rows(base, im, mask, boxes[str(mask)], parts, led) if mask else []
+        if not found: im["quirks"].append(NO_BOX)
+        lesions += found
     led.warn()
     patches = patch_frame(crops) if crops else None
     return make_data("cbis", images, lesions, ledger=led, scaling=scaling, patches=patches)

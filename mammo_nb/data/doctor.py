@@ -26,7 +26,8 @@ PUBLISHED_COUNTS = dict(
     four_views = dict(patients=1, images=4, normal=4))
 # Segmentations before doubles are merged
 BCDR_PUBLISHED = dict(F01=dict(patients=185), D01=dict(patients=64, lesions=143), D02=dict(lesions=455))
-_COUNTED = ("patients","images","normal","with_lesion","lesions","mass","calcification","benign","malignant","patches")
+_COUNTED = ("patients","images","normal","with_lesion","health_unknown","lesions","mass","calcification","benign","malignant",
+    "patches")
 
 def count_table(
     layout:str, # Key of `READERS`
@@ -117,7 +118,7 @@ def _reasons(df, root):
     for (kind,reason),g in sorted(df.groupby(["kind","reason"]), key=most):
         file = Path(g.file.iloc[0])
         file = file.relative_to(root) if file.is_relative_to(root) else file
-        word = "missing" if kind=="skipped" else "note   "
+        word = dict(skipped="missing", unknown="unknown").get(kind, "note   ")
         out.append(f"    {word} {int(g['count'].sum()):6d} x {reason}   (e.g. {file})")
     return out
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEXT_COLUMNS', 'NUMBER_COLUMNS', 'SHARED_COLUMNS', 'IMAGE_COLUMNS', 'BOX', 'LESION_COLUMNS', 'VIEWS', 'SIDES',
-           'LESION_TYPES', 'LABELS', 'PATCH_COLUMNS', 'PATCH_EXTRAS', 'MAX_TABLE', 'empty_images', 'empty_lesions',
-           'Ledger', 'MammoData', 'make_data', 'check_data', 'outline_box', 'box_iou', 'word', 'side_of', 'view_of',
-           'label_of', 'number_of', 'find_files', 'read_table', 'inside']
+           'LESION_TYPES', 'LABELS', 'PATCH_COLUMNS', 'PATCH_EXTRAS', 'NO_BOX', 'MAX_TABLE', 'empty_images',
+           'empty_lesions', 'Ledger', 'MammoData', 'make_data', 'check_data', 'mark_normal', 'outline_box', 'box_iou',
+           'word', 'side_of', 'view_of', 'label_of', 'number_of', 'find_files', 'read_table', 'inside']
 
 # %% ../../nbs/lib/20_data.table.ipynb #fd2acfe6
 import os, warnings
@@ -70,8 +70,12 @@ class Ledger:
         "Count something that was repaired or could not be understood, and is in the tables."
         self._add("note", file, reason, count)
 
+    def unknown(self, file:object, reason:str, count:int=1) -> None:
+        "Count images that hold no known lesion and are not called normal; no fault, so `strict` does not stop here."
+        self._add("unknown", file, reason, count)
+
     def _add(self, kind, file, reason, count):
-        if self.strict:
+        if self.strict and kind!="unknown":
             raise DataError(reason, file, f"{self.name} was read with strict=True; strict=False lists this and goes on")
         key = (str(file), str(reason), kind)
         self.lines[key] = self.lines.get(key, 0) + count
@@ -121,7 +125,7 @@ class MammoData:
         cut, im, le = self.patches, self.images, self.lesions
         who = set(im.patient_id) | (set() if cut is None else set(cut.patient_id))
         counts = dict(patients=len(who), images=len(im), normal=im.normal.sum(), with_lesion=im.has_lesion.sum(),
-            lesions=len(le))
+            health_unknown=(~im.normal & ~im.has_lesion).sum(), lesions=len(le))
         counts |= {t: (le.lesion_type==t).sum() for t in LESION_TYPES} | {l: (le.label==l).sum() for l in LABELS}
         missing = self.skipped.loc[self.skipped.kind=="skipped","count"].sum()
         return dict(name=self.name) | {k: int(n) for k,n in counts.items()} | dict(
@@ -189,6 +193,22 @@ def check_data(
     _need(data, im, im.image_id.duplicated(), "image id occurs twice")
     _need(data, im, im.normal & im.has_lesion, "image is called normal and has a lesion")
     _check_lesions(data, im, le)
+
+# %% ../../nbs/lib/20_data.table.ipynb #1b323b77
+NO_BOX = "lesion without a box" # Quirk of an image: somebody saw a lesion on it, and nobody can say where
+
+def mark_normal(
+    images:list, # Image rows with `has_lesion`, changed in place
+    against, # Function of an image row: why it is not called normal, or an empty text
+    *,
+    ledger:Ledger, # Takes the reasons
+    file:object, # Table or folder the lines name
+) -> None:
+    "Set `normal` of image rows: no lesion, and nothing against it."
+    for im in images:
+        why = "" if im["has_lesion"] else against(im)
+        im["normal"] = not im["has_lesion"] and not why
+        if why: ledger.unknown(file, f"image without a known lesion is not called normal: {why}")
 
 # %% ../../nbs/lib/20_data.table.ipynb #fc474046
 def outline_box(
@@ -280,6 +300,7 @@ def read_table(
     *,
     need=(), # Columns it must have
     sep:str=",", # Separator
+    fold:bool=False, # Header names in lower case, whatever the file has
 ) -> pd.DataFrame: # All cells as text, stripped; header names stripped
     "A CSV table as text; an unreadable one, or one without the columns, is a `DataError`."
     path = Path(path)
@@ -289,7 +310,7 @@ def read_table(
     if not isinstance(df.index, pd.RangeIndex):
         raise DataError("first row has more cells than the header line", path, f"expected a table separated by '{sep}'")
     if df.shape[1]>500: raise DataError(f"header line has {df.shape[1]} columns", path, "the header line is damaged")
-    df.columns = [str(c).strip() for c in df.columns]
+    df.columns = [str(c).strip().casefold() if fold else str(c).strip() for c in df.columns]
     missing = [c for c in need if c not in df.columns]
     if missing: raise DataError(f"column '{missing[0]}' is missing, found {list(df.columns)[:8]}", path,
         f"expected a table separated by '{sep}' with " + ", ".join(need))
