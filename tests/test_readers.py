@@ -346,6 +346,91 @@ def test_four_pictures_of_the_right_names_are_not_normal(tmp_path):
     assert not read_four_views(tmp_path).images.normal.any()
 
 
+# ---------------------------------------------------------------- numbers and pictures that mean something else
+@pytest.mark.parametrize("cells,box", [
+    ('"1,020","1,200","1,800","2,100"', None), ("0.2,0.3,0.5,0.6", None), ("0,0,1,1", None), ("0.1,0.1,1,1", None), ("300,400,200,100", None), ("ten,20,30,40", None),
+    ('"1,020.0","1,200.0","1,800.0","2,100.0"', (1020,1200,1800,2100)), ("1 020,1 200,1 800,2 100", (1020,1200,1800,2100)), ("10.5,20.5,30.5,40.5", (10,20,31,41)), ("10,20,11,21", (10,20,11,21))])
+def test_numbers_of_a_box(tmp_path, cells, box):
+    root = own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n", f"image_id,x0,y0,x1,y1\na,{cells}\n", shape=(2200,1900))
+    data = read_folder(root)
+    got = [tuple(r) for r in data.lesions[BOX].astype(int).to_numpy()]
+    assert got==([box] if box else []) and data.images.has_lesion.all() and not data.images.normal.any()
+    if box is None: assert data.skipped.reason.str.contains("has no box inside its image: ").any()
+
+
+@pytest.mark.parametrize("outline,words", [("0.1,0.1 0.4,0.1 0.4,0.5", "fractions"), ("[[1,2],[3,4]]", "cannot be read"), ("900,900 950,900 950,950", "outside")])
+def test_outlines_that_are_none(tmp_path, outline, words):
+    data = read_folder(own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n", f'image_id,polygon\na,"{outline}"\n'))
+    assert len(data.lesions)==0 and data.skipped.reason.str.contains(words).any()
+
+
+def test_fractions_in_the_other_layouts(trees, tmp_path, patients):
+    "Marks of OMI-DB, outlines of INbreast and BCDR in shares of the image give no box and are listed."
+    root = lookalike2.write_omidb(patients["c"][:4], tmp_path/"omi"); n = len(read_omidb(root).lesions)
+    for f in root.rglob("imagedb_*.json"): f.write_text(re.sub(r'"([XY][12])": "(\d+)"', lambda m: f'"{m[1]}": "{int(m[2])/1000}"', f.read_text()))
+    assert n>0 and len(read_omidb(root).lesions)==0
+    root = shutil.copytree(trees["bcdr",False], tmp_path/"bc")
+    for f in root.rglob("*_outlines.csv"):
+        df = pd.read_csv(f, dtype=str, keep_default_na=False)
+        for c in ("lw_x_points","lw_y_points"): df[c] = df[c].map(lambda t: " "+" ".join(str(float(v)/1000) for v in t.split()))
+        df.to_csv(f, index=False)
+    data = read_bcdr(root)
+    assert len(data.lesions)==0 and data.skipped.reason.str.contains("fractions").any() and data.images.normal.any()
+
+
+PICTURES = dict(slope=dict(RescaleSlope="-1", RescaleIntercept="4095"), slope_half=dict(RescaleSlope="-0.5", RescaleIntercept="3000"), monochrome1=dict(PhotometricInterpretation="MONOCHROME1"),
+    inverse=dict(PresentationLUTShape="INVERSE"), monochrome1_inverse=dict(PhotometricInterpretation="MONOCHROME1", PresentationLUTShape="INVERSE"))
+
+
+@pytest.mark.parametrize("tags", PICTURES, ids=str)
+@pytest.mark.parametrize("scaling", ["minmax","voi","none"])
+def test_falling_grey_is_turned(tmp_path, tags, scaling):
+    g = np.tile(np.arange(0,4096,65,dtype=np.uint16), (40,1))
+    lookalike.write_dicom(tmp_path/"a.dcm", 4095-g, BitsStored=12, **PICTURES[tags])
+    x = read_image(tmp_path/"a.dcm", scaling=scaling).astype(float)
+    assert np.corrcoef(x.ravel(), g.ravel())[0,1]>.99
+    lookalike.write_dicom(tmp_path/"b.dcm", g, BitsStored=12, **{**PICTURES["slope"], **PICTURES["monochrome1"]})
+    assert np.corrcoef(read_image(tmp_path/"b.dcm", scaling=scaling).astype(float).ravel(), g.ravel())[0,1]>.99
+
+
+@pytest.mark.parametrize("key", ["ModalityLUTSequence","VOILUTSequence"])
+def test_a_table_that_goes_down_is_turned(tmp_path, key):
+    from pydicom.dataset import Dataset
+    g = np.tile(np.arange(64,dtype=np.uint16), (40,1))
+    lut = Dataset(); lut.LUTDescriptor, lut.LUTData, lut.ModalityLUTType = [64,0,16], list(range(63,-1,-1)), "US"
+    if key=="VOILUTSequence": del lut.ModalityLUTType
+    lut["LUTDescriptor"].VR = lut["LUTData"].VR = "US"
+    lookalike.write_dicom(tmp_path/"a.dcm", 63-g, BitsStored=12, **{key:[lut]})
+    for scaling in ("minmax","voi"): assert np.corrcoef(read_image(tmp_path/"a.dcm", scaling=scaling).astype(float).ravel(), g.ravel())[0,1]>.99, scaling
+
+
+@pytest.mark.parametrize("orientation", range(1,9))
+@pytest.mark.parametrize("form", ["jpg","png","tif"])
+def test_exif_turns_every_format_alike(tmp_path, form, orientation):
+    from mammo_nb.data.pixels import read_header
+    x = np.zeros((24,40), np.uint8); x[:8,:12] = 200; x[16:,30:] = 100
+    exif = Image.Exif(); exif[0x0112] = orientation
+    Image.fromarray(x).save(tmp_path/f"a.{form}", exif=exif)
+    y, head = read_image(tmp_path/f"a.{form}", scaling="none"), read_header(tmp_path/f"a.{form}")
+    turned = dict(enumerate([x, x[:,::-1], x[::-1,::-1], x[::-1], x.T, np.rot90(x,-1), x[::-1,::-1].T, np.rot90(x)], 1))[orientation]
+    assert y.shape==turned.shape==(head["rows"],head["cols"]) and abs(y.astype(int)-turned).mean()<3
+
+
+def test_several_pictures_in_one_file_are_refused(tmp_path):
+    from mammo_nb.data.pixels import read_header
+    g = np.tile(np.arange(0,4000,100,dtype=np.uint16), (30,1))
+    lookalike.write_dicom(tmp_path/"v.dcm", np.tile(g,(3,1)), BitsStored=12, NumberOfFrames=3, Rows=30)
+    lookalike.write_dicom(tmp_path/"one.dcm", g, BitsStored=12, NumberOfFrames=1)
+    pages = [Image.fromarray(np.uint8(g//16))]*3
+    pages[0].save(tmp_path/"p.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path/"thumb.tif", save_all=True, append_images=[pages[0].resize((10,8))])
+    lookalike.write_dicom(tmp_path/"c.dcm", np.uint8(g//16), PhotometricInterpretation="PALETTE COLOR")
+    for f in ("v.dcm","p.tif","c.dcm"):
+        for read in (read_header, read_image):
+            with pytest.raises(DataError, match="frames|more than one|colour"): read(tmp_path/f)
+    for f in ("one.dcm","thumb.tif"): assert read_image(tmp_path/f).shape==(30,40)
+
+
 # ---------------------------------------------------------------- pixels
 SYNTAXES = dict(raw="1.2.840.10008.1.2.1", rle="1.2.840.10008.1.2.5", jpeg_lossless="1.2.840.10008.1.2.4.70", jpeg_ls="1.2.840.10008.1.2.4.80", jpeg2000="1.2.840.10008.1.2.4.90")
 

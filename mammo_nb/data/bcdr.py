@@ -15,8 +15,7 @@ import numpy as np
 from ..core import DataError
 from .pixels import header_or_skip
 from .table import (BOX, NO_BOX, Ledger, box_iou, find_files, inside, label_of, make_data, mark_normal,
-    number_of, outline_box,
-    read_table, view_of, word)
+    no_box_words, number_of, outline_box, read_table, view_of, word)
 
 # %% ../../nbs/lib/24_data.bcdr.ipynb #6a2fe8b4
 _BCDR_NAME = re.compile(r"(?:.*[/_])?img_(\d+)_(\d+)(?:_(\d+))?_([LR])(CC|O|MLO)\.tiff?", re.I)
@@ -89,7 +88,7 @@ def _bcdr_lesion(im, row, path, table, ledger):
     box = outline_box(points, rows=im["rows"], cols=im["cols"]) if len(points)>2 else None
     im["_marked"] = True
     if box is None:
-        ledger.skip(table, f"outline of {path.name} has no points inside the image")
+        ledger.skip(table, f"outline of {path.name}: {no_box_words(points, 'no points inside the image')}")
         im["quirks"].append(NO_BOX)
         return []
     said = row["classification"]

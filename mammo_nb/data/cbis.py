@@ -19,8 +19,7 @@ from ..core import DataError, ParameterError, cache_dir, hash_of, read_json, wri
 from .pixels import header_or_skip, read_image
 from .folder import patch_frame
 from mammo_nb.data.table import (BOX, NO_BOX, Ledger, find_files, label_of, make_data, number_of, read_table, side_of,
-    view_of,
-    word)
+    view_of, word)
 
 # %% ../../nbs/lib/25_data.cbis.ipynb #c3d0ab90
 _TABLE = re.compile(r"(mass|calc)_case_description_(train|test)_set\.csv", re.I)

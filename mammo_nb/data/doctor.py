@@ -26,8 +26,8 @@ PUBLISHED_COUNTS = dict(
     four_views = dict(patients=1, images=4, normal=4))
 # Segmentations before doubles are merged
 BCDR_PUBLISHED = dict(F01=dict(patients=185), D01=dict(patients=64, lesions=143), D02=dict(lesions=455))
-_COUNTED = ("patients","images","normal","with_lesion","health_unknown","lesions","mass","calcification","benign","malignant",
-    "patches")
+_COUNTED = ("patients","images","normal","with_lesion","health_unknown","lesions","mass","calcification","benign",
+    "malignant","patches")
 
 def count_table(
     layout:str, # Key of `READERS`

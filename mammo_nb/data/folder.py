@@ -15,9 +15,9 @@ import pandas as pd
 
 from ..core import DataError, file_hash, hash_of
 from .pixels import RASTER, header_or_skip
-from .table import (BOX, LESION_TYPES, NO_BOX, PATCH_COLUMNS, PATCH_EXTRAS, Ledger, find_files, inside,
-    label_of,
-    make_data, mark_normal, number_of, outline_box, read_table, side_of, view_of, word)
+from mammo_nb.data.table import (BOX, LESION_TYPES, NO_BOX, PATCH_COLUMNS, PATCH_EXTRAS, Ledger, find_files,
+    fractions, inside, label_of, make_data, mark_normal, no_box_words, number_of, outline_box, read_table, side_of,
+    view_of, word)
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #18bf81f4
 IMAGES_NEED, LESIONS_NEED, PATCHES_NEED = ("image_id","patient_id","path"), ("image_id",), ("path","patient_id")
@@ -104,11 +104,20 @@ def _spare(root, used, ledger):
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #967604a5
 def _lesion_box(r, polygon, size):
-    "Half-open box of a row of lesions.csv, inside the image; None without one."
-    box = [number_of(r.get(c)) for c in BOX]
-    if not np.isfinite(box).all(): return outline_box(polygon, **size) if polygon else None
-    x0,y0,x1,y1 = box
-    return outline_box([(x0,y0), (x1-1,y1-1)], **size) if x0<x1 and y0<y1 else None
+    "(half-open box inside the image, or None; why there is none) of a row of lesions.csv."
+    said = {c: word(r.get(c)) for c in BOX}
+    box = x0,y0,x1,y1 = [number_of(v) for v in said.values()]
+    odd = next((f"{c} is {v[:40]!r}" for (c,v),x in zip(said.items(), box) if v.casefold() not in _BLANK
+        and np.isnan(x)), "")
+    if odd: return None, f"{odd}, which is no number or may be two"
+    if np.isfinite(box).all():
+        if fractions([(x0,y0),(x1,y1)]): return None, no_box_words([(x0,y0),(x1,y1)], "")
+        if not (x0<x1 and y0<y1):
+            return None, "x1 and y1 are not right of and below x0 and y0 (are they width and height?)"
+        polygon = [(x0,y0), (np.ceil(x1)-1,np.ceil(y1)-1)]
+    elif word(r.get("polygon")) and not polygon: return None, "its polygon cannot be read"
+    elif not polygon: return None, "it has neither box nor outline"
+    return outline_box(polygon, **size), no_box_words(polygon, "it lies outside its image")
 
 def _lesion_words(r, table, ledger):
     "Type and class of a lesion; words that are not understood are noted."
@@ -138,9 +147,9 @@ def _folder_lesions(root, images, lost, ledger):
             continue
         im["has_lesion"] = True
         polygon = parse_polygon(r.get("polygon"))
-        box = _lesion_box(r, polygon, dict(rows=im["rows"], cols=im["cols"]))
+        box, why = _lesion_box(r, polygon, dict(rows=im["rows"], cols=im["cols"]))
         if box is None:
-            ledger.skip(table, f"lesion in line {k+2} has no box inside its image")
+            ledger.skip(table, f"lesion in line {k+2} has no box inside its image: {why}")
             im["quirks"].append(NO_BOX)
             continue
         words = _lesion_words(r, table, ledger)

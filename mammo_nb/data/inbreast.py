@@ -16,10 +16,8 @@ from scipy import ndimage
 
 from ..core import DataError, ParameterError
 from .pixels import header_or_skip
-from .table import (BOX, NO_BOX, Ledger, box_iou, find_files, make_data, mark_normal, number_of,
-    outline_box,
-    read_table,
-    side_of, view_of, word)
+from .table import (BOX, NO_BOX, Ledger, box_iou, find_files, make_data, mark_normal, no_box_words,
+    number_of, outline_box, read_table, side_of, view_of, word)
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #caee7a87
 _DICOM_NAME = re.compile(r"(\d{8})_([0-9a-f]{16})_MG_([LR])_([A-Z]{2,4})_ANON\.dcm", re.I)
@@ -90,7 +88,7 @@ def _outlined(rois, *, rows, cols, file, ledger):
             continue
         box = outline_box(r["points"], rows=rows, cols=cols)
         if box is None:
-            ledger.skip(file, "outline lies outside the image")
+            ledger.skip(file, no_box_words(r["points"], "outline lies outside the image"))
             continue
         clipped = any(not (-.5<=x<=cols and -.5<=y<=rows) for x,y in r["points"])
         yield r["name"], dict(zip(BOX, box), lesion_id=f"{i:03d}", polygon=r["points"], lesion_type=kind,

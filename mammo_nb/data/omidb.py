@@ -15,9 +15,8 @@ import numpy as np
 
 from ..core import DataError
 from .pixels import header_or_skip
-from .table import (BOX, NO_BOX, Ledger, find_files, inside, make_data, mark_normal, number_of,
-    outline_box,
-    read_table, side_of, view_of, word)
+from .table import (BOX, NO_BOX, Ledger, find_files, fractions, inside, make_data, mark_normal,
+    number_of, outline_box, read_table, side_of, view_of, word)
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #6307f3e8
 def read_plain_json(
@@ -144,7 +143,7 @@ def mark_box(
     "Box of a mark, corners sorted, clipped to the image."
     m = {str(k).casefold(): v for k,v in mark.items()}
     x, y = (sorted(number_of(m.get(k)) for k in ks) for ks in (("x1","x2"),("y1","y2")))
-    if not np.isfinite(x+y).all() or x[0]==x[1] or y[0]==y[1]: return None
+    if not np.isfinite(x+y).all() or x[0]==x[1] or y[0]==y[1] or fractions(list(zip(x,y))): return None
     return outline_box([(x[0],y[0]),(np.ceil(x[1])-1,np.ceil(y[1])-1)], rows=rows, cols=cols)
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #055f212e

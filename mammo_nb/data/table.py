@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TEXT_COLUMNS', 'NUMBER_COLUMNS', 'SHARED_COLUMNS', 'IMAGE_COLUMNS', 'BOX', 'LESION_COLUMNS', 'VIEWS', 'SIDES',
            'LESION_TYPES', 'LABELS', 'PATCH_COLUMNS', 'PATCH_EXTRAS', 'NO_BOX', 'MAX_TABLE', 'empty_images',
-           'empty_lesions', 'Ledger', 'MammoData', 'make_data', 'check_data', 'mark_normal', 'outline_box', 'box_iou',
-           'word', 'side_of', 'view_of', 'label_of', 'number_of', 'find_files', 'read_table', 'inside']
+           'empty_lesions', 'Ledger', 'MammoData', 'make_data', 'check_data', 'mark_normal', 'fractions', 'outline_box',
+           'no_box_words', 'box_iou', 'word', 'side_of', 'view_of', 'label_of', 'number_of', 'find_files', 'read_table',
+           'inside']
 
 # %% ../../nbs/lib/20_data.table.ipynb #fd2acfe6
-import os, warnings
+import os, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -211,18 +212,33 @@ def mark_normal(
         if why: ledger.unknown(file, f"image without a known lesion is not called normal: {why}")
 
 # %% ../../nbs/lib/20_data.table.ipynb #fc474046
+def fractions(
+    points, # `(n,2)` of x, y
+) -> bool:
+    "Whether points look like shares of the image (YOLO, VIA, Open Images): all between 0 and 1, and more than one."
+    p = np.asarray(points, float).reshape(-1,2)
+    return len(np.unique(p, axis=0))>1 and bool(np.isfinite(p).all() and (p>=0).all() and (p<=1).all())
+
 def outline_box(
-    points, # `(n,2)` of x, y in pixels, x = column, origin top left
+    points, # `(n,2)` of x, y in pixels, x = column, y = row, origin top left
     *,
     rows:int, # Image height
     cols:int, # Image width
 ) -> tuple: # `(x0,y0,x1,y1)` half-open integers inside the image, or None when nothing lies inside
-    "Pixel box around an outline, clipped to the image."
+    "Pixel box around an outline, clipped to the image; fractions of the image are no pixels."
     p = np.asarray(points, float).reshape(-1,2)
-    if not len(p) or not np.isfinite(p).all(): return None
+    if not len(p) or not np.isfinite(p).all() or fractions(p): return None
     (x0,y0),(x1,y1) = np.floor(p.min(0)), np.floor(p.max(0))+1
     x0,x1,y0,y1 = max(x0,0), min(x1,cols), max(y0,0), min(y1,rows)
     return (int(x0),int(y0),int(x1),int(y1)) if x0<x1 and y0<y1 else None
+
+def no_box_words(
+    points, # What was given
+    otherwise:str, # Reason where they are no fractions
+) -> str:
+    "Why an outline gives no box."
+    looks = len(points)>0 and fractions(points)
+    return "its numbers look like fractions of the image, pixels are needed" if looks else otherwise
 
 # %% ../../nbs/lib/20_data.table.ipynb #a42ab305
 def box_iou(
@@ -265,10 +281,23 @@ def label_of(value) -> str: # `benign`, `malignant` or `unknown`
     return _LABEL.get(word(value).casefold(), "unknown")
 
 # %% ../../nbs/lib/20_data.table.ipynb #afd54a33
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?P<sep>[,.' \u00a0\u2009\u202f])\d{3})(?:(?P=sep)\d{3})*(?:[.,]\d+)?")
+
+def _plain_number(said):
+    "A number's text with a point for the decimals and nothing else between its digits; None where it has two meanings."
+    m = _THOUSANDS.fullmatch(said)
+    if not m or said.lstrip("+-").startswith("0"): return said.replace(",", ".") if said.count(",")<2 else None
+    sep, groups = m["sep"], said.split(m["sep"])
+    decimals = [c for c in ".," if c!=sep and c in said]
+    if sep==",": clear = len(groups)>2 or decimals            # 1,020 may be 1020 or 1.02; 1,020,000 and 1,020.5 may not
+    else: clear = sep!="." or len(groups)>2 or decimals
+    if sep=="." and not clear: return said                    # a point with three decimals is how everybody writes them
+    return said.replace(sep, "").replace(",", ".") if clear else None
+
 def number_of(value, low:float=-np.inf, high:float=np.inf) -> float: # NaN when it is no number in the range
-    "A table cell as a number, NaN when missing, unreadable or out of range."
-    try: x = float(word(value).replace(",", "."))
-    except ValueError: return np.nan
+    "A table cell as a number, NaN when missing, unreadable, of two meanings or out of range."
+    try: x = float(_plain_number(word(value)))
+    except (TypeError, ValueError): return np.nan
     return x if np.isfinite(x) and low<=x<=high else np.nan
 
 # %% ../../nbs/lib/20_data.table.ipynb #884a8a3a
