@@ -431,6 +431,62 @@ def test_several_pictures_in_one_file_are_refused(tmp_path):
     for f in ("one.dcm","thumb.tif"): assert read_image(tmp_path/f).shape==(30,40)
 
 
+# ---------------------------------------------------------------- masks and ids of a plain folder
+def mask_folder(root, masks, rows, header="image_id,lesion_type,label,mask_path,mask_value"):
+    own_folder(root, "image_id,patient_id,path\na,1,a.png\nb,2,b.png\n", header+"\n"+"\n".join(rows)+"\n", shape=(100,80))
+    for name,x in masks.items(): Image.fromarray(x).save(root/name)
+    return read_folder(root)
+
+
+def box_mask(*boxes, values=(255,), shape=(100,80)):
+    m = np.zeros(shape, np.uint8)
+    for (x0,y0,x1,y1),v in zip(boxes, values): m[y0:y1,x0:x1] = v
+    return m
+
+
+def test_masks_give_boxes(tmp_path):
+    "Binary, several files a lesion, one value a lesion by column or by id, lossy."
+    two = box_mask((5,10,25,40),(40,50,70,90), values=(1,2))
+    data = mask_folder(tmp_path/"m", dict(**{"one.png":box_mask((10,20,30,50)), "more.png":box_mask((50,60,70,80)), "two.png":two, "lossy.jpg":box_mask((16,24,48,72))}),
+        ["a,mass,benign,one.png,", "a,calcification,benign,one.png;more.png,", "b,mass,benign,two.png,1", "b,mass,malignant,two.png,2", "b,mass,benign,lossy.jpg,"])
+    got = data.lesions.sort_values("lesion_id")[["label",*BOX]].values.tolist()
+    assert got[:4]==[["benign",10,20,30,50],["benign",10,20,70,80],["benign",5,10,25,40],["malignant",40,50,70,90]]
+    assert np.abs(np.subtract(got[4][1:], (16,24,48,72))).max()<=1
+    assert data.lesions.mask_path.notna().all() and data.skipped.reason.str.contains("2 parts").any()
+    ids = mask_folder(tmp_path/"i", {"two.png":two}, ["b,2,mass,two.png","b,1,mass,two.png"], header="image_id,lesion_id,lesion_type,mask_path")
+    assert ids.lesions.set_index("lesion_id").x0.to_dict()=={"1":5,"2":40}
+
+
+@pytest.mark.parametrize("row,mask,words", [
+    ("a,mass,benign,gone.png,", None, "mask file 'gone.png' is missing"), ("a,mass,benign,../m.png,", None, "is missing"), ("a,mass,benign,m.png,", box_mask((1,1,9,9), shape=(50,40)), "mask is 50 x 40, its image 100 x 80"),
+    ("a,mass,benign,m.png,", box_mask(), "one value only"), ("a,mass,benign,m.png,", box_mask((1,1,9,9),(20,20,40,40), values=(1,2)), "mask holds the values 1, 2"),
+    ("a,mass,benign,a.png,", None, "the picture itself"), ("a,mass,benign,m.png,", box_mask((1,1,9,9))+3, "no background of 0")])
+def test_masks_that_are_none(tmp_path, row, mask, words):
+    "Refused with the sizes or names; the image is neither normal nor a source of tissue beside its lesion."
+    data = mask_folder(tmp_path/"m", {} if mask is None else {"m.png":mask}, [row])
+    assert len(data.lesions)==0 and data.skipped.reason.str.contains(words, regex=False).any()
+    assert data.images.has_lesion.tolist()==[True,False] and "lesion without a box" in data.images.quirks[0]
+
+
+def test_mask_beside_its_box_is_noted(tmp_path):
+    data = mask_folder(tmp_path/"m", {"m.png":box_mask((50,60,70,80))}, ["a,1,1,20,20,m.png"], header="image_id,x0,y0,x1,y1,mask_path")
+    assert data.lesions[BOX].values.tolist()==[[1,1,20,20]] and data.skipped.reason.str.contains("do not overlap").any()
+
+
+def test_image_ids_that_patients_share(tmp_path):
+    from mammo_nb.data.splits import split_patients
+    rows = [(p,i) for p in "pqrs" for i in "12"]
+    images = "image_id,patient_id,path\n"+"".join(f"{i},{p},{p}{i}.png\n" for p,i in rows)
+    own_folder(tmp_path/"f", images, "image_id,patient_id,x0,y0,x1,y1,label\n"+"".join(f"1,{p},5,5,30,30,benign\n" for p in "pqr")+"1,,5,5,30,30,benign\n")
+    data = read_folder(tmp_path/"f")
+    assert data.images.image_id.tolist()==[f"f:{p}/{i}" for p,i in rows] and len(data.lesions)==3
+    assert data.skipped.reason.str.contains("several patients").sum()==2          # the note, and the row without a patient
+    assert not data.images.normal.any()                                           # that row could be anybody's
+    (tmp_path/"f"/"patches.csv").write_text("path,patient_id,image_id,target\n"+"".join(f"{p}{i}.png,{p},{i},lesion\n" for p,i in rows))
+    cut = read_folder(tmp_path/"f").patches
+    assert cut.groupby("image_id").patient_id.nunique().max()==1 and cut.image_id.nunique()==8
+
+
 # ---------------------------------------------------------------- pixels
 SYNTAXES = dict(raw="1.2.840.10008.1.2.1", rle="1.2.840.10008.1.2.5", jpeg_lossless="1.2.840.10008.1.2.4.70", jpeg_ls="1.2.840.10008.1.2.4.80", jpeg2000="1.2.840.10008.1.2.4.90")
 

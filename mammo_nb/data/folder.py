@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, file_hash, hash_of
-from .pixels import RASTER, header_or_skip
-from mammo_nb.data.table import (BOX, LESION_TYPES, NO_BOX, PATCH_COLUMNS, PATCH_EXTRAS, Ledger, find_files,
+from .pixels import RASTER, header_or_skip, mask_box, read_mask
+from mammo_nb.data.table import (BOX, LESION_TYPES, NO_BOX, PATCH_COLUMNS, PATCH_EXTRAS, Ledger, box_iou, find_files,
     fractions, inside, label_of, make_data, mark_normal, no_box_words, number_of, outline_box, read_table, side_of,
     view_of, word)
 
@@ -58,49 +58,64 @@ def parse_polygon(
     except ValueError: return None
     return points if len(points)>2 and np.isfinite(points).all() else None
 
-# %% ../../nbs/lib/22a_data.folder.ipynb #aeba916e
-def _why_not(row, path, known):
-    "Why a row of images.csv cannot be used, or an empty text."
-    image = word(row["image_id"])
-    if not image or not word(row["patient_id"]): return f"row of {path.name} has no image_id or no patient_id"
-    return f"image_id {image[:60]!r} occurs again" if image in known else ""
+# %% ../../nbs/lib/22a_data.folder.ipynb #c075f508
+def _shared_ids(table):
+    "Image ids that rows of several patients have."
+    t = table[(table.get("image_id", "")!="") & (table.patient_id!="")] if "image_id" in table else table[:0]
+    return set(t.image_id[t.groupby("image_id").patient_id.transform("nunique")>1]) if len(t) else set()
 
-def _image_row(r, head, name, path):
+def _key(r, shared):
+    "The id of a row's image: what the table says, with the patient in front where that is not unique."
+    image, patient = word(r.get("image_id")), word(r.get("patient_id"))
+    return f"{patient}/{image}" if image in shared and patient else image
+
+def _note_shared(shared, table, ledger):
+    if shared: ledger.note(table, "image_id of several patients: patient and image together are the key", len(shared))
+
+# %% ../../nbs/lib/22a_data.folder.ipynb #8b012d1d
+def _why_not(row, key, path, known):
+    "Why a row of images.csv cannot be used, or an empty text."
+    if not key or not word(row["patient_id"]): return f"row of {path.name} has no image_id or no patient_id"
+    return f"image_id {key[:60]!r} occurs again" if key in known else ""
+
+def _image_row(r, key, head, name, path):
     "The image row of a row of images.csv; what the file's header knows fills in."
     spacing = number_of(r.get("spacing_mm"), 1e-4, 5)
     texts = {k: _text(r,c) for k,c in dict(subset="subset", study_id="study_id", birads="birads",
         official_split="split",
         device="device").items()}
-    return dict(texts, image_id=f"{name}:{word(r['image_id'])}", patient_id=f"{name}:{word(r['patient_id'])}",
-        path=str(path),
+    return dict(texts, image_id=f"{name}:{key}", patient_id=f"{name}:{word(r['patient_id'])}", path=str(path),
         laterality=side_of(r.get("laterality") or head["side"]), view=view_of(r.get("view") or head["view"]),
         rows=head["rows"], cols=head["cols"], bits=head["bits"],
         spacing_mm=spacing if spacing>0 else head["spacing_mm"], density=number_of(r.get("density"),1,4),
         age=number_of(r.get("age"),0,120), quirks=[], has_lesion=False, _normal=word(r.get("normal")),
         _elsewhere=_elsewhere(r))
 
+def _spare(root, used, ledger):
+    "Pictures beside those that the table names; masks do not count."
+    n = sum(p not in used and "mask" not in p.stem.casefold() for p in find_files(root, ".dcm", *RASTER))
+    if n: ledger.note(root, "pictures on disk that images.csv does not name or that could not be used", n)
+
 def _folder_images(root, name, ledger):
-    "{id in the table: image row}, and the ids of rows whose file cannot be used."
-    table, rows, used, lost = root/"images.csv", {}, set(), set()
-    for _,r in read_table(table, need=IMAGES_NEED, fold=True).iterrows():
-        lost.add(word(r["image_id"]))
+    "{key: image row}, the keys of rows whose file cannot be used, the ids that are not unique, and the files used."
+    table, rows, used, seen = root/"images.csv", {}, set(), set()
+    df = read_table(table, need=IMAGES_NEED, fold=True)
+    shared = _shared_ids(df)
+    _note_shared(shared, table, ledger)
+    for _,r in df.iterrows():
+        key = _key(r, shared)
+        seen.add(key)
         path = _file(root, r, table, ledger)
         if path is None: continue
-        why = _why_not(r, path, rows)
+        why = _why_not(r, key, path, rows)
         if why:
             ledger.skip(table, why)
             continue
         head = header_or_skip(path, ledger)
         if head is None: continue
         used.add(path)
-        rows[word(r["image_id"])] = _image_row(r, head, name, path)
-    if not (root/"patches.csv").is_file(): _spare(root, used, ledger)
-    return rows, lost-set(rows)-{""}
-
-def _spare(root, used, ledger):
-    "Pictures beside those that the table names; masks do not count."
-    n = sum(p not in used and "mask" not in p.stem.casefold() for p in find_files(root, ".dcm", *RASTER))
-    if n: ledger.note(root, "pictures on disk that images.csv does not name or that could not be used", n)
+        rows[key] = _image_row(r, key, head, name, path)
+    return rows, seen-set(rows)-{""}, shared, used
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #967604a5
 def _lesion_box(r, polygon, size):
@@ -116,7 +131,7 @@ def _lesion_box(r, polygon, size):
             return None, "x1 and y1 are not right of and below x0 and y0 (are they width and height?)"
         polygon = [(x0,y0), (np.ceil(x1)-1,np.ceil(y1)-1)]
     elif word(r.get("polygon")) and not polygon: return None, "its polygon cannot be read"
-    elif not polygon: return None, "it has neither box nor outline"
+    elif not polygon: return None, "it has neither box nor outline nor mask"
     return outline_box(polygon, **size), no_box_words(polygon, "it lies outside its image")
 
 def _lesion_words(r, table, ledger):
@@ -127,38 +142,72 @@ def _lesion_words(r, table, ledger):
         ledger.note(table, f"label {said[:60]!r} read as unknown")
     return dict(lesion_type=kind if kind in LESION_TYPES else "other", label=label, label_raw=said)
 
+# %% ../../nbs/lib/22a_data.folder.ipynb #c918adbd
+def _region(path, r, im):
+    "Where the lesion of a row is in one mask file."
+    if path==Path(im["path"]): raise DataError("mask is the picture itself", path, "give the file of the mask")
+    x = read_mask(path, rows=im["rows"], cols=im["cols"])
+    values = sorted(set(np.unique(x).tolist())-{0})
+    wanted = [v for v in (number_of(r.get("mask_value")), number_of(r.get("lesion_id"))) if v in values]
+    if len(values)==1: return x>0
+    if wanted: return x==wanted[0]
+    said = ", ".join(f"{v:g}" for v in values)
+    raise DataError(f"mask holds the values {said}, and mask_value does not say which is meant", path, "add the column")
+
+def _mask(r, im, root):
+    "(box of the masks that a row names, their first file, what is wrong or odd with them)"
+    names, on = [n.strip() for n in re.split(r"[;|]", word(r.get("mask_path"))) if n.strip()], False
+    paths = [inside(root, n) for n in names]
+    lost = [n for n,p in zip(names, paths) if p is None or not p.is_file()]
+    if lost or not names: return None, None, f"mask file {lost[0][:80]!r} is missing" if lost else ""
+    try:
+        for p in paths: on = on | _region(p, r, im)
+    except DataError as e: return None, None, e.what
+    box, parts = mask_box(on)
+    return box, paths[0], f"mask has {parts} parts, the box is around all" if parts>1 else ""
+
+# %% ../../nbs/lib/22a_data.folder.ipynb #3848ad60
 def _nearly(image, images):
     "An id of the table that a spreadsheet may have changed into this one (007 to 7, A12 to a12), as words."
     plain = lambda i: re.sub(r"(\.0+|\.(png|tiff?|jpe?g|dcm))$", "", i.casefold().strip()).lstrip("0")
     near = [i for i in images if image and plain(i)==plain(image)]
     return f" ({near[0][:60]!r} is: did a spreadsheet change it?)" if len(near)==1 else ""
 
-def _folder_lesions(root, images, lost, ledger):
+def _placed(r, im, root):
+    "(box, polygon, mask file, what is odd) of a row; without a box what is odd says why."
+    polygon, (marked, mask, odd) = parse_polygon(r.get("polygon")), _mask(r, im, root)
+    box, why = _lesion_box(r, polygon, dict(rows=im["rows"], cols=im["cols"]))
+    if box is None and marked and why.startswith("it has neither"): return marked, None, mask, odd
+    if box is None: return None, polygon, mask, odd or why
+    if marked and not box_iou(box, marked): odd = "mask and box do not overlap"
+    return box, polygon, mask, odd
+
+def _folder_lesions(root, images, lost, shared, ledger):
     "Lesion rows, how many rows the table has, and how many of them found no image."
     table, out, seen, unmatched = root/"lesions.csv", [], set(), 0
     rows = read_table(table, need=LESIONS_NEED, fold=True)
     for k,r in rows.iterrows():
-        image = word(r["image_id"])
+        image = _key(r, shared)
         im = images.get(image)
         if im is None:
             unmatched += image not in lost
             why = "whose file cannot be used" if image in lost else "which is not in images.csv"+_nearly(image, images)
+            if image in shared: why = "which several patients have: add the column patient_id"
             ledger.skip(table, f"lesion on image {image[:60]!r}, {why}")
             continue
         im["has_lesion"] = True
-        polygon = parse_polygon(r.get("polygon"))
-        box, why = _lesion_box(r, polygon, dict(rows=im["rows"], cols=im["cols"]))
+        box, polygon, mask, odd = _placed(r, im, root)
         if box is None:
-            ledger.skip(table, f"lesion in line {k+2} has no box inside its image: {why}")
+            ledger.skip(table, f"lesion in line {k+2} has no box inside its image: {odd}")
             im["quirks"].append(NO_BOX)
             continue
+        if odd: ledger.note(table, f"lesion in line {k+2}: {odd}")
         words = _lesion_words(r, table, ledger)
-        mask = inside(root, word(r.get("mask_path")))
         lesion = word(r.get("lesion_id")) or str(k+1)
         while (im["image_id"],lesion) in seen: lesion += "+"
         seen.add((im["image_id"],lesion))
         out.append(dict(zip(BOX, box), image_id=im["image_id"], lesion_id=lesion, polygon=polygon,
-            mask_path=str(mask) if mask and mask.is_file() else None, label_source=_text(r,"label_source"), **words))
+            mask_path=str(mask) if mask else None, label_source=_text(r,"label_source"), **words))
     return out, len(rows), unmatched
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #60eded08
@@ -227,9 +276,9 @@ def _contradiction(r, target):
         and v not in (*_HEALTHY,"negative","0","0.0","no")]
     return "is called healthy and has " + " and ".join(bad) if bad else ""
 
-def _patch_row(r, name, patch, target, path, kind):
+def _patch_row(r, name, patch, key, target, path, kind):
     return dict(patch_id=f"{name}:{patch}", patient_id=f"{name}:{word(r['patient_id'])}", dataset=name, path=str(path),
-        image_id=f"{name}:{word(r.get('image_id')) or patch}", lesion_id=_text(r,"lesion_id"), target=target,
+        image_id=f"{name}:{key or patch}", lesion_id=_text(r,"lesion_id"), target=target,
         lesion_type=kind if target else "healthy", label=label_of(r.get("label")) if target else "normal",
         density=number_of(r.get("density"),1,4), laterality=side_of(r.get("laterality")), view=view_of(r.get("view")),
         birads=_text(r,"birads"), official_split=_text(r,"split"), label_raw=_text(r,"label"))
@@ -244,7 +293,10 @@ def _patch_fault(r, k, target, patch, seen):
 
 def _folder_patches(root, name, ledger):
     table, rows, seen = root/"patches.csv", [], set()
-    for k,r in read_table(table, need=PATCHES_NEED, fold=True).iterrows():
+    df = read_table(table, need=PATCHES_NEED, fold=True)
+    shared = _shared_ids(df)
+    _note_shared(shared, table, ledger)
+    for k,r in df.iterrows():
         path = _file(root, r, table, ledger)
         if path is None: continue
         target, patch = _target(r), word(r.get("patch_id")) or word(r["path"])
@@ -255,7 +307,7 @@ def _folder_patches(root, name, ledger):
         if header_or_skip(path, ledger) is None: continue
         seen.add(patch)
         kind = _lesion_words(r, table, ledger)["lesion_type"] if target else "healthy"
-        rows.append(_patch_row(r, name, patch, target, path, kind))
+        rows.append(_patch_row(r, name, patch, _key(r, shared), target, path, kind))
     return patch_frame(rows) if rows else None
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #c02d945b
@@ -273,9 +325,11 @@ def read_folder(
     has, full = {t: (root/f"{t}.csv").is_file() for t in ("images","lesions","patches")}, root.resolve()
     if not has["images"] and not has["patches"]:
         raise DataError("neither images.csv nor patches.csv", root, "see the layout in nbs/lib/22a_data.folder.ipynb")
-    images, lost = _folder_images(full, name, led) if has["images"] else ({}, set())
+    images, lost, shared, used = _folder_images(full, name, led) if has["images"] else ({}, set(), set(), set())
     both = has["images"] and has["lesions"]
-    lesions, rows, unmatched = _folder_lesions(full, images, lost, led) if both else ([], 0, 0)
+    lesions, rows, unmatched = _folder_lesions(full, images, lost, shared, led) if both else ([], 0, 0)
+    if has["images"] and not has["patches"]:
+        _spare(full, used | {Path(l["mask_path"]) for l in lesions if l["mask_path"]}, led)
     _mark_images(images, rows>0, unmatched, full/"images.csv", led)
     patches = _folder_patches(full, name, led) if has["patches"] else None
     if not images and patches is None: raise DataError("no usable row in its tables", root, led.main_reasons())

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'RASTER', 'SCALINGS', 'AGAIN', 'BROKEN', 'HEADER_WORDS', 'is_dicom', 'read_dicom',
-           'read_header', 'header_or_skip', 'window', 'to_uint8', 'read_image', 'breast_mask', 'breast_side',
-           'pectoral_cut', 'area_matrix', 'area_resize', 'torch_area_resize']
+           'read_header', 'header_or_skip', 'window', 'to_uint8', 'read_image', 'mask_boxes', 'read_mask', 'mask_box',
+           'breast_mask', 'breast_side', 'pectoral_cut', 'area_matrix', 'area_resize', 'torch_area_resize']
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #55119ca0
 import io, warnings
@@ -346,6 +346,58 @@ def read_image(
     except Exception as e:
         raise DataError(f"broken VOI or modality table ({_reason(e)})", path, "read it with scaling='minmax'") from e
     return to_uint8(-x if _inverted(ds) else x, ignore=pad, where=path)
+
+# %% ../../nbs/lib/22_data.pixels.ipynb #2bbdfc91
+def _coarse_parts(on):
+    "Parts of a mask after closing gaps on cells of about 4 by 4 pixels: number of the part of each pixel, how many."
+    rows, cols = (np.arange(s)*((s+3)//4)//s for s in on.shape)
+    starts = [np.flatnonzero(np.diff(i, prepend=-1)) for i in (rows,cols)]
+    small = np.logical_or.reduceat(np.logical_or.reduceat(on, starts[0], axis=0), starts[1], axis=1)
+    closed = ndimage.binary_closing(np.pad(small,9), np.ones((9,9)))[9:-9,9:-9]
+    part, n = ndimage.label(closed, np.ones((3,3)))
+    return np.where(on, part[np.ix_(rows,cols)], 0), n
+
+def mask_boxes(
+    mask:np.ndarray, # Grey or binary mask
+    *,
+    smallest:float=.1, # Parts below this share of the largest are specks
+) -> list: # Boxes `(x0,y0,x1,y1)` in mask pixels, largest part first
+    "Boxes of the parts of a mask, after closing gaps."
+    top = mask.max()
+    on = mask > (0 if top<=1 else 127 if top<=255 else top/2)
+    if not on.any(): return []
+    (y0,y1), (x0,x1) = (np.flatnonzero(on.any(axis))[[0,-1]]+(0,1) for axis in (1,0))
+    whole, n = _coarse_parts(on[y0:y1,x0:x1])
+    area, at = np.bincount(whole.ravel(), minlength=n+1)[1:], ndimage.find_objects(whole, max_label=n)
+    keep = [k for k in np.argsort(-area, kind="stable") if area[k]>=smallest*area.max() and area[k]>0]
+    return [(int(x0+sx.start), int(y0+sy.start), int(x0+sx.stop), int(y0+sy.stop)) for sy,sx in (at[k] for k in keep)]
+
+# %% ../../nbs/lib/22_data.pixels.ipynb #1c4de574
+def read_mask(
+    path:Path, # Picture
+    *,
+    rows:int, # Height of the image it belongs to
+    cols:int, # Its width
+) -> np.ndarray: # `(rows,cols)`, 0 where nothing is; values of lesions, or 1 in a grey or lossy mask
+    "A mask of one or several lesions, or a `DataError` that says why it is none."
+    x = read_image(path, scaling="none")
+    if x.shape!=(rows,cols):
+        raise DataError(f"mask is {x.shape[0]} x {x.shape[1]}, its image {rows} x {cols}", path,
+            "give masks of the image's size")
+    values, lossy = np.unique(x), Path(path).suffix.lower() in (".jpg",".jpeg")
+    if len(values)<2:
+        raise DataError(f"mask has one value only, {values[0]}", path,
+            "mark the lesion with another value than the rest")
+    if lossy or len(values)>17: return (x > x.max()/2).astype(np.uint8)
+    if values[0]!=0: raise DataError("mask has no background of 0", path, "write 0 where no lesion is")
+    return x
+
+def mask_box(
+    on:np.ndarray, # Bool, the lesion
+) -> tuple: # (box around all real parts, how many there are)
+    "One box for a lesion of several parts, such as a cluster of calcifications; specks do not count."
+    boxes = np.array(mask_boxes(on.astype(np.uint8)))
+    return (*map(int, boxes[:,:2].min(0)), *map(int, boxes[:,2:].max(0))), len(boxes)
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #75966790
 def breast_mask(
