@@ -487,6 +487,85 @@ def test_image_ids_that_patients_share(tmp_path):
     assert cut.groupby("image_id").patient_id.nunique().max()==1 and cut.image_id.nunique()==8
 
 
+# ---------------------------------------------------------------- the doctor, and folders nobody may enter
+def doctor(root):
+    from mammo_nb.data.doctor import examine, report_text
+    e = examine(root, check=3)
+    return e, report_text(e)
+
+
+def test_doctor_offers_only_what_runs(tmp_path):
+    "Calcifications only, no normal image, two women, cut patches: each paper says what it lacks and how many there are."
+    def folder(name, n, kind, label, extra=0):
+        rows = [f"i{k},p{k},{k}.png" for k in range(n+extra)]
+        return own_folder(tmp_path/name, "image_id,patient_id,path\n"+"\n".join(rows)+"\n", "image_id,x0,y0,x1,y1,lesion_type,label\n"+"".join(f"i{k},10,10,60,60,{kind},{label(k)}\n" for k in range(n)))
+    both = lambda k: ("benign","malignant")[k%2]
+    runs = lambda root: dict(zip(*[doctor(root)[0]["papers"][c] for c in ("paper","runs")]))
+    calc = folder("calc", 12, "calcification", both, 4)
+    assert runs(calc)=={"00":True,"01":True,"02":False,"03":False,"04":False}
+    assert "masses (found 0)" in doctor(calc)[1]
+    ill = folder("ill", 12, "mass", both)
+    assert runs(ill)=={"00":True,"01":False,"02":True,"03":True,"04":False} and "known to be free of lesions" in doctor(ill)[1]
+    full = folder("full", 12, "mass", both, 6)
+    e, text = doctor(full)
+    assert e["papers"].runs.all() and e["usable"] and text.count("AUROC differences from about")+text.count("nothing: ")==5
+    two = folder("two", 2, "mass", both)
+    e, text = doctor(two)
+    assert not e["usable"] and text.endswith("not usable") and "runs:" not in text
+
+
+def test_doctor_names_the_folder_absolutely(tmp_path, monkeypatch):
+    own_folder(tmp_path/"mine", "image_id,patient_id,path\n"+"".join(f"i{k},p{k},{k}.png\n" for k in range(18)), "image_id,x0,y0,x1,y1,lesion_type,label\n"+"".join(f"i{k},9,9,60,60,mass,{'bm'[k%2]}\n" for k in range(12)))
+    monkeypatch.chdir(tmp_path)
+    assert f"-p data_dir {tmp_path.resolve()/'mine'}" in doctor("mine")[1]
+
+
+def test_doctor_sees_doubles_labels_and_spacing(tmp_path):
+    root = tmp_path/"f"; root.mkdir()
+    for k in range(4): Image.fromarray(np.random.default_rng(k//2).integers(0,255,(64,64)).astype(np.uint8)).save(root/f"{k}.png")
+    (root/"patches.csv").write_text("path,patient_id,target,lesion_type,label\n0.png,1,lesion,mass,benign\n1.png,2,lesion,mass,malignant\n2.png,3,lesion,mass,dunno\n3.png,3,healthy,,\n")
+    e, text = doctor(root)
+    assert "4 files hold a picture" in text and "2 of them are called benign and malignant" in text and "2 of them belong to several patients" in text
+    assert "benign patches" in text and "malignant patches" in text and "label 'dunno' read as unknown" in text
+    own_folder(tmp_path/"g", "image_id,patient_id,path,spacing_mm\na,1,a.png,0.07\nb,2,b.png,0.2\n")
+    assert "9 to 26 mm" in doctor(tmp_path/"g")[1]
+
+
+@pytest.mark.skipif(not hasattr(os,"geteuid") or os.geteuid()!=0, reason="only root may become nobody")
+def test_closed_folder_is_passed_over_and_said(tmp_path):
+    "A folder that the user may not enter, as lost+found at the root of a disk."
+    own_folder(tmp_path/"mine", "image_id,patient_id,path\na,1,a.png\n"); (tmp_path/"lost+found").mkdir(mode=0o700)
+    code = f"""
+import os, warnings; warnings.simplefilter('always')
+from mammo_nb.data.doctor import main
+from mammo_nb.data.readers import find_datasets
+import contextlib, io
+with contextlib.redirect_stdout(io.StringIO()): main([{str(tmp_path)!r}])        # what is imported late is imported now
+os.seteuid(65534)
+print(sorted(find_datasets({str(tmp_path)!r}))); main([{str(tmp_path)!r}])
+"""
+    for p in (tmp_path, *tmp_path.parents):
+        if p.stat().st_uid==0 and p!=Path("/"): p.chmod(p.stat().st_mode | 0o055)
+    out = subprocess.run([sys.executable,"-c",code], capture_output=True, text=True, cwd=repo_root())
+    assert out.stdout.startswith("['mine']") and "cannot be entered" in out.stdout and "cannot be entered" in out.stderr, out.stdout+out.stderr
+
+
+def test_loops_of_links_are_passed_over(tmp_path):
+    own_folder(tmp_path/"mine", "image_id,patient_id,path\na,1,a.png\nb,2,loop.dcm\n")
+    os.symlink("b", tmp_path/"a"); os.symlink("a", tmp_path/"b"); os.symlink("..", tmp_path/"mine"/"up"); os.symlink("loop.dcm", tmp_path/"mine"/"loop.dcm")
+    assert set(find_datasets(tmp_path))=={"mine"}
+    assert len(read_any(tmp_path)["mine"].images)==1
+    from mammo_nb.data.doctor import main
+    assert main([str(tmp_path)])==1
+
+
+@pytest.mark.parametrize("said,label", [("Benign","benign"),("benign without callback","benign"),("BENIGN_WITHOUT_CALLBACK","benign"),("non-malignant","benign"),("carcinoma","malignant"),("Bösartig","malignant"),("not malignant","benign"),("suspicious","unknown"),("0","unknown"),("no","unknown")])
+def test_words_of_a_class(tmp_path, said, label):
+    data = read_folder(own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n", f"image_id,x0,y0,x1,y1,lesion_type,label\na,1,1,30,30,mass,{said}\n"))
+    assert data.lesions.label.tolist()==[label]
+    assert data.skipped.reason.str.contains("read as unknown").any()==(label=="unknown")
+
+
 # ---------------------------------------------------------------- pixels
 SYNTAXES = dict(raw="1.2.840.10008.1.2.1", rle="1.2.840.10008.1.2.5", jpeg_lossless="1.2.840.10008.1.2.4.70", jpeg_ls="1.2.840.10008.1.2.4.80", jpeg2000="1.2.840.10008.1.2.4.90")
 

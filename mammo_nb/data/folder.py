@@ -43,7 +43,7 @@ def _file(root, row, table, ledger):
     if path is None:
         ledger.skip(table, f"path {word(row['path'])[:120]!r} leaves the folder or is empty")
         return None
-    if not path.is_file():
+    if not os.path.isfile(path):
         ledger.skip(path, "listed file is missing")
         return None
     return path
@@ -321,7 +321,8 @@ def read_folder(
     "A plain folder as `MammoData`."
     root = Path(root)
     name, led = name or _name_of(root), Ledger(name or _name_of(root), strict)
-    if not root.is_dir(): raise DataError("no such folder", root, "point data_dir at the folder that holds the data")
+    if not os.path.isdir(root):
+        raise DataError("no such folder", root, "point data_dir at the folder that holds the data")
     has, full = {t: (root/f"{t}.csv").is_file() for t in ("images","lesions","patches")}, root.resolve()
     if not has["images"] and not has["patches"]:
         raise DataError("neither images.csv nor patches.csv", root, "see the layout in nbs/lib/22a_data.folder.ipynb")

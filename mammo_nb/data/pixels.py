@@ -27,7 +27,7 @@ MAX_PIXELS = 200_000_000 # Refuse larger pictures; the largest mammograms have a
 MAX_BYTES = 2_000_000_000 # Refuse larger files
 RASTER = (".png",".tif",".tiff",".jpg",".jpeg",".pgm",".bmp")
 SCALINGS = ("minmax","voi","none")
-AGAIN, BROKEN = "download it again", "the file is broken"
+AGAIN, BROKEN = "the file is damaged: copy or download it again", "the file is broken"
 
 def _stat(path):
     path = Path(path)
@@ -119,7 +119,8 @@ def _raster(path, pixels=True):
             warnings.simplefilter("ignore")
             im = Image.open(content)
             tiff, several = im.format=="TIFF", _pages(im)
-            turn = 1 if tiff else int(im.getexif().get(0x0112, 1))                 # Pillow turns a TIFF itself
+            loose = tiff or (im.format=="PNG" and "exif" not in im.info)          # Pillow turns a TIFF itself
+            turn = 1 if loose else int(im.getexif().get(0x0112, 1))
             negative = tiff and im.tag_v2.get(262)==0 and im.mode not in ("1","L") # and these two modes
             if not pixels: im.close()
     except Exception as e: raise DataError(f"not a readable picture ({_reason(e)})", path, AGAIN) from e

@@ -6,8 +6,8 @@
 __all__ = ['TEXT_COLUMNS', 'NUMBER_COLUMNS', 'SHARED_COLUMNS', 'IMAGE_COLUMNS', 'BOX', 'LESION_COLUMNS', 'VIEWS', 'SIDES',
            'LESION_TYPES', 'LABELS', 'PATCH_COLUMNS', 'PATCH_EXTRAS', 'NO_BOX', 'MAX_TABLE', 'empty_images',
            'empty_lesions', 'Ledger', 'MammoData', 'make_data', 'check_data', 'mark_normal', 'fractions', 'outline_box',
-           'no_box_words', 'box_iou', 'word', 'side_of', 'view_of', 'label_of', 'number_of', 'find_files', 'read_table',
-           'inside']
+           'no_box_words', 'box_iou', 'word', 'side_of', 'view_of', 'label_of', 'number_of', 'closed_words',
+           'find_files', 'read_table', 'inside']
 
 # %% ../../nbs/lib/20_data.table.ipynb #fd2acfe6
 import os, re, warnings
@@ -262,8 +262,9 @@ def word(
 # %% ../../nbs/lib/20_data.table.ipynb #1de405c4
 _SIDE = dict(l="L", left="L", le="L", r="R", right="R", ri="R")
 _VIEW = dict(cc="CC", mlo="MLO", ml="MLO", o="MLO", lo="MLO", ro="MLO", lmlo="MLO", rmlo="MLO", lcc="CC", rcc="CC")
-_LABEL = dict(benign="benign", malignant="malignant", malign="malignant", benign_without_callback="benign", b="benign",
-    m="malignant", unknown="unknown")
+_BENIGN = "benign b benigne benigno benigna gutartig benign_without_callback non_malignant not_malignant non_cancer"
+_MALIGNANT = "malignant m malign maligne maligno maligna bösartig boesartig cancer carcinoma dcis idc ilc invasive"
+_LABEL = {**dict.fromkeys(_BENIGN.split(), "benign"), **dict.fromkeys(_MALIGNANT.split(), "malignant")}
 
 # %% ../../nbs/lib/20_data.table.ipynb #f0d16521
 def side_of(value) -> str: # `L`, `R` or NaN
@@ -278,7 +279,7 @@ def view_of(value) -> str: # `CC`, `MLO` or `other`
 # %% ../../nbs/lib/20_data.table.ipynb #936974b0
 def label_of(value) -> str: # `benign`, `malignant` or `unknown`
     "Class in the common spelling; what is no known word is unknown."
-    return _LABEL.get(word(value).casefold(), "unknown")
+    return _LABEL.get(re.sub(r"[\s-]+", "_", word(value).casefold()), "unknown")
 
 # %% ../../nbs/lib/20_data.table.ipynb #afd54a33
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?P<sep>[,.' \u00a0\u2009\u202f])\d{3})(?:(?P=sep)\d{3})*(?:[.,]\d+)?")
@@ -301,15 +302,22 @@ def number_of(value, low:float=-np.inf, high:float=np.inf) -> float: # NaN when 
     return x if np.isfinite(x) and low<=x<=high else np.nan
 
 # %% ../../nbs/lib/20_data.table.ipynb #884a8a3a
+def closed_words(
+    error:OSError, # From the operating system
+) -> None:
+    "Say that a folder was passed over."
+    warnings.warn(f"passed over, cannot be entered: {error.filename} ({type(error).__name__})", stacklevel=3)
+
 def find_files(
     root:Path, # Folder
     *suffixes, # e.g. ".dcm", ".xml"; none for all files
 ) -> list: # Sorted paths
-    "All files below a folder, hidden ones aside, in the same order on every file system."
+    "All files below a folder, hidden ones aside, in the same order on every file system; closed folders are said."
     root = Path(root)
-    if not root.is_dir(): raise DataError("no such folder", root, "point data_dir at the folder that holds the data")
+    if not os.path.isdir(root):
+        raise DataError("no such folder", root, "point data_dir at the folder that holds the data")
     out = []
-    for folder,subs,files in os.walk(root):
+    for folder,subs,files in os.walk(root, onerror=closed_words):
         subs[:] = sorted(s for s in subs if not s.startswith("."))
         seen = [Path(folder)/f for f in files if not f.startswith(".")]
         out += [f for f in seen if not suffixes or f.suffix.lower() in suffixes]
@@ -335,7 +343,8 @@ def read_table(
     path = Path(path)
     try: df = _parsed(path, sep)
     except (ValueError, OSError, OverflowError, pd.errors.ParserError) as e:
-        raise DataError(f"not a readable table ({type(e).__name__}: {str(e)[:120]})", path, "download it again") from e
+        raise DataError(f"not a readable table ({type(e).__name__}: {str(e)[:120]})", path,
+            "save it as comma-separated text in UTF-8, or copy it again") from e
     if not isinstance(df.index, pd.RangeIndex):
         raise DataError("first row has more cells than the header line", path, f"expected a table separated by '{sep}'")
     if df.shape[1]>500: raise DataError(f"header line has {df.shape[1]} columns", path, "the header line is damaged")
