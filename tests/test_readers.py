@@ -1,10 +1,11 @@
 "Readers against look-alike trees of phantoms: what was written is what is read, faults are listed, and nothing depends on the file system."
-import os, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from mammo_nb.core import DataError, hash_of, repo_root
 from mammo_nb.data import lookalike, lookalike2, phantom
@@ -220,6 +221,349 @@ def test_doctor_exit_codes(trees, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "published    410   <- differs" in out and "outline saved twice" in out and "papermill nbs/04" in out
     assert main([str(tmp_path)])==1
+
+
+# ---------------------------------------------------------------- normal only where somebody says so
+def own_folder(root, images, lesions=None, shape=(120,90)):
+    "A plain folder: text of images.csv and lesions.csv, and a picture for each name ending in .png."
+    root.mkdir(parents=True, exist_ok=True)
+    (root/"images.csv").write_text(images)
+    if lesions is not None: (root/"lesions.csv").write_text(lesions)
+    for k,name in enumerate(sorted(set(re.findall(r"[\w-]+\.png", images)))):
+        Image.fromarray(np.random.default_rng(k).integers(60, 120, shape).astype(np.uint8)).save(root/name)
+    return root
+
+
+@pytest.mark.parametrize("row", ["7", "a12", "A12.png", "A12 b", "", "A13"])
+def test_a_lesion_row_without_its_image_leaves_nothing_normal(tmp_path, row):
+    "A spreadsheet, another case, a blank: the row finds no image, so a missing row proves nothing; what is said aloud stays."
+    root = own_folder(tmp_path/"f", "image_id,patient_id,path,normal\n007,1,a.png,\nA12,2,b.png,\nz,3,c.png,1\n", f"image_id,x0,y0,x1,y1\n{row},10,10,40,40\n")
+    data = read_folder(root)
+    assert data.images.normal.tolist()==[False,False,True] and not data.images.has_lesion.any()
+    left = data.skipped[data.skipped.kind=="unknown"]
+    assert left["count"].sum()==2 and data.summary()["health_unknown"]==2
+
+
+@pytest.mark.parametrize("words,normal", [("1",True),("Yes",True),("ja",True),("abnormal",False),("nein",False),("no finding",False),("0",False),("unknown",False),("maybe",False),("cancer",False)])
+def test_the_word_in_the_column_normal(tmp_path, words, normal):
+    data = read_folder(own_folder(tmp_path/"f", f"image_id,patient_id,path,Normal\na,1,a.png,{words}\nb,2,b.png,1\n", "image_id,x0,y0,x1,y1\nb,1,1,9,9\n"))
+    assert data.images.normal.tolist()==[normal,False] and data.images.has_lesion.tolist()==[False,True]
+    assert bool((data.skipped.kind=="unknown").any())==(not normal)
+
+
+@pytest.mark.parametrize("column,value", [("label","malignant"),("Pathology","carcinoma"),("birads","4"),("birads","BI-RADS 5"),("birads","0"),("diagnosis","see report"),("cancer","1")])
+def test_another_column_speaks_against_it(tmp_path, column, value):
+    text = f"image_id,patient_id,path,{column}\na,1,a.png,{value}\nb,2,b.png,\nc,3,c.png,\n"
+    data = read_folder(own_folder(tmp_path/"f", text, "image_id,x0,y0,x1,y1\nc,1,1,9,9\n"))
+    assert data.images.normal.tolist()==[False,True,False]
+
+
+def test_an_empty_lesion_table_proves_nothing(tmp_path):
+    data = read_folder(own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n", "image_id,x0,y0,x1,y1\n"))
+    assert not data.images.normal.any()
+
+
+def test_no_healthy_rule_uses_an_unknown_image(tmp_path):
+    "Neither do places beside lesions: not on an unknown image, not where the place of a lesion is lost."
+    from mammo_nb.data.patches import healthy_patches, tissue_patches
+    root = own_folder(tmp_path/"f", "image_id,patient_id,path,normal\na,1,a.png,maybe\nb,2,b.png,\nc,3,c.png,\n", "image_id,x0,y0,x1,y1\nb,1,1,9,9\nc,,,,\n")
+    data = read_folder(root)
+    assert set(healthy_patches(data, 6, seed=0, images="all", side="fixed").rows.image_id)=={f"{data.name}:b"}
+    for rule in ("thesis","context","row","grid"): assert set(tissue_patches(data, rule=rule, slots=2).rows.image_id)=={f"{data.name}:b"}
+
+
+def test_patches_called_healthy_and_malignant_are_refused(tmp_path):
+    own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n")
+    (tmp_path/"f"/"patches.csv").write_text("patch_id,path,patient_id,target,lesion_type,label\n1,a.png,1,healthy,,malignant\n2,a.png,1,normal,mass,\n3,a.png,1,0,,\n4,a.png,1,abnormal,,\n")
+    data = read_folder(tmp_path/"f")
+    assert data.patches.patch_id.tolist()==["f:3"]
+    assert data.skipped.reason.str.contains("called healthy and has").sum()==2
+
+
+@pytest.mark.parametrize("field", ["ACR","Bi-Rads"])
+def test_inbreast_without_a_rating_is_not_normal(trees, tmp_path, field):
+    root = shutil.copytree(trees["inbreast",False], tmp_path/"in")
+    df = pd.read_csv(root/"INbreast.csv", sep=";", dtype=str); before = read_inbreast(root).images.normal.sum()
+    df[field] = ""; df.to_csv(root/"INbreast.csv", sep=";", index=False)
+    assert before>0 and read_inbreast(root).images.normal.sum()==(0 if field=="Bi-Rads" else before)
+
+
+def test_inbreast_table_without_the_image_is_not_normal(trees, tmp_path):
+    root = shutil.copytree(trees["inbreast",False], tmp_path/"in")
+    df = pd.read_csv(root/"INbreast.csv", sep=";", dtype=str); df.iloc[:0].to_csv(root/"INbreast.csv", sep=";", index=False)
+    data = read_inbreast(root)
+    assert len(data.images)==40 and not data.images.normal.any()
+    for x in (root/"AllXML").iterdir(): x.rename(x.with_suffix(".XML"))
+    assert len(read_inbreast(root).lesions)==len(data.lesions)>0
+
+
+@pytest.mark.parametrize("harm", ["gone","broken","renamed","blank name"])
+def test_bcdr_marks_the_breast_by_the_table(trees, tmp_path, harm):
+    "The outline table names a lesion; whatever happened to the picture, no image of that breast is normal."
+    root = shutil.copytree(trees["bcdr",False], tmp_path/"bc")
+    table = next(root.rglob("bcdr_d01_outlines.csv")); df = pd.read_csv(table, dtype=str, keep_default_na=False)
+    file = table.parent/df.image_filename[0].strip(); who, side = f"bcdr:{df.patient_id[0]}", file.stem.split("_")[-1][0]
+    df = df[df.image_filename==df.image_filename[0]]                       # the only outline that is left
+    if harm=="gone": file.unlink()
+    if harm=="broken": file.write_bytes(file.read_bytes()[:50])
+    if harm=="renamed": file.rename(file.with_name("picture.tif"))
+    if harm=="blank name": df = df.assign(image_filename="")
+    df.to_csv(table, index=False)
+    im = read_bcdr(root).images
+    assert not im.normal[(im.patient_id==who) & (im.laterality==side)].any()
+    assert im.normal[im.patient_id!=who].any()
+
+
+OPINIONS = [dict(ASSESSMENT=dict(left_opinion="OM")), dict(INTERVALCANCER=dict(right_opinion="OU")), dict(SURGERY=dict(L={"1":dict(Opinion="H5")})), dict(BIOPSYFINE=dict(R={"2":dict(Opinion="C2")})),
+    dict(BIOPSYWIDE=dict(L={"1":dict(Opinion="B3")})), dict(CLINICAL=dict(left_opinion="Suspicious")), dict(LESION=dict(L={"1":{}})), dict(IntervalCancerDateOfDiagnosis="2013-01-01")]
+
+
+@pytest.mark.parametrize("event", OPINIONS, ids=lambda e: next(iter(e)))
+def test_omidb_record_that_is_not_normal(tmp_path, patients, event):
+    normal = [p for p in patients["c"] if not any(v.lesions for v in p[1])][:1]
+    root = lookalike2.write_omidb(normal, tmp_path)
+    assert read_omidb(root).images.normal.all()
+    f = next(root.rglob("nbss_*.json")); nbss = json.loads(f.read_text())
+    nbss["10000"] |= event; f.write_text(json.dumps(nbss))
+    assert not read_omidb(root).images.normal.any()
+    f.write_text(json.dumps({"ClientID":"demd90000"}))
+    assert not read_omidb(root).images.normal.any()
+
+
+def test_mias_line_that_is_not_understood(tmp_path, patients):
+    root = lookalike2.write_mias(patients["c"][:4], tmp_path); f = root/"Info.txt"
+    ref = read_mias(root).images.image_id[read_mias(root).images.normal].iloc[0].split(":")[1]
+    f.write_text(f.read_text().replace("\n\nNOTES", f"\n{ref} G SPICULATED M 500 500 40\n\nNOTES"))
+    im = read_mias(root).images.set_index("image_id")
+    assert not im.normal[f"mias:{ref}"] and im.normal.any()
+    f.write_text(f.read_text().lower().replace("information","x"))
+    assert read_mias(root).images.normal.sum()==im.normal.sum()
+
+
+def test_four_pictures_of_the_right_names_are_not_normal(tmp_path):
+    from mammo_nb.data.folder import FOUR_VIEWS, read_four_views
+    for n in FOUR_VIEWS: Image.fromarray(np.random.default_rng(0).integers(0,255,(90,60)).astype(np.uint8)).save(tmp_path/n)
+    assert not read_four_views(tmp_path).images.normal.any()
+
+
+# ---------------------------------------------------------------- numbers and pictures that mean something else
+@pytest.mark.parametrize("cells,box", [
+    ('"1,020","1,200","1,800","2,100"', None), ("0.2,0.3,0.5,0.6", None), ("0,0,1,1", None), ("0.1,0.1,1,1", None), ("300,400,200,100", None), ("ten,20,30,40", None),
+    ('"1,020.0","1,200.0","1,800.0","2,100.0"', (1020,1200,1800,2100)), ("1 020,1 200,1 800,2 100", (1020,1200,1800,2100)), ("10.5,20.5,30.5,40.5", (10,20,31,41)), ("10,20,11,21", (10,20,11,21))])
+def test_numbers_of_a_box(tmp_path, cells, box):
+    root = own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n", f"image_id,x0,y0,x1,y1\na,{cells}\n", shape=(2200,1900))
+    data = read_folder(root)
+    got = [tuple(r) for r in data.lesions[BOX].astype(int).to_numpy()]
+    assert got==([box] if box else []) and data.images.has_lesion.all() and not data.images.normal.any()
+    if box is None: assert data.skipped.reason.str.contains("has no box inside its image: ").any()
+
+
+@pytest.mark.parametrize("outline,words", [("0.1,0.1 0.4,0.1 0.4,0.5", "fractions"), ("[[1,2],[3,4]]", "cannot be read"), ("900,900 950,900 950,950", "outside")])
+def test_outlines_that_are_none(tmp_path, outline, words):
+    data = read_folder(own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n", f'image_id,polygon\na,"{outline}"\n'))
+    assert len(data.lesions)==0 and data.skipped.reason.str.contains(words).any()
+
+
+def test_fractions_in_the_other_layouts(trees, tmp_path, patients):
+    "Marks of OMI-DB, outlines of INbreast and BCDR in shares of the image give no box and are listed."
+    root = lookalike2.write_omidb(patients["c"][:4], tmp_path/"omi"); n = len(read_omidb(root).lesions)
+    for f in root.rglob("imagedb_*.json"): f.write_text(re.sub(r'"([XY][12])": "(\d+)"', lambda m: f'"{m[1]}": "{int(m[2])/1000}"', f.read_text()))
+    assert n>0 and len(read_omidb(root).lesions)==0
+    root = shutil.copytree(trees["bcdr",False], tmp_path/"bc")
+    for f in root.rglob("*_outlines.csv"):
+        df = pd.read_csv(f, dtype=str, keep_default_na=False)
+        for c in ("lw_x_points","lw_y_points"): df[c] = df[c].map(lambda t: " "+" ".join(str(float(v)/1000) for v in t.split()))
+        df.to_csv(f, index=False)
+    data = read_bcdr(root)
+    assert len(data.lesions)==0 and data.skipped.reason.str.contains("fractions").any() and data.images.normal.any()
+
+
+PICTURES = dict(slope=dict(RescaleSlope="-1", RescaleIntercept="4095"), slope_half=dict(RescaleSlope="-0.5", RescaleIntercept="3000"), monochrome1=dict(PhotometricInterpretation="MONOCHROME1"),
+    inverse=dict(PresentationLUTShape="INVERSE"), monochrome1_inverse=dict(PhotometricInterpretation="MONOCHROME1", PresentationLUTShape="INVERSE"))
+
+
+@pytest.mark.parametrize("tags", PICTURES, ids=str)
+@pytest.mark.parametrize("scaling", ["minmax","voi","none"])
+def test_falling_grey_is_turned(tmp_path, tags, scaling):
+    g = np.tile(np.arange(0,4096,65,dtype=np.uint16), (40,1))
+    lookalike.write_dicom(tmp_path/"a.dcm", 4095-g, BitsStored=12, **PICTURES[tags])
+    x = read_image(tmp_path/"a.dcm", scaling=scaling).astype(float)
+    assert np.corrcoef(x.ravel(), g.ravel())[0,1]>.99
+    lookalike.write_dicom(tmp_path/"b.dcm", g, BitsStored=12, **{**PICTURES["slope"], **PICTURES["monochrome1"]})
+    assert np.corrcoef(read_image(tmp_path/"b.dcm", scaling=scaling).astype(float).ravel(), g.ravel())[0,1]>.99
+
+
+@pytest.mark.parametrize("key", ["ModalityLUTSequence","VOILUTSequence"])
+def test_a_table_that_goes_down_is_turned(tmp_path, key):
+    from pydicom.dataset import Dataset
+    g = np.tile(np.arange(64,dtype=np.uint16), (40,1))
+    lut = Dataset(); lut.LUTDescriptor, lut.LUTData, lut.ModalityLUTType = [64,0,16], list(range(63,-1,-1)), "US"
+    if key=="VOILUTSequence": del lut.ModalityLUTType
+    lut["LUTDescriptor"].VR = lut["LUTData"].VR = "US"
+    lookalike.write_dicom(tmp_path/"a.dcm", 63-g, BitsStored=12, **{key:[lut]})
+    for scaling in ("minmax","voi"): assert np.corrcoef(read_image(tmp_path/"a.dcm", scaling=scaling).astype(float).ravel(), g.ravel())[0,1]>.99, scaling
+
+
+@pytest.mark.parametrize("orientation", range(1,9))
+@pytest.mark.parametrize("form", ["jpg","png","tif"])
+def test_exif_turns_every_format_alike(tmp_path, form, orientation):
+    from mammo_nb.data.pixels import read_header
+    x = np.zeros((24,40), np.uint8); x[:8,:12] = 200; x[16:,30:] = 100
+    exif = Image.Exif(); exif[0x0112] = orientation
+    Image.fromarray(x).save(tmp_path/f"a.{form}", exif=exif)
+    y, head = read_image(tmp_path/f"a.{form}", scaling="none"), read_header(tmp_path/f"a.{form}")
+    turned = dict(enumerate([x, x[:,::-1], x[::-1,::-1], x[::-1], x.T, np.rot90(x,-1), x[::-1,::-1].T, np.rot90(x)], 1))[orientation]
+    assert y.shape==turned.shape==(head["rows"],head["cols"]) and abs(y.astype(int)-turned).mean()<3
+
+
+def test_several_pictures_in_one_file_are_refused(tmp_path):
+    from mammo_nb.data.pixels import read_header
+    g = np.tile(np.arange(0,4000,100,dtype=np.uint16), (30,1))
+    lookalike.write_dicom(tmp_path/"v.dcm", np.tile(g,(3,1)), BitsStored=12, NumberOfFrames=3, Rows=30)
+    lookalike.write_dicom(tmp_path/"one.dcm", g, BitsStored=12, NumberOfFrames=1)
+    pages = [Image.fromarray(np.uint8(g//16))]*3
+    pages[0].save(tmp_path/"p.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path/"thumb.tif", save_all=True, append_images=[pages[0].resize((10,8))])
+    lookalike.write_dicom(tmp_path/"c.dcm", np.uint8(g//16), PhotometricInterpretation="PALETTE COLOR")
+    for f in ("v.dcm","p.tif","c.dcm"):
+        for read in (read_header, read_image):
+            with pytest.raises(DataError, match="frames|more than one|colour"): read(tmp_path/f)
+    for f in ("one.dcm","thumb.tif"): assert read_image(tmp_path/f).shape==(30,40)
+
+
+# ---------------------------------------------------------------- masks and ids of a plain folder
+def mask_folder(root, masks, rows, header="image_id,lesion_type,label,mask_path,mask_value"):
+    own_folder(root, "image_id,patient_id,path\na,1,a.png\nb,2,b.png\n", header+"\n"+"\n".join(rows)+"\n", shape=(100,80))
+    for name,x in masks.items(): Image.fromarray(x).save(root/name)
+    return read_folder(root)
+
+
+def box_mask(*boxes, values=(255,), shape=(100,80)):
+    m = np.zeros(shape, np.uint8)
+    for (x0,y0,x1,y1),v in zip(boxes, values): m[y0:y1,x0:x1] = v
+    return m
+
+
+def test_masks_give_boxes(tmp_path):
+    "Binary, several files a lesion, one value a lesion by column or by id, lossy."
+    two = box_mask((5,10,25,40),(40,50,70,90), values=(1,2))
+    data = mask_folder(tmp_path/"m", dict(**{"one.png":box_mask((10,20,30,50)), "more.png":box_mask((50,60,70,80)), "two.png":two, "lossy.jpg":box_mask((16,24,48,72))}),
+        ["a,mass,benign,one.png,", "a,calcification,benign,one.png;more.png,", "b,mass,benign,two.png,1", "b,mass,malignant,two.png,2", "b,mass,benign,lossy.jpg,"])
+    got = data.lesions.sort_values("lesion_id")[["label",*BOX]].values.tolist()
+    assert got[:4]==[["benign",10,20,30,50],["benign",10,20,70,80],["benign",5,10,25,40],["malignant",40,50,70,90]]
+    assert np.abs(np.subtract(got[4][1:], (16,24,48,72))).max()<=1
+    assert data.lesions.mask_path.notna().all() and data.skipped.reason.str.contains("2 parts").any()
+    ids = mask_folder(tmp_path/"i", {"two.png":two}, ["b,2,mass,two.png","b,1,mass,two.png"], header="image_id,lesion_id,lesion_type,mask_path")
+    assert ids.lesions.set_index("lesion_id").x0.to_dict()=={"1":5,"2":40}
+
+
+@pytest.mark.parametrize("row,mask,words", [
+    ("a,mass,benign,gone.png,", None, "mask file 'gone.png' is missing"), ("a,mass,benign,../m.png,", None, "is missing"), ("a,mass,benign,m.png,", box_mask((1,1,9,9), shape=(50,40)), "mask is 50 x 40, its image 100 x 80"),
+    ("a,mass,benign,m.png,", box_mask(), "one value only"), ("a,mass,benign,m.png,", box_mask((1,1,9,9),(20,20,40,40), values=(1,2)), "mask holds the values 1, 2"),
+    ("a,mass,benign,a.png,", None, "the picture itself"), ("a,mass,benign,m.png,", box_mask((1,1,9,9))+3, "no background of 0")])
+def test_masks_that_are_none(tmp_path, row, mask, words):
+    "Refused with the sizes or names; the image is neither normal nor a source of tissue beside its lesion."
+    data = mask_folder(tmp_path/"m", {} if mask is None else {"m.png":mask}, [row])
+    assert len(data.lesions)==0 and data.skipped.reason.str.contains(words, regex=False).any()
+    assert data.images.has_lesion.tolist()==[True,False] and "lesion without a box" in data.images.quirks[0]
+
+
+def test_mask_beside_its_box_is_noted(tmp_path):
+    data = mask_folder(tmp_path/"m", {"m.png":box_mask((50,60,70,80))}, ["a,1,1,20,20,m.png"], header="image_id,x0,y0,x1,y1,mask_path")
+    assert data.lesions[BOX].values.tolist()==[[1,1,20,20]] and data.skipped.reason.str.contains("do not overlap").any()
+
+
+def test_image_ids_that_patients_share(tmp_path):
+    from mammo_nb.data.splits import split_patients
+    rows = [(p,i) for p in "pqrs" for i in "12"]
+    images = "image_id,patient_id,path\n"+"".join(f"{i},{p},{p}{i}.png\n" for p,i in rows)
+    own_folder(tmp_path/"f", images, "image_id,patient_id,x0,y0,x1,y1,label\n"+"".join(f"1,{p},5,5,30,30,benign\n" for p in "pqr")+"1,,5,5,30,30,benign\n")
+    data = read_folder(tmp_path/"f")
+    assert data.images.image_id.tolist()==[f"f:{p}/{i}" for p,i in rows] and len(data.lesions)==3
+    assert data.skipped.reason.str.contains("several patients").sum()==2          # the note, and the row without a patient
+    assert not data.images.normal.any()                                           # that row could be anybody's
+    (tmp_path/"f"/"patches.csv").write_text("path,patient_id,image_id,target\n"+"".join(f"{p}{i}.png,{p},{i},lesion\n" for p,i in rows))
+    cut = read_folder(tmp_path/"f").patches
+    assert cut.groupby("image_id").patient_id.nunique().max()==1 and cut.image_id.nunique()==8
+
+
+# ---------------------------------------------------------------- the doctor, and folders nobody may enter
+def doctor(root):
+    from mammo_nb.data.doctor import examine, report_text
+    e = examine(root, check=3)
+    return e, report_text(e)
+
+
+def test_doctor_offers_only_what_runs(tmp_path):
+    "Calcifications only, no normal image, two women, cut patches: each paper says what it lacks and how many there are."
+    def folder(name, n, kind, label, extra=0):
+        rows = [f"i{k},p{k},{k}.png" for k in range(n+extra)]
+        return own_folder(tmp_path/name, "image_id,patient_id,path\n"+"\n".join(rows)+"\n", "image_id,x0,y0,x1,y1,lesion_type,label\n"+"".join(f"i{k},10,10,60,60,{kind},{label(k)}\n" for k in range(n)))
+    both = lambda k: ("benign","malignant")[k%2]
+    runs = lambda root: dict(zip(*[doctor(root)[0]["papers"][c] for c in ("paper","runs")]))
+    calc = folder("calc", 12, "calcification", both, 4)
+    assert runs(calc)=={"00":True,"01":True,"02":False,"03":False,"04":False}
+    assert "masses (found 0)" in doctor(calc)[1]
+    ill = folder("ill", 12, "mass", both)
+    assert runs(ill)=={"00":True,"01":False,"02":True,"03":True,"04":False} and "known to be free of lesions" in doctor(ill)[1]
+    full = folder("full", 12, "mass", both, 6)
+    e, text = doctor(full)
+    assert e["papers"].runs.all() and e["usable"] and text.count("AUROC differences from about")+text.count("nothing: ")==5
+    two = folder("two", 2, "mass", both)
+    e, text = doctor(two)
+    assert not e["usable"] and text.endswith("not usable") and "runs:" not in text
+
+
+def test_doctor_names_the_folder_absolutely(tmp_path, monkeypatch):
+    own_folder(tmp_path/"mine", "image_id,patient_id,path\n"+"".join(f"i{k},p{k},{k}.png\n" for k in range(18)), "image_id,x0,y0,x1,y1,lesion_type,label\n"+"".join(f"i{k},9,9,60,60,mass,{'bm'[k%2]}\n" for k in range(12)))
+    monkeypatch.chdir(tmp_path)
+    assert f"-p data_dir {tmp_path.resolve()/'mine'}" in doctor("mine")[1]
+
+
+def test_doctor_sees_doubles_labels_and_spacing(tmp_path):
+    root = tmp_path/"f"; root.mkdir()
+    for k in range(4): Image.fromarray(np.random.default_rng(k//2).integers(0,255,(64,64)).astype(np.uint8)).save(root/f"{k}.png")
+    (root/"patches.csv").write_text("path,patient_id,target,lesion_type,label\n0.png,1,lesion,mass,benign\n1.png,2,lesion,mass,malignant\n2.png,3,lesion,mass,dunno\n3.png,3,healthy,,\n")
+    e, text = doctor(root)
+    assert "4 files hold a picture" in text and "2 of them are called benign and malignant" in text and "2 of them belong to several patients" in text
+    assert "benign patches" in text and "malignant patches" in text and "label 'dunno' read as unknown" in text
+    own_folder(tmp_path/"g", "image_id,patient_id,path,spacing_mm\na,1,a.png,0.07\nb,2,b.png,0.2\n")
+    assert "9 to 26 mm" in doctor(tmp_path/"g")[1]
+
+
+@pytest.mark.skipif(not hasattr(os,"geteuid") or os.geteuid()!=0, reason="only root may become nobody")
+def test_closed_folder_is_passed_over_and_said(tmp_path):
+    "A folder that the user may not enter, as lost+found at the root of a disk."
+    own_folder(tmp_path/"mine", "image_id,patient_id,path\na,1,a.png\n"); (tmp_path/"lost+found").mkdir(mode=0o700)
+    code = f"""
+import os, warnings; warnings.simplefilter('always')
+from mammo_nb.data.doctor import main
+from mammo_nb.data.readers import find_datasets
+import contextlib, io
+with contextlib.redirect_stdout(io.StringIO()): main([{str(tmp_path)!r}])        # what is imported late is imported now
+os.seteuid(65534)
+print(sorted(find_datasets({str(tmp_path)!r}))); main([{str(tmp_path)!r}])
+"""
+    for p in (tmp_path, *tmp_path.parents):
+        if p.stat().st_uid==0 and p!=Path("/"): p.chmod(p.stat().st_mode | 0o055)
+    out = subprocess.run([sys.executable,"-c",code], capture_output=True, text=True, cwd=repo_root())
+    assert out.stdout.startswith("['mine']") and "cannot be entered" in out.stdout and "cannot be entered" in out.stderr, out.stdout+out.stderr
+
+
+def test_loops_of_links_are_passed_over(tmp_path):
+    own_folder(tmp_path/"mine", "image_id,patient_id,path\na,1,a.png\nb,2,loop.dcm\n")
+    os.symlink("b", tmp_path/"a"); os.symlink("a", tmp_path/"b"); os.symlink("..", tmp_path/"mine"/"up"); os.symlink("loop.dcm", tmp_path/"mine"/"loop.dcm")
+    assert set(find_datasets(tmp_path))=={"mine"}
+    assert len(read_any(tmp_path)["mine"].images)==1
+    from mammo_nb.data.doctor import main
+    assert main([str(tmp_path)])==1
+
+
+@pytest.mark.parametrize("said,label", [("Benign","benign"),("benign without callback","benign"),("BENIGN_WITHOUT_CALLBACK","benign"),("non-malignant","benign"),("carcinoma","malignant"),("Bösartig","malignant"),("not malignant","benign"),("suspicious","unknown"),("0","unknown"),("no","unknown")])
+def test_words_of_a_class(tmp_path, said, label):
+    data = read_folder(own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n", f"image_id,x0,y0,x1,y1,lesion_type,label\na,1,1,30,30,mass,{said}\n"))
+    assert data.lesions.label.tolist()==[label]
+    assert data.skipped.reason.str.contains("read as unknown").any()==(label=="unknown")
 
 
 # ---------------------------------------------------------------- pixels

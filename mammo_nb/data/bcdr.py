@@ -14,8 +14,8 @@ import numpy as np
 
 from ..core import DataError
 from .pixels import header_or_skip
-from .table import (BOX, Ledger, box_iou, find_files, inside, label_of, make_data, number_of, outline_box,
-    read_table, view_of, word)
+from .table import (BOX, NO_BOX, Ledger, box_iou, find_files, inside, label_of, make_data, mark_normal,
+    no_box_words, number_of, outline_box, read_table, view_of, word)
 
 # %% ../../nbs/lib/24_data.bcdr.ipynb #6a2fe8b4
 _BCDR_NAME = re.compile(r"(?:.*[/_])?img_(\d+)_(\d+)(?:_(\d+))?_([LR])(CC|O|MLO)\.tiff?", re.I)
@@ -88,7 +88,8 @@ def _bcdr_lesion(im, row, path, table, ledger):
     box = outline_box(points, rows=im["rows"], cols=im["cols"]) if len(points)>2 else None
     im["_marked"] = True
     if box is None:
-        ledger.skip(table, f"outline of {path.name} has no points inside the image")
+        ledger.skip(table, f"outline of {path.name}: {no_box_words(points, 'no points inside the image')}")
+        im["quirks"].append(NO_BOX)
         return []
     said = row["classification"]
     if label_of(said)=="unknown": ledger.note(table, f"classification {said[:40]!r} read as unknown")
@@ -106,11 +107,21 @@ def _bcdr_rows(tables):
     frames = [(kind, tables[kind], read_table(tables[kind], need=need[kind])) for kind in need if kind in tables]
     return [(kind, table, row) for kind,table,df in frames for _,row in df.iterrows()]
 
+def _breasts_of(row):
+    "The breasts a row of the outline table speaks of: (patient, side), side None for both; by file name and by number."
+    name, number = bcdr_name(Path(word(row["image_filename"]).replace("\\","/")).name), re.sub(r"\.0$", "",
+        word(row["patient_id"]))
+    sides = {name["patient"]: name["side"]} if name else {}
+    if number and number not in sides: sides[number] = None
+    return {(f"bcdr:{patient}", side) for patient,side in sides.items()}
+
 def _bcdr_subset(subset, tables, ledger):
+    "Image rows, lesion rows, and the breasts that the outline table marks (None: a row of nobody knows whom)."
     folder = next(iter(tables.values())).parent
     by_name = {p.name.casefold(): p for p in reversed(find_files(folder, ".tif", ".tiff"))}
-    by_id, lesions, named = {}, [], set()
+    by_id, lesions, named, marked = {}, [], set(), set()
     for kind,table,row in _bcdr_rows(tables):
+        if kind=="outlines": marked |= _breasts_of(row) or {None}
         path = _locate(folder, row["image_filename"], by_name)
         if path is None:
             ledger.skip(table, f"image file {word(row['image_filename'])[:120]!r} is not on disk")
@@ -120,11 +131,12 @@ def _bcdr_subset(subset, tables, ledger):
         if im is None:
             ledger.skip(table, f"row of the unusable image {path.name}")
             continue
+        im["_outlined"] = "outlines" in tables
         if np.isnan(im["density"]): im["density"] = number_of(row.get("density"),1,4)
         if kind=="outlines": lesions += _bcdr_lesion(im, row, path, table, ledger)
     spare = [p for p in by_name.values() if bcdr_name(p.name) and p not in named]
     if spare: ledger.note(folder, "pictures on disk that no table names", len(spare))
-    return [im for im in by_id.values() if im], lesions
+    return [im for im in by_id.values() if im], lesions, marked
 
 # %% ../../nbs/lib/24_data.bcdr.ipynb #a82c9855
 def _merge_images(images, ledger):
@@ -179,13 +191,16 @@ def _distinct_ids(lesions):
         out.append(dict(l, lesion_id=l["lesion_id"]+letter))
     return out
 
-def _mark_normal(images):
-    breast = lambda im: (im["patient_id"], im["laterality"])
-    marked = {breast(im) for im in images if im.get("_marked")}
-    for im in images:
-        im["has_lesion"] = bool(im.pop("_marked", False))
-        im["normal"] = not im["has_lesion"] and (im["subset"].startswith("DN") or breast(im) not in marked)
-        del im["_series"]
+def _against(im, marked):
+    "Why an image without an outline is not called normal: its breast is marked elsewhere, or nobody looked."
+    who, side = im["patient_id"], im["laterality"]
+    if (who,side) in marked or (who,None) in marked: return "an outline lies on another view of the same breast"
+    if None in marked: return "a row of the outline table belongs to nobody knows whom"
+    return "" if im["subset"].startswith("DN") or im["_outlined"] else "its sub-set has no outline table"
+
+def _mark(images, marked, root, ledger):
+    for im in images: im["has_lesion"] = bool(im.get("_marked"))
+    mark_normal(images, lambda im: _against(im, marked), ledger=ledger, file=root)
 
 # %% ../../nbs/lib/24_data.bcdr.ipynb #3b70478d
 def read_bcdr(
@@ -202,17 +217,20 @@ def read_bcdr(
         of = f" of {', '.join(subsets)}" if subsets else ""
         raise DataError(f"BCDR: no bcdr_<sub-set>_img.csv or bcdr_<sub-set>_outlines.csv{of}", root,
             "point data_dir at the folder that holds BCDR-F01_dataset or its sisters")
-    images, lesions = [], []
+    images, lesions, marked = [], [], set()
     for subset,t in tables.items():
-        im, le = _bcdr_subset(subset, t, led)
+        im, le, breasts = _bcdr_subset(subset, t, led)
         images += im
         lesions += le
+        marked |= breasts
     images, alias = _merge_images(images, led)
     kept = []
     for im in images:
         here = [dict(l, image_id=im["image_id"]) for l in lesions if alias[l["image_id"]]==im["image_id"]]
-        kept += merge_lesions(here, ledger=led, where=im["path"])
-    _mark_normal(images)
+        merged = merge_lesions(here, ledger=led, where=im["path"])
+        kept += merged
+        if not all(any(_same_lesion(l, o) for o in merged) for l in here): im["quirks"].append(NO_BOX)
+    _mark(images, marked, root, led)
     if not images:
         raise DataError("BCDR: tables found, and no readable image", root, led.main_reasons() or "check the download")
     led.warn()

@@ -16,8 +16,8 @@ from scipy import ndimage
 
 from ..core import DataError, ParameterError
 from .pixels import header_or_skip
-from .table import (BOX, Ledger, box_iou, find_files, make_data, number_of, outline_box, read_table,
-    side_of, view_of, word)
+from .table import (BOX, NO_BOX, Ledger, box_iou, find_files, make_data, mark_normal, no_box_words,
+    number_of, outline_box, read_table, side_of, view_of, word)
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #caee7a87
 _DICOM_NAME = re.compile(r"(\d{8})_([0-9a-f]{16})_MG_([LR])_([A-Z]{2,4})_ANON\.dcm", re.I)
@@ -88,7 +88,7 @@ def _outlined(rois, *, rows, cols, file, ledger):
             continue
         box = outline_box(r["points"], rows=rows, cols=cols)
         if box is None:
-            ledger.skip(file, "outline lies outside the image")
+            ledger.skip(file, no_box_words(r["points"], "outline lies outside the image"))
             continue
         clipped = any(not (-.5<=x<=cols and -.5<=y<=rows) for x,y in r["points"])
         yield r["name"], dict(zip(BOX, box), lesion_id=f"{i:03d}", polygon=r["points"], lesion_type=kind,
@@ -176,13 +176,14 @@ def inbreast_files(
     files = find_files(root, ".csv", ".dcm", ".xml")
     table = [p for p in files if p.name.casefold()=="inbreast.csv"]
     images = {inbreast_name(p.name)["image"]: p for p in reversed(files) if inbreast_name(p.name)}
-    outlines = {p.stem: p for p in reversed(files) if re.fullmatch(r"\d{8}\.xml", p.name)}
+    outlines = {p.stem: p for p in reversed(files) if re.fullmatch(r"\d{8}\.xml", p.name, re.I)}
     return dict(table=table[0] if table else None, images=images, outlines=outlines)
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #8e34e4f8
 def _inbreast_table(path):
     "What INbreast.csv says of each image id."
-    def row(r): return dict(birads=r["Bi-Rads"].casefold() or np.nan, density=number_of(r["ACR"],1,4),
+    def row(r):
+        return dict(birads=re.sub(r"\.0$", "", r["Bi-Rads"].casefold()) or np.nan, density=number_of(r["ACR"],1,4),
         side=side_of(r["Laterality"]), view=view_of(r["View"]), study=r["Acquisition date"])
     df = read_table(path, sep=";", need=INBREAST_COLUMNS)
     rows = {re.sub(r"\.0$", "", r["File Name"]): row(r) for _,r in df.iterrows()}
@@ -207,9 +208,12 @@ def _inbreast_lesions(outlines, im, find, ledger):
     try: rois = read_rois(outlines)
     except DataError as e:
         ledger.skip(outlines, e.what)
-        im["quirks"].append("outline file unreadable")
+        im["quirks"] += ["outline file unreadable", NO_BOX]
         return [], True
-    return find(rois, rows=im["rows"], cols=im["cols"], file=outlines, ledger=ledger), bool(rois)
+    found = find(rois, rows=im["rows"], cols=im["cols"], file=outlines, ledger=ledger)
+    outside = any(len(r["points"])>2 and not outline_box(r["points"], rows=im["rows"], cols=im["cols"]) for r in rois)
+    if outside: im["quirks"].append(NO_BOX)
+    return found, bool(rois)
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #2e0e9ccd
 def _inbreast_spare(files, table, ledger):
@@ -217,6 +221,11 @@ def _inbreast_spare(files, table, ledger):
         ledger.skip(files["table"], f"image {i} is listed and has no DICOM file")
     for i in sorted(set(files["outlines"])-set(files["images"])):
         ledger.skip(files["outlines"][i], "outline without a DICOM file")
+
+def _against(im):
+    "INbreast calls an image normal by BI-RADS 1; a missing rating, or a higher one without an outline, does not."
+    rating = word(im["birads"])
+    return "" if rating=="1" else f"BI-RADS {rating} without an outline" if rating else "it has no BI-RADS rating"
 
 def read_inbreast(
     root:Path, # Folder that holds INbreast.csv, the DICOM and the XML files, at any depth
@@ -244,8 +253,9 @@ def read_inbreast(
             label_source="birads")
         lesions += [dict(l, **shared, quirks=im["quirks"]+l["quirks"],
             label_raw=f"{l['label_raw']} / BI-RADS {birads}") for l in found]
-        images.append(dict(im, has_lesion=marked, normal=not marked and birads in ("","1")))
+        images.append(dict(im, has_lesion=marked))
     if not images: raise DataError("INbreast: no readable DICOM file named like 20586908_…_MG_L_CC_ANON.dcm", root,
         "point data_dir at the folder that holds AllDICOMs")
+    mark_normal(images, _against, ledger=led, file=files["table"])
     led.warn()
     return make_data("inbreast", images, lesions, ledger=led, scaling=scaling)

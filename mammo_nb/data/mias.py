@@ -11,17 +11,19 @@ from pathlib import Path
 
 from ..core import DataError
 from .pixels import header_or_skip
-from .table import BOX, Ledger, find_files, make_data, outline_box
+from .table import BOX, NO_BOX, Ledger, find_files, make_data, mark_normal, outline_box
 
 # %% ../../nbs/lib/26a_data.mias.ipynb #2d691682
 MIAS_TYPES = dict(CALC="calcification", CIRC="mass", SPIC="mass", MISC="mass", ARCH="distortion", ASYM="asymmetry")
-_ROW = re.compile(r"^\s*(mdb\d{3})\s+([FGD])\s+([A-Z]{4})\b(.*)$")
+_ROW = re.compile(r"^\s*(mdb\d{3})\s+([FGD])\s+([A-Z]{4})\b(.*)$", re.I)
+_REF = re.compile(r"^\s*(mdb\d{3})\b", re.I)
 
 def _mias_row(m):
     "A row's words and numbers; `circle` is None where the numbers are missing."
     rest = m[4].split()
     numbers = rest[1:4] if len(rest)>=4 and all(t.isdigit() and len(t)<6 for t in rest[1:4]) else None
-    return dict(ref=m[1], tissue=m[2], kind=m[3], severity=rest[0] if rest and rest[0] in "BM" else "",
+    severity = rest[0].upper() if rest and rest[0].upper() in ("B","M") else ""
+    return dict(ref=m[1].casefold(), tissue=m[2].upper(), kind=m[3].upper(), severity=severity,
         circle=numbers and [int(t) for t in numbers])
 
 def read_mias_info(
@@ -33,7 +35,11 @@ def read_mias_info(
     ledger = ledger or Ledger("mias")
     try: text = Path(path).read_bytes()[:5_000_000].decode("latin-1")
     except OSError as e: raise DataError(f"cannot be read ({type(e).__name__})", path, "check the download") from e
-    rows = [_mias_row(m) for line in text.splitlines() if (m := _ROW.match(line))]
+    lines = text.splitlines()
+    rows = [_mias_row(m) for line in lines if (m := _ROW.match(line))]
+    odd = [m[1].casefold() for line in lines if not _ROW.match(line) and (m := _REF.match(line))]
+    for r in rows:
+        r["odd"] = r["ref"] in odd                                   # another line of this image is not understood
     for r in rows:
         if r["kind"] not in ("NORM",*MIAS_TYPES): ledger.note(path, f"unknown class '{r['kind']}' read as other")
     if not rows:
@@ -59,7 +65,7 @@ def _mias_image(ref, rows, path, head):
     return dict({k: head[k] for k in ("rows","cols","bits")}, image_id=f"mias:{ref}", subset="mini-mias",
         patient_id=f"mias:{(n+1)//2:03d}", path=str(path.resolve()), laterality="R" if n%2 else "L", view="MLO",
         spacing_mm=MIAS_SPACING*1024/head["rows"], device="film", quirks=[f"tissue {rows[0]['tissue']}"],
-        has_lesion=marked, normal=not marked)
+        has_lesion=marked, _odd=any(r["odd"] for r in rows))
 
 def _mias_lesions(im, marked, info, ledger):
     size, out = dict(rows=im["rows"], cols=im["cols"]), []
@@ -67,6 +73,7 @@ def _mias_lesions(im, marked, info, ledger):
         box = circle_box(r["circle"], **size) if r["circle"] else None
         if box is None:
             ledger.skip(info, f"lesion of {im['image_id'][5:]} has no circle inside the image")
+            im["quirks"].append(NO_BOX)
             continue
         out.append(dict(zip(BOX, box), image_id=im["image_id"], lesion_id=str(k+1),
             lesion_type=MIAS_TYPES.get(r["kind"],"other"), label_source="pathology", quirks=im["quirks"],
@@ -103,5 +110,7 @@ def read_mias(
     if not images:
         raise DataError("mini-MIAS: Info.txt found, and no readable mdb*.pgm", root,
             "put the pictures below the same folder")
+    mark_normal(images, lambda im: "another line of it is not understood" if im.pop("_odd") else "", ledger=led,
+        file=info)
     led.warn()
     return make_data("mias", images, lesions, ledger=led, scaling=scaling)

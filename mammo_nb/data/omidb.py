@@ -15,9 +15,8 @@ import numpy as np
 
 from ..core import DataError
 from .pixels import header_or_skip
-from mammo_nb.data.table import (BOX, Ledger, find_files, inside, make_data, number_of, outline_box, read_table,
-    side_of,
-    view_of, word)
+from .table import (BOX, NO_BOX, Ledger, find_files, fractions, inside, make_data, mark_normal,
+    number_of, outline_box, read_table, side_of, view_of, word)
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #6307f3e8
 def read_plain_json(
@@ -83,16 +82,32 @@ def mark_label(
     return "unknown", np.nan, ""
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #392b6458
+_NORMAL_OPINIONS = set("on normal n a1 b1 c1 h0 h1 p1 r1 u1 rn".split())
+
+def _every_opinion(episode):
+    "All opinions of an episode, on lesions and on sides."
+    for event in (_dict(episode.get(n)) for n in _EVENTS):
+        yield from (event.get(k) for k in _SIDE_OPINION.values())
+        for lesion in (l for side in "LR" for l in _dict(event.get(side)).values()): yield _dict(lesion).get("Opinion")
+
+def _interval_cancer(episode):
+    kind = word(episode.get("EpisodeType")).casefold()
+    if kind in ("ci","intervalcancer","interval cancer") or word(episode.get("IntervalCancerDateOfDiagnosis")):
+        return True
+    return bool(_dict(episode.get("INTERVALCANCER")))
+
 def client_status(
     nbss:dict, # Content of an nbss file
-) -> str: # CI, M, B or N
-    "Interval cancer, malignant, benign or normal client."
-    episodes = [e for e in nbss.values() if isinstance(e, dict)]
-    kinds = {word(e.get("EpisodeType")).casefold() for e in episodes}
-    if kinds & {"ci","intervalcancer","interval cancer"}: return "CI"
-    events = [_dict(e.get(n)) for e in episodes for n in _BY_LESION]
-    found = {opinion_label(e.get(k)) for e in events for k in _SIDE_OPINION.values()}
-    return "M" if "malignant" in found else "B" if "benign" in found else "N"
+) -> str: # CI, M, B, U or N
+    "Interval cancer, malignant, benign, uncertain (something not normal is recorded, or nothing at all) or normal."
+    episodes = [e for e in nbss.values() if isinstance(e, dict) and e]
+    if any(map(_interval_cancer, episodes)): return "CI"
+    said = [word(o) for e in episodes for o in _every_opinion(e) if word(o)]
+    found = {opinion_label(o) for o in said}
+    if found & {"malignant","benign"}: return "M" if "malignant" in found else "B"
+    odd = [o for o in said if o.casefold().replace(" ","") not in _NORMAL_OPINIONS]
+    recorded = any(_dict(_dict(e.get("LESION")).get(side)) for e in episodes for side in "LR")
+    return "U" if odd or recorded or not episodes else "N"
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #42836ca2
 OMI_WRONG_BOXES = tuple("1.2.826.0.1.3680043.9.3218.1.1."+t for t in ("21149576.1882.1552598184295.155.0",
@@ -128,7 +143,7 @@ def mark_box(
     "Box of a mark, corners sorted, clipped to the image."
     m = {str(k).casefold(): v for k,v in mark.items()}
     x, y = (sorted(number_of(m.get(k)) for k in ks) for ks in (("x1","x2"),("y1","y2")))
-    if not np.isfinite(x+y).all() or x[0]==x[1] or y[0]==y[1]: return None
+    if not np.isfinite(x+y).all() or x[0]==x[1] or y[0]==y[1] or fractions(list(zip(x,y))): return None
     return outline_box([(x[0],y[0]),(np.ceil(x[1])-1,np.ceil(y[1])-1)], rows=rows, cols=cols)
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #055f212e
@@ -172,17 +187,23 @@ def _omi_lesions(im, marks, episode, ledger):
     path, out = Path(im["path"]), []
     if marks and im["image_id"].removeprefix("omidb:") in OMI_WRONG_BOXES:
         ledger.skip(path, "image is on the list of wrong boxes", len(marks))
+        im["quirks"].append(NO_BOX)
         return []
     for key,m in sorted(marks.items()):
         box = mark_box(m, rows=im["rows"], cols=im["cols"])
         if box is None:
             ledger.skip(path, "mark has no box inside the image")
+            im["quirks"].append(NO_BOX)
             continue
         numbers = re.findall(r"\d+", word(m.get("LinkedNBSSLesionNumber")))
         label, source, raw = mark_label(episode, im["laterality"], numbers)
         out.append(dict(zip(BOX, box), image_id=im["image_id"], lesion_id=word(m.get("MarkID")) or str(key),
             lesion_type=mark_type(m), label=label, label_source=source, label_raw=raw, quirks=im["quirks"]))
     return out
+
+_STATUS = dict(unknown="its client has no readable nbss file", CI="its client had an interval cancer",
+    M="its client has a malignant opinion", B="its client has a benign opinion",
+    U="the record of its client holds something that is not normal, or nothing")
 
 def _omi_rows(client, files, by_stem, want, ledger):
     "Image and lesion rows of one client, and the images that its file names."
@@ -198,10 +219,12 @@ def _omi_rows(client, files, by_stem, want, ledger):
         quirks = [f"client {status}"] + [word for word,yes in odd if yes]
         im = dict(_sized(h), image_id=f"omidb:{sop}", subset=word(imagedb.get("Site")) or np.nan, study_id=study,
             patient_id=f"omidb:{client}", path=str(path.resolve()), laterality=side_of(h["side"][:1] or h["view"][:1]),
-            view=view_of(h["view"]), device=_device(h), quirks=quirks, has_lesion=bool(marks),
-            normal=not marks and status=="N")
+            view=view_of(h["view"]), device=_device(h), quirks=quirks, has_lesion=bool(marks))
         images.append(im)
         lesions += _omi_lesions(im, marks, _dict(_dict(nbss).get(word(s.get("EpisodeID")))), ledger)
+    why = _STATUS.get(status) or ("an image of the client carries a mark" if any(m for *_,m in omi_images(imagedb))
+        else "")
+    mark_normal(images, lambda im: why, ledger=ledger, file=files["imagedb"])
     return images, lesions, named
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #dcaee3bd
@@ -293,7 +316,7 @@ def _sheet_image(r, root, table, ledger):
     return h and dict(_sized(h), image_id=f"omidb:{sop}", subset=word(r.get("batchid")) or np.nan,
         study_id=r["studyiuid"],
         patient_id=f"omidb:{r['clientid']}", path=str(path), laterality=side_of(h["side"][:1]), view=view_of(h["view"]),
-        device=_device(h))
+        device=_device(h), quirks=[])
 
 def _sheet_lesions(marks, images, table, ledger):
     "Lesion rows of the sheet of lesions."
@@ -306,6 +329,7 @@ def _sheet_lesions(marks, images, table, ledger):
         box, status = mark_box(m.to_dict(), rows=im["rows"], cols=im["cols"]), word(m.get("status"))
         if box is None:
             ledger.skip(table, f"line {k+2}: no box inside the image")
+            im["quirks"].append(NO_BOX)
             continue
         out.append(dict(zip(BOX, box), image_id=im["image_id"], lesion_id=f"{word(m.get('lesionid')) or 'line'}_{k}",
             lesion_type=mark_type(m.to_dict()), label=opinion_label(status) or "unknown", label_source="biopsy",
@@ -313,6 +337,12 @@ def _sheet_lesions(marks, images, table, ledger):
     return out
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #4b111b74
+def _sheet_against(sheet, marks):
+    "Why an image without a lesion row is not called normal, as a function of its row."
+    spare, sick = len(set(marks.imagesopiuid)-set(sheet.imagesopiuid)), {f"omidb:{c}" for c in marks.clientid}
+    why = f"{spare} image(s) of the lesion sheet are not in the image sheet" if spare else ""
+    return lambda im: "its client has a lesion" if im["patient_id"] in sick else why
+
 def read_omidb_sheets(
     images_csv:Path, # Sheet of images
     lesions_csv:Path, # Sheet of lesions
@@ -325,14 +355,14 @@ def read_omidb_sheets(
     "The OPTIMAM release of the DCGAN thesis as `MammoData`, with the thesis's filters by default."
     led, images = Ledger("optimam sheets", strict), {}
     sheet, marks = _sheet(images_csv, SHEET_NEED), _sheet(lesions_csv, SHEET_LESIONS)
-    marked = set(marks.imagesopiuid)
     for _,r in sheet.iterrows():
         if not only.passes(r):
             led.note(images_csv, "image left out by the filters")
             continue
-        im, sick = _sheet_image(r, root, images_csv, led), r["imagesopiuid"] in marked
-        if im: images[r["imagesopiuid"]] = dict(im, has_lesion=sick, normal=not sick)
+        im = _sheet_image(r, root, images_csv, led)
+        if im: images[r["imagesopiuid"]] = dict(im, has_lesion=r["imagesopiuid"] in set(marks.imagesopiuid))
     lesions = _sheet_lesions(marks, images, lesions_csv, led)
+    mark_normal(list(images.values()), _sheet_against(sheet, marks), ledger=led, file=images_csv)
     if not images: raise DataError("no image passes the filters and is on disk", images_csv, led.main_reasons())
     led.warn()
     return make_data("omidb", list(images.values()), lesions, ledger=led, scaling=scaling)

@@ -27,6 +27,7 @@ from mammo_nb.data.boxes import (Box, Jitter, Rounds, area_table, as_box, box_sh
     grid_boxes, jitter_square, place_box, reference_square, square_around, swap_axes, thesis_tissue, wanted_side,
     zoomed_box)
 from .pixels import area_resize, breast_mask, read_image, to_uint8
+from .table import NO_BOX
 
 # %% ../../nbs/lib/28_data.patches.ipynb #279fa45c
 TEXT = ("patch_id","patient_id","image_id","lesion_id","lesion_type","label","dataset","subset","device","laterality",
@@ -441,11 +442,14 @@ def _lesion_boxes(data):
     return boxes.get
 
 def _images(data, patients, images):
-    "The images that tissue may come from."
+    "The images that tissue may come from: normal ones, or also those of which the place of every lesion is known."
     if images not in ("normal","all"):
         raise ParameterError(f"'{images}' is no choice of images", "images", nearest(images, ["normal","all"]))
     im = _chosen(data.images, patients)
-    return im[im.normal.astype(bool)] if images=="normal" else im
+    if images=="normal": return im[im.normal.astype(bool)]
+    known = im.image_id.isin(data.lesions.image_id) & ~im.quirks.map(lambda q: NO_BOX in (q if isinstance(q, list)
+        else []))
+    return im[im.normal.astype(bool) | known]
 
 # %% ../../nbs/lib/28_data.patches.ipynb #e65fa689
 def healthy_patches(
@@ -457,7 +461,7 @@ def healthy_patches(
     like:pd.DataFrame=None, # Lesion table to take sizes from; the data's own of this scope
     scope:str="lesions", # Scope of those lesions
     patients=None, # Only these patients; None for all
-    images:str="normal", # `normal`: images known to be without lesion; `all`: any image, keeping clear of its lesions
+    images:str="normal", # `normal`: known to be without lesion; `all`: also images with lesions, keeping clear of them
     **options # Settings of the rule `square`
 ) -> Plan:
     "A plan of n healthy patches, cut by the same routine as lesions."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'RASTER', 'SCALINGS', 'AGAIN', 'BROKEN', 'HEADER_WORDS', 'is_dicom', 'read_dicom',
-           'read_header', 'header_or_skip', 'window', 'to_uint8', 'read_image', 'breast_mask', 'breast_side',
-           'pectoral_cut', 'area_matrix', 'area_resize', 'torch_area_resize']
+           'read_header', 'header_or_skip', 'window', 'to_uint8', 'read_image', 'mask_boxes', 'read_mask', 'mask_box',
+           'breast_mask', 'breast_side', 'pectoral_cut', 'area_matrix', 'area_resize', 'torch_area_resize']
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #55119ca0
 import io, warnings
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydicom.dataset import FileMetaDataset
 from pydicom.pixels import apply_modality_lut
 from scipy import ndimage
@@ -27,7 +27,7 @@ MAX_PIXELS = 200_000_000 # Refuse larger pictures; the largest mammograms have a
 MAX_BYTES = 2_000_000_000 # Refuse larger files
 RASTER = (".png",".tif",".tiff",".jpg",".jpeg",".pgm",".bmp")
 SCALINGS = ("minmax","voi","none")
-AGAIN, BROKEN = "download it again", "the file is broken"
+AGAIN, BROKEN = "the file is damaged: copy or download it again", "the file is broken"
 
 def _stat(path):
     path = Path(path)
@@ -94,19 +94,39 @@ def read_dicom(
             if not meta.get("TransferSyntaxUID"): meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
     except Exception as e: raise DataError(f"not a readable DICOM image ({_reason(e)})", path, AGAIN) from e
     _check_size(rows, cols, path, frames)
+    if frames>1: raise DataError(f"holds {frames} frames (a volume or a series)", path, _SEVERAL)
+    if str(ds.get("PhotometricInterpretation","")).upper()=="PALETTE COLOR":
+        raise DataError("stores colour numbers, not grey values", path, "convert it to grey")
     return ds
 
-# %% ../../nbs/lib/22_data.pixels.ipynb #078cb457
+# %% ../../nbs/lib/22_data.pixels.ipynb #9a34c4ce
+_SEVERAL = "save the picture that is meant as a file of its own"
+
+def _pages(im):
+    "Whether a file holds a second picture; a smaller one (thumbnail, pyramid level) does not count."
+    if getattr(im, "n_frames", 1)<2: return False
+    size = im.size
+    im.seek(1)
+    small = im.size[0]*im.size[1] <= size[0]*size[1]/2
+    im.seek(0)
+    return not small
+
 def _raster(path, pixels=True):
+    "An opened picture, and how it has to be turned: EXIF orientation (1: it lies right), whether white is zero."
     content = io.BytesIO(_bytes(path)) if pixels else _stat(path) and path
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             im = Image.open(content)
+            tiff, several = im.format=="TIFF", _pages(im)
+            loose = tiff or (im.format=="PNG" and "exif" not in im.info)          # Pillow turns a TIFF itself
+            turn = 1 if loose else int(im.getexif().get(0x0112, 1))
+            negative = tiff and im.tag_v2.get(262)==0 and im.mode not in ("1","L") # and these two modes
             if not pixels: im.close()
     except Exception as e: raise DataError(f"not a readable picture ({_reason(e)})", path, AGAIN) from e
     _check_size(im.height, im.width, path)
-    return im
+    if several: raise DataError("holds more than one picture (a volume or a multi-page file)", path, _SEVERAL)
+    return im, turn if 2<=turn<=8 else 1, negative
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #e88e22d6
 HEADER_WORDS = dict(side=("ImageLaterality","Laterality"), view=("ViewPosition",), orientation=("PatientOrientation",),
@@ -135,16 +155,32 @@ def _spacing(ds):
         return s/m if m>=1 else s
     return np.nan
 
+def _falls(ds):
+    "Whether grey falls where stored values rise: a negative slope, or a modality or VOI table that goes down."
+    down = _number(ds.get("RescaleSlope"))<0
+    for key in ("ModalityLUTSequence","VOILUTSequence"):
+        for lut in (ds.get(key) or [])[:1]:
+            values = _lut_values(lut)
+            down ^= len(values)>1 and int(values[0])>int(values[-1])
+    return bool(down)
+
+def _lut_values(lut):
+    n, data = int(lut.LUTDescriptor[0]), lut.LUTData
+    if isinstance(data, bytes): data = np.frombuffer(data, np.uint8 if len(data)==(n or 65536) else np.uint16)
+    return np.atleast_1d(np.asarray(data))
+
 def _facts(ds):
     "What `read_header` says of a DICOM file."
     words = {k: next((t for key in keys if (t:=_text(ds,key))), "") for k,keys in HEADER_WORDS.items()}
     numbers = dict(bits="BitsStored", allocated="BitsAllocated",
         magnification="EstimatedRadiographicMagnificationFactor",
         current="XRayTubeCurrent")
-    return dict(rows=int(ds.Rows), cols=int(ds.Columns), spacing_mm=_spacing(ds),
+    falls = ["grey values fall with the stored ones (slope or table), turned over"]*_falls(ds)
+    return dict(rows=int(ds.Rows), cols=int(ds.Columns), spacing_mm=_spacing(ds), remarks=falls,
         **{k: _number(ds.get(key)) for k,key in numbers.items()}, **words)
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #0fb3dc76
+_TURNED, _WHITE = "stored on its side, turned as its EXIF note says", "white is zero in this file, turned over"
 _RAW = ("1.2.840.10008.1.2","1.2.840.10008.1.2.1","1.2.840.10008.1.2.2")
 
 def _head(path):
@@ -160,17 +196,18 @@ def _check_whole(ds, path):
     if str(ds.file_meta.TransferSyntaxUID) in _RAW and have<need//8:
         raise DataError(f"file ends before its pixels: {have:,} bytes for {need//8:,} of pixels", path, AGAIN)
 
-def _picture_facts(im):
+def _picture_facts(im, turn, negative):
+    rows, cols = (im.width, im.height) if turn>4 else (im.height, im.width)
+    remarks = [_TURNED]*(turn>1) + [_WHITE]*negative
     bits = dict(L=8, P=8, RGB=8, RGBA=8, LA=8).get(im.mode, 1 if im.mode=="1" else 32 if im.mode in "IF" else 16)
-    return dict(rows=im.height, cols=im.width, bits=bits, allocated=max(bits,8), spacing_mm=np.nan,
-        magnification=np.nan,
-        current=np.nan, **{k:"" for k in HEADER_WORDS})
+    return dict(rows=rows, cols=cols, bits=bits, allocated=max(bits,8), spacing_mm=np.nan, magnification=np.nan,
+        current=np.nan, remarks=remarks, **{k:"" for k in HEADER_WORDS})
 
 def read_header(
     path:Path, # DICOM or picture
-) -> dict: # rows, cols, bits, allocated, spacing_mm, magnification, current and the words of `HEADER_WORDS`
+) -> dict: # rows, cols, bits, allocated, spacing_mm, magnification, current, remarks, words of `HEADER_WORDS`
     "Size, bits, spacing and words of a file without decoding its pixels."
-    if not is_dicom(path): return _picture_facts(_raster(path, pixels=False))
+    if not is_dicom(path): return _picture_facts(*_raster(path, pixels=False))
     ds = _head(path)
     try:
         _check_whole(ds, path)
@@ -183,9 +220,12 @@ def header_or_skip(
     path:Path, # DICOM or picture
     ledger, # Takes the reason of a file that cannot be read
 ) -> dict: # From `read_header`, or None
-    "The header of a file, or a line in the ledger."
-    try: return read_header(path)
+    "The header of a file, or a line in the ledger; what was turned to be read rightly is noted."
+    try: head = read_header(path)
     except DataError as e: ledger.skip(path, e.what)
+    else:
+        for remark in head["remarks"]: ledger.note(path, remark)
+        return head
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #f240b3c9
 _NO_DECODER = ("compressed DICOM needs its decoders: pip install 'mammo_nb[dicom]'; "
@@ -202,8 +242,7 @@ def _decode(ds, path):
         text = _reason(e)
         lacks = any(w in text.lower() for w in ("plugin","decoder","handler","missing"))
         raise DataError(f"pixels cannot be decoded ({text})", path, _NO_DECODER if lacks else AGAIN) from e
-    if x.ndim==3 and ds.get("SamplesPerPixel",1)==1: x = x[0]
-    if x.ndim==3: x = x[...,:3].mean(-1)
+    if x.ndim==3 and ds.get("SamplesPerPixel",1)>1: x = x[...,:3].mean(-1)
     if x.ndim!=2 or x.shape!=(ds.Rows, ds.Columns):
         raise DataError(f"decodes to shape {x.shape}, header says {(ds.Rows, ds.Columns)}", path, BROKEN)
     return x
@@ -218,6 +257,10 @@ def _padding(ds, x):
 def _inverted(ds):
     said = lambda key: str(ds.get(key,"")).upper()
     return said("PhotometricInterpretation")=="MONOCHROME1" or said("PresentationLUTShape")=="INVERSE"
+
+def _turned_over(x):
+    "Bright for dark, in the same range and type."
+    return (x.max()-x)+x.min()
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #6c13f6c9
 def window(
@@ -238,9 +281,7 @@ def _voi_table(lut, x):
     "A VOI LUT of PS3.3 C.11.2.1.1, to 0 to 1."
     n, first, bits = (int(v) for v in lut.LUTDescriptor)
     if first>32767 and x.min()<0: first -= 65536
-    data = lut.LUTData
-    if isinstance(data, bytes): data = np.frombuffer(data, np.uint8 if len(data)==(n or 65536) else np.uint16)
-    data = np.asarray(data)
+    data = _lut_values(lut)
     return data[np.clip(x-first, 0, len(data)-1).astype(int)]/(2.**bits-1)
 
 def _voi(ds, raw, index):
@@ -272,34 +313,92 @@ def to_uint8(
     return out
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #b03e3a41
-def _grey(im, path):
+def _grey(path):
+    "The grey plane of a picture file, lying right and with bright for much."
+    im, turn, negative = _raster(path)
     try:
+        if turn>1: im = ImageOps.exif_transpose(im)
         if im.mode in ("RGB","RGBA","P","LA","CMYK","YCbCr","1"): im = im.convert("L")
         x = np.asarray(im)
     except Exception as e: raise DataError(f"pixels cannot be decoded ({_reason(e)})", path, AGAIN) from e
     if x.ndim!=2: raise DataError(f"has shape {x.shape}, not one grey plane", path, "convert it to grey")
-    return x
+    return _turned_over(x) if negative else x
 
 def read_image(
     path:Path, # DICOM, PNG, TIFF or JPEG
     *,
     scaling:str="minmax", # `minmax` as the authors, `voi` as DICOM says, `none` stored values
     index:int=0, # Which window or VOI table, where a file offers several
-) -> np.ndarray: # `(h,w)` uint8, or the stored type for `none`
+) -> np.ndarray: # `(h,w)` uint8, or the stored type for `none`; bright is much in all three
     "One grey image from a file, or a `DataError` with path and reason."
     if scaling not in SCALINGS:
         raise ParameterError(f"'{scaling}' is no scaling", "scaling", nearest(scaling, SCALINGS))
     if not is_dicom(path):
-        x = _grey(_raster(path), path)
+        x = _grey(path)
         return x if scaling=="none" else to_uint8(x, where=path)
     ds = read_dicom(path)
     raw = _decode(ds, path)
-    if scaling=="none": return raw
-    if scaling=="minmax": return to_uint8(-raw.astype(np.float32) if _inverted(ds) else raw, where=path)
-    try: x, pad = _voi(ds, raw, index), _padding(ds, raw)
+    try:
+        if scaling!="voi":
+            x = _turned_over(raw) if _inverted(ds)!=_falls(ds) else raw
+            return x if scaling=="none" else to_uint8(x, where=path)
+        x, pad = _voi(ds, raw, index), _padding(ds, raw)
+    except DataError: raise
     except Exception as e:
         raise DataError(f"broken VOI or modality table ({_reason(e)})", path, "read it with scaling='minmax'") from e
     return to_uint8(-x if _inverted(ds) else x, ignore=pad, where=path)
+
+# %% ../../nbs/lib/22_data.pixels.ipynb #2bbdfc91
+def _coarse_parts(on):
+    "Parts of a mask after closing gaps on cells of about 4 by 4 pixels: number of the part of each pixel, how many."
+    rows, cols = (np.arange(s)*((s+3)//4)//s for s in on.shape)
+    starts = [np.flatnonzero(np.diff(i, prepend=-1)) for i in (rows,cols)]
+    small = np.logical_or.reduceat(np.logical_or.reduceat(on, starts[0], axis=0), starts[1], axis=1)
+    closed = ndimage.binary_closing(np.pad(small,9), np.ones((9,9)))[9:-9,9:-9]
+    part, n = ndimage.label(closed, np.ones((3,3)))
+    return np.where(on, part[np.ix_(rows,cols)], 0), n
+
+def mask_boxes(
+    mask:np.ndarray, # Grey or binary mask
+    *,
+    smallest:float=.1, # Parts below this share of the largest are specks
+) -> list: # Boxes `(x0,y0,x1,y1)` in mask pixels, largest part first
+    "Boxes of the parts of a mask, after closing gaps."
+    top = mask.max()
+    on = mask > (0 if top<=1 else 127 if top<=255 else top/2)
+    if not on.any(): return []
+    (y0,y1), (x0,x1) = (np.flatnonzero(on.any(axis))[[0,-1]]+(0,1) for axis in (1,0))
+    whole, n = _coarse_parts(on[y0:y1,x0:x1])
+    area, at = np.bincount(whole.ravel(), minlength=n+1)[1:], ndimage.find_objects(whole, max_label=n)
+    keep = [k for k in np.argsort(-area, kind="stable") if area[k]>=smallest*area.max() and area[k]>0]
+    return [(int(x0+sx.start), int(y0+sy.start), int(x0+sx.stop), int(y0+sy.stop)) for sy,sx in (at[k] for k in keep)]
+
+# %% ../../nbs/lib/22_data.pixels.ipynb #1c4de574
+def read_mask(
+    path:Path, # Picture
+    *,
+    rows:int, # Height of the image it belongs to
+    cols:int, # Its width
+) -> np.ndarray: # `(rows,cols)`, 0 where nothing is; values of lesions, or 1 in a grey or lossy mask
+    "A mask of one or several lesions, or a `DataError` that says why it is none."
+    x = read_image(path, scaling="none")
+    if x.shape!=(rows,cols):
+        raise DataError(f"mask is {x.shape[0]} x {x.shape[1]}, its image {rows} x {cols}", path,
+            "give masks of the image's size")
+    values, lossy = np.unique(x), Path(path).suffix.lower() in (".jpg",".jpeg")
+    if len(values)<2:
+        raise DataError(f"mask has one value only, {values[0]}", path,
+            "mark the lesion with another value than the rest")
+    if lossy or len(values)>17: return (x > x.max()/2).astype(np.uint8)
+    if values[0]!=0: raise DataError("mask has no background of 0", path, "write 0 where no lesion is")
+    return x
+
+def mask_box(
+    on:np.ndarray, # Bool, the lesion
+) -> tuple: # (box around all real parts, how many there are)
+    "One box for a lesion of several parts, such as a cluster of calcifications; specks do not count."
+    boxes = np.array(mask_boxes(on.astype(np.uint8)))
+    return (*map(int, boxes[:,:2].min(0)), *map(int, boxes[:,2:].max(0))), len(boxes)
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #75966790
 def breast_mask(

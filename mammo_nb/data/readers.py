@@ -17,17 +17,28 @@ from mammo_nb.data.folder import (CBIS_PATCH_COLUMNS, FOUR_VIEWS, _name_of, read
 from .inbreast import read_inbreast
 from .mias import read_mias
 from .omidb import read_omidb
+from .table import closed_words
 from .trees import Phantoms
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #1ff6ffce
 READERS = dict(inbreast=read_inbreast, bcdr=read_bcdr, cbis=read_cbis, omidb=read_omidb, mias=read_mias,
     cbis_patches=read_cbis_patches, four_views=read_four_views, folder=read_folder)
 
+def _entries(folder):
+    "What lies in a folder, by name; nothing, and a warning, where it cannot be entered."
+    try: return sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError as error:
+        closed_words(error)
+        return []
+
+def _folders(folder):
+    "The folders in a folder, hidden ones and loops of links aside."
+    return [e for e in _entries(folder) if not e.name.startswith(".") and os.path.isdir(e.path)]
+
 def _below(folder, levels):
     "Names of the entries of a folder and of its sub-folders, lower case, so many levels deep."
-    for e in sorted(os.scandir(folder), key=lambda e: e.name):
-        yield e.name.casefold()
-        if levels and e.is_dir() and not e.name.startswith("."): yield from _below(e.path, levels-1)
+    yield from (e.name.casefold() for e in _entries(folder))
+    for e in _folders(folder) if levels else (): yield from _below(e.path, levels-1)
 
 def has_cbis_tables(
     folder:Path, # One folder
@@ -45,8 +56,6 @@ def _is_cbis(folder):
     both = lambda f: has_cbis_tables(f, 1) and _has_cbis_images(f)
     return both(folder) and not any(both(e.path) for e in _folders(folder))
 
-def _folders(folder): return [e for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
-
 def _has_clients(folder):
     data = [e.path for e in _folders(folder) if e.name.casefold()=="data"]
     return any(re.fullmatch(r"(demd|optm)\d+", n) for d in data for n in _below(d, 0))
@@ -62,7 +71,7 @@ def layout_of(
     folder:Path, # One folder
 ) -> str: # Key of `READERS`, or None
     "Which layout has its root here, judged by this folder's own entries."
-    names = {e.name.casefold(): e.name for e in os.scandir(folder)}
+    names = {e.name.casefold(): e.name for e in _entries(folder)}
     if "images.csv" in names or "patches.csv" in names: return "folder"
     if "inbreast.csv" in names: return "inbreast"
     if any(re.fullmatch(_BCDR, n) for n in names): return "bcdr"
@@ -80,7 +89,8 @@ def find_layouts(
 ) -> list: # (layout, folder) pairs, sorted by folder
     "Every recognised data set below a folder."
     root = Path(root)
-    if not root.is_dir(): raise DataError("no such folder", root, "point data_dir at the folder that holds the data")
+    if not os.path.isdir(root):
+        raise DataError("no such folder", root, "point data_dir at the folder that holds the data")
     kind = layout_of(root)
     spread = kind=="cbis" and not has_cbis_tables(root)          # tables and images in sub-folders, others beside them
     if kind and not spread: return [(kind, root)]

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TEXT_COLUMNS', 'NUMBER_COLUMNS', 'SHARED_COLUMNS', 'IMAGE_COLUMNS', 'BOX', 'LESION_COLUMNS', 'VIEWS', 'SIDES',
-           'LESION_TYPES', 'LABELS', 'PATCH_COLUMNS', 'PATCH_EXTRAS', 'MAX_TABLE', 'empty_images', 'empty_lesions',
-           'Ledger', 'MammoData', 'make_data', 'check_data', 'outline_box', 'box_iou', 'word', 'side_of', 'view_of',
-           'label_of', 'number_of', 'find_files', 'read_table', 'inside']
+           'LESION_TYPES', 'LABELS', 'PATCH_COLUMNS', 'PATCH_EXTRAS', 'NO_BOX', 'MAX_TABLE', 'empty_images',
+           'empty_lesions', 'Ledger', 'MammoData', 'make_data', 'check_data', 'mark_normal', 'fractions', 'outline_box',
+           'no_box_words', 'box_iou', 'word', 'side_of', 'view_of', 'label_of', 'number_of', 'closed_words',
+           'find_files', 'read_table', 'inside']
 
 # %% ../../nbs/lib/20_data.table.ipynb #fd2acfe6
-import os, warnings
+import os, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,8 +71,12 @@ class Ledger:
         "Count something that was repaired or could not be understood, and is in the tables."
         self._add("note", file, reason, count)
 
+    def unknown(self, file:object, reason:str, count:int=1) -> None:
+        "Count images that hold no known lesion and are not called normal; no fault, so `strict` does not stop here."
+        self._add("unknown", file, reason, count)
+
     def _add(self, kind, file, reason, count):
-        if self.strict:
+        if self.strict and kind!="unknown":
             raise DataError(reason, file, f"{self.name} was read with strict=True; strict=False lists this and goes on")
         key = (str(file), str(reason), kind)
         self.lines[key] = self.lines.get(key, 0) + count
@@ -121,7 +126,7 @@ class MammoData:
         cut, im, le = self.patches, self.images, self.lesions
         who = set(im.patient_id) | (set() if cut is None else set(cut.patient_id))
         counts = dict(patients=len(who), images=len(im), normal=im.normal.sum(), with_lesion=im.has_lesion.sum(),
-            lesions=len(le))
+            health_unknown=(~im.normal & ~im.has_lesion).sum(), lesions=len(le))
         counts |= {t: (le.lesion_type==t).sum() for t in LESION_TYPES} | {l: (le.label==l).sum() for l in LABELS}
         missing = self.skipped.loc[self.skipped.kind=="skipped","count"].sum()
         return dict(name=self.name) | {k: int(n) for k,n in counts.items()} | dict(
@@ -190,19 +195,50 @@ def check_data(
     _need(data, im, im.normal & im.has_lesion, "image is called normal and has a lesion")
     _check_lesions(data, im, le)
 
+# %% ../../nbs/lib/20_data.table.ipynb #1b323b77
+NO_BOX = "lesion without a box" # Quirk of an image: somebody saw a lesion on it, and nobody can say where
+
+def mark_normal(
+    images:list, # Image rows with `has_lesion`, changed in place
+    against, # Function of an image row: why it is not called normal, or an empty text
+    *,
+    ledger:Ledger, # Takes the reasons
+    file:object, # Table or folder the lines name
+) -> None:
+    "Set `normal` of image rows: no lesion, and nothing against it."
+    for im in images:
+        why = "" if im["has_lesion"] else against(im)
+        im["normal"] = not im["has_lesion"] and not why
+        if why: ledger.unknown(file, f"image without a known lesion is not called normal: {why}")
+
 # %% ../../nbs/lib/20_data.table.ipynb #fc474046
+def fractions(
+    points, # `(n,2)` of x, y
+) -> bool:
+    "Whether points look like shares of the image (YOLO, VIA, Open Images): all between 0 and 1, and more than one."
+    p = np.asarray(points, float).reshape(-1,2)
+    return len(np.unique(p, axis=0))>1 and bool(np.isfinite(p).all() and (p>=0).all() and (p<=1).all())
+
 def outline_box(
-    points, # `(n,2)` of x, y in pixels, x = column, origin top left
+    points, # `(n,2)` of x, y in pixels, x = column, y = row, origin top left
     *,
     rows:int, # Image height
     cols:int, # Image width
 ) -> tuple: # `(x0,y0,x1,y1)` half-open integers inside the image, or None when nothing lies inside
-    "Pixel box around an outline, clipped to the image."
+    "Pixel box around an outline, clipped to the image; fractions of the image are no pixels."
     p = np.asarray(points, float).reshape(-1,2)
-    if not len(p) or not np.isfinite(p).all(): return None
+    if not len(p) or not np.isfinite(p).all() or fractions(p): return None
     (x0,y0),(x1,y1) = np.floor(p.min(0)), np.floor(p.max(0))+1
     x0,x1,y0,y1 = max(x0,0), min(x1,cols), max(y0,0), min(y1,rows)
     return (int(x0),int(y0),int(x1),int(y1)) if x0<x1 and y0<y1 else None
+
+def no_box_words(
+    points, # What was given
+    otherwise:str, # Reason where they are no fractions
+) -> str:
+    "Why an outline gives no box."
+    looks = len(points)>0 and fractions(points)
+    return "its numbers look like fractions of the image, pixels are needed" if looks else otherwise
 
 # %% ../../nbs/lib/20_data.table.ipynb #a42ab305
 def box_iou(
@@ -226,8 +262,9 @@ def word(
 # %% ../../nbs/lib/20_data.table.ipynb #1de405c4
 _SIDE = dict(l="L", left="L", le="L", r="R", right="R", ri="R")
 _VIEW = dict(cc="CC", mlo="MLO", ml="MLO", o="MLO", lo="MLO", ro="MLO", lmlo="MLO", rmlo="MLO", lcc="CC", rcc="CC")
-_LABEL = dict(benign="benign", malignant="malignant", malign="malignant", benign_without_callback="benign", b="benign",
-    m="malignant", unknown="unknown")
+_BENIGN = "benign b benigne benigno benigna gutartig benign_without_callback non_malignant not_malignant non_cancer"
+_MALIGNANT = "malignant m malign maligne maligno maligna bösartig boesartig cancer carcinoma dcis idc ilc invasive"
+_LABEL = {**dict.fromkeys(_BENIGN.split(), "benign"), **dict.fromkeys(_MALIGNANT.split(), "malignant")}
 
 # %% ../../nbs/lib/20_data.table.ipynb #f0d16521
 def side_of(value) -> str: # `L`, `R` or NaN
@@ -242,25 +279,45 @@ def view_of(value) -> str: # `CC`, `MLO` or `other`
 # %% ../../nbs/lib/20_data.table.ipynb #936974b0
 def label_of(value) -> str: # `benign`, `malignant` or `unknown`
     "Class in the common spelling; what is no known word is unknown."
-    return _LABEL.get(word(value).casefold(), "unknown")
+    return _LABEL.get(re.sub(r"[\s-]+", "_", word(value).casefold()), "unknown")
 
 # %% ../../nbs/lib/20_data.table.ipynb #afd54a33
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?P<sep>[,.' \u00a0\u2009\u202f])\d{3})(?:(?P=sep)\d{3})*(?:[.,]\d+)?")
+
+def _plain_number(said):
+    "A number's text with a point for the decimals and nothing else between its digits; None where it has two meanings."
+    m = _THOUSANDS.fullmatch(said)
+    if not m or said.lstrip("+-").startswith("0"): return said.replace(",", ".") if said.count(",")<2 else None
+    sep, groups = m["sep"], said.split(m["sep"])
+    decimals = [c for c in ".," if c!=sep and c in said]
+    if sep==",": clear = len(groups)>2 or decimals            # 1,020 may be 1020 or 1.02; 1,020,000 and 1,020.5 may not
+    else: clear = sep!="." or len(groups)>2 or decimals
+    if sep=="." and not clear: return said                    # a point with three decimals is how everybody writes them
+    return said.replace(sep, "").replace(",", ".") if clear else None
+
 def number_of(value, low:float=-np.inf, high:float=np.inf) -> float: # NaN when it is no number in the range
-    "A table cell as a number, NaN when missing, unreadable or out of range."
-    try: x = float(word(value).replace(",", "."))
-    except ValueError: return np.nan
+    "A table cell as a number, NaN when missing, unreadable, of two meanings or out of range."
+    try: x = float(_plain_number(word(value)))
+    except (TypeError, ValueError): return np.nan
     return x if np.isfinite(x) and low<=x<=high else np.nan
 
 # %% ../../nbs/lib/20_data.table.ipynb #884a8a3a
+def closed_words(
+    error:OSError, # From the operating system
+) -> None:
+    "Say that a folder was passed over."
+    warnings.warn(f"passed over, cannot be entered: {error.filename} ({type(error).__name__})", stacklevel=3)
+
 def find_files(
     root:Path, # Folder
     *suffixes, # e.g. ".dcm", ".xml"; none for all files
 ) -> list: # Sorted paths
-    "All files below a folder, hidden ones aside, in the same order on every file system."
+    "All files below a folder, hidden ones aside, in the same order on every file system; closed folders are said."
     root = Path(root)
-    if not root.is_dir(): raise DataError("no such folder", root, "point data_dir at the folder that holds the data")
+    if not os.path.isdir(root):
+        raise DataError("no such folder", root, "point data_dir at the folder that holds the data")
     out = []
-    for folder,subs,files in os.walk(root):
+    for folder,subs,files in os.walk(root, onerror=closed_words):
         subs[:] = sorted(s for s in subs if not s.startswith("."))
         seen = [Path(folder)/f for f in files if not f.startswith(".")]
         out += [f for f in seen if not suffixes or f.suffix.lower() in suffixes]
@@ -280,16 +337,18 @@ def read_table(
     *,
     need=(), # Columns it must have
     sep:str=",", # Separator
+    fold:bool=False, # Header names in lower case, whatever the file has
 ) -> pd.DataFrame: # All cells as text, stripped; header names stripped
     "A CSV table as text; an unreadable one, or one without the columns, is a `DataError`."
     path = Path(path)
     try: df = _parsed(path, sep)
     except (ValueError, OSError, OverflowError, pd.errors.ParserError) as e:
-        raise DataError(f"not a readable table ({type(e).__name__}: {str(e)[:120]})", path, "download it again") from e
+        raise DataError(f"not a readable table ({type(e).__name__}: {str(e)[:120]})", path,
+            "save it as comma-separated text in UTF-8, or copy it again") from e
     if not isinstance(df.index, pd.RangeIndex):
         raise DataError("first row has more cells than the header line", path, f"expected a table separated by '{sep}'")
     if df.shape[1]>500: raise DataError(f"header line has {df.shape[1]} columns", path, "the header line is damaged")
-    df.columns = [str(c).strip() for c in df.columns]
+    df.columns = [str(c).strip().casefold() if fold else str(c).strip() for c in df.columns]
     missing = [c for c in need if c not in df.columns]
     if missing: raise DataError(f"column '{missing[0]}' is missing, found {list(df.columns)[:8]}", path,
         f"expected a table separated by '{sep}' with " + ", ".join(need))
