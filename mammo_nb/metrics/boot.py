@@ -70,8 +70,12 @@ def weighted_metric(
     positive:str=NAMES[1], # Positive class
     names:tuple=NAMES, # Class names
     threshold:float=.5, # A patch is called class 1 above it
+    base=None, # Weight of each patch before any resampling, `(n,)`; None: all alike
 ): # Function from weights `(b,n)` to `(b,)`; NaN where a class got no weight
     "The metric as a function of patch weights, equal to scikit-learn's `sample_weight`."
+    if base is not None:
+        f, base = weighted_metric(name, y, p, positive=positive, names=names, threshold=threshold), np.asarray(base, float)
+        return lambda w: f(w*base)
     pos, score = as_positive(y, p, positive, names)
     called = (p > threshold) == (positive==names[1])
     if name in ("auroc","auprc"):
@@ -139,7 +143,8 @@ def boot_contrasts(
     used = np.flatnonzero((C!=0).any(0))
     C = C[:,used]
     ys, ps = zip(*(check_scores(cells[i]["y"], _score(cells[i], metric), names=names, what=metric) for i in used))
-    fs = [weighted_metric(metric, y, p, positive=positive, names=names, threshold=threshold) for y,p in zip(ys,ps)]
+    kw = dict(positive=positive, names=names, threshold=threshold)
+    fs = [weighted_metric(metric, y, p, base=cells[i].get("weights"), **kw) for i,y,p in zip(used,ys,ps)]
     parts, k = _joint_patients([cells[i].get("patients") for i in used], [len(y) for y in ys])
     value = C @ np.array([f(np.ones((1,len(y))))[0] for f,y in zip(fs,ys)])
     draws = _values(fs, parts, k, n_boot=n_boot, rng=rng(seed,"bootstrap",metric))@C.T
