@@ -185,7 +185,7 @@ def test_patch_set_of_the_data_modules():
 def test_memory_mapped_pixels(tmp_path):
     f = tmp_path/"px.npy"; np.save(f, TRAIN.pixels.reshape(37,3,16,16))
     mapped = patch_arrays(np.load(f, mmap_mode="r"), target=TRAIN.target)
-    assert mapped.key == TRAIN.key and same(fit(CNN, train=mapped)[0], fit(CNN)[0])
+    assert mapped.key() == TRAIN.key() and same(fit(CNN, train=mapped)[0], fit(CNN)[0])
 
 def test_patches_of_another_size_are_resized_by_area():
     big = np.kron(VALID.view0(), np.ones((2,2), np.uint8))

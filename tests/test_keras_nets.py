@@ -7,9 +7,9 @@ import torch
 from scipy import ndimage
 
 from mammo_nb.clf.augment import patch_arrays
-from mammo_nb.clf.keras import BODIES, DEMO_NETS, KERAS, PaperAugment, keras_prepare
+from mammo_nb.clf.keras import BODIES, DEMO_NETS, PaperAugment, keras_prepare
 from mammo_nb.clf.search import search, search_cnn, suggest
-from mammo_nb.clf.train import build_classifier, fit_classifier, load_classifier, predict_proba
+from mammo_nb.clf.train import KERAS, build_classifier, fit_classifier, load_classifier, predict_proba
 from mammo_nb.core import RunError, rng, torch_rng
 
 

@@ -23,9 +23,14 @@ class ThesisFCN(nn.Module):
         classes:int=1, # One log-odds, nothing else
     ):
         super().__init__()
-        if classes != 1: raise ParameterError(f"{classes} outputs asked for", "classes", "this network has one, the log-odds of a lesion")
-        if size != 4*2**len(widths): raise ParameterError(f"{size} px with {len(widths)} layers", "size", f"with widths {tuple(widths)} the side must be {4*2**len(widths)} px")
-        self.config = dict(kind="fcn", size=size, widths=list(widths), first=first, slope=slope, channels=channels, classes=classes, value_range="unit")
+        if classes != 1:
+            raise ParameterError(f"{classes} outputs asked for", "classes",
+                                 "this network has one, the log-odds of a lesion")
+        if size != 4*2**len(widths):
+            raise ParameterError(f"{size} px with {len(widths)} layers", "size",
+                                 f"with widths {tuple(widths)} the side must be {4*2**len(widths)} px")
+        self.config = dict(kind="fcn", size=size, widths=list(widths), first=first, slope=slope, channels=channels,
+                           classes=classes, value_range="unit")
         layers = [_halve(channels, widths[0], first), nn.LeakyReLU(slope)]
         for i,o in zip(widths, widths[1:]): layers += [_halve(i, o), nn.BatchNorm2d(o), nn.LeakyReLU(slope)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, bias=False), nn.Flatten())

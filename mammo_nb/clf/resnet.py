@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['RESNET_FILES', 'FrozenResNet', 'Preparation', 'resnet_file', 'frozen_resnet', 'resnet_features', 'HeadRecipe',
-           'HeadJob', 'Head', 'start_head', 'SimpleBag', 'check_jobs', 'fit_heads', 'save_heads', 'load_heads',
-           'ResNetClassifier']
+           'HeadJob', 'Head', 'start_head', 'check_jobs', 'fit_heads', 'save_heads', 'load_heads', 'ResNetClassifier',
+           'TunedResNet']
 
 # %% ../../nbs/lib/52_clf.resnet.ipynb #c90ff2c3
 import contextlib, copy, math
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,17 +23,15 @@ from torch import nn, Tensor
 from torchvision.models import resnet50
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from .augment import epoch_order
-from .train import CLASSIFIERS
-from ..core import (DataError, ParameterError, RunError, WeightsError, cache_dir, file_hash, global_seed, hash_of, locked, nearest,
-                           pick_device, torch_rng, write_csv, write_whole)
+from .augment import PatchArrays, epoch_order
+from ..core import (DataError, ParameterError, RunError, WeightsError, cache_dir, file_hash, global_seed,
+                           hash_of,
+                           locked, nearest, pick_device, torch_rng, write_csv, write_whole)
 from ..data.pixels import torch_area_resize
 from ..metrics.features import texture_patches
 from ..metrics.sifid import find_published, read_published
 
 # %% ../../nbs/lib/52_clf.resnet.ipynb #94b90ae9
-RESNET_FILES = {"imagenet_v2": "resnet50-11ad3fa6.pth", "imagenet_v1": "resnet50-0676ba61.pth"}
-
 class FrozenResNet(nn.Module):
     "ResNet-50 up to its 2048 pooled features; evaluation mode whatever is asked, unless `bn` is `train`."
     def __init__(self,
@@ -56,19 +53,6 @@ class FrozenResNet(nn.Module):
 
     def forward(self, x:Tensor) -> Tensor: return self.body(x)*self.scale   # `(b,3,s,s)` -> `(b,2048)`
 
-def _small(): return ResNet(Bottleneck, [1,1,1,1], width_per_group=16)   # for demonstrations: 2048 features, 1/15 of the work
-
-def _random_body(depth, seed):
-    "Random weights; batch norm's statistics, and the features' scale, from 16 texture patches, so that features neither die nor explode."
-    with global_seed(seed, "resnet", depth), torch.no_grad():
-        body = _small() if depth == "small" else resnet50(weights=None)
-        body.fc = nn.Identity()
-        norms, x = [m for m in body.modules() if isinstance(m, nn.BatchNorm2d)], Preparation(size=64)(torch.from_numpy(texture_patches(16, seed=seed, size=64)))
-        for m in norms: m.momentum = None
-        body.train()(x)
-        for m in norms: m.momentum = .1
-        return body, float(.45/body.eval()(x).mean())                   # ImageNet features have a mean near 0.45
-
 # %% ../../nbs/lib/52_clf.resnet.ipynb #dc32b4be
 @dataclass(frozen=True)
 class Preparation:
@@ -77,7 +61,9 @@ class Preparation:
     norm:str = "imagenet" # `imagenet` once, `authors` twice and with their crop, `unit` not at all
 
     def __post_init__(self):
-        if self.norm not in ("imagenet","authors","unit"): raise ParameterError(f"unknown normalisation '{self.norm}'", "norm", nearest(self.norm, ["imagenet","authors","unit"]))
+        known = ["imagenet","authors","unit"]
+        if self.norm not in known:
+            raise ParameterError(f"unknown normalisation '{self.norm}'", "norm", nearest(self.norm, known))
 
     def __call__(self, u8:Tensor) -> Tensor: # uint8 `(b,h,w)` -> float32 `(b,3,size,size)`
         return self.scale(u8[:,None].float()/255)
@@ -96,22 +82,53 @@ class Preparation:
         return (x-mean)/sd
 
 # %% ../../nbs/lib/52_clf.resnet.ipynb #2b7b4eea
+RESNET_FILES = {"imagenet_v2": "resnet50-11ad3fa6.pth", "imagenet_v1": "resnet50-0676ba61.pth"}
+
 def resnet_file(
     weights:str, # `imagenet_v2`, `imagenet_v1` or a file
 ) -> Path:
     "The weights file of that name; an absent one is an error that says what to put where."
-    if weights in RESNET_FILES: return find_published((RESNET_FILES[weights],), what=f"ResNet-50 weights ({weights})", or_else="ask for a random network with weights='none'")
-    if Path(weights).expanduser().exists(): return find_published(tuple(RESNET_FILES.values()), weights, what="ResNet-50 weights")
+    if weights in RESNET_FILES:
+        return find_published((RESNET_FILES[weights],), what=f"ResNet-50 weights ({weights})",
+                              or_else="ask for a random network with weights='none'")
+    if Path(weights).expanduser().exists():
+        return find_published(tuple(RESNET_FILES.values()), weights, what="ResNet-50 weights")
     raise WeightsError("no such file and no known weights", weights, nearest(weights, [*RESNET_FILES, "none"]))
 
-# %% ../../nbs/lib/52_clf.resnet.ipynb #2a7166af
+# %% ../../nbs/lib/52_clf.resnet.ipynb #22fded25
+def _published_body(path):
+    "ResNet-50 with the weights of a file, whose last layer may be absent or another."
+    state = {k: v for k,v in read_published(path).items() if not k.startswith("fc.")}
+    with global_seed(0, "overwritten"): body = resnet50(weights=None)
+    own = {k: v for k,v in body.state_dict().items() if not k.startswith("fc.")}
+    for k,v in own.items():
+        if k.endswith("num_batches_tracked"): state.setdefault(k, v)
+        if k not in state or state[k].shape != v.shape:
+            has = tuple(state[k].shape) if k in state else "missing"
+            raise WeightsError(f"'{k}' is {has}, ResNet-50 has {tuple(v.shape)}", path, "these are other weights")
+    body.load_state_dict({k: state[k] for k in own}, strict=False)
+    return body
+
+def _random_body(depth, seed):
+    "Random weights; norms and scale come from 16 texture patches, so that features neither die nor explode."
+    with global_seed(seed, "resnet", depth), torch.no_grad():
+        body = ResNet(Bottleneck, [1,1,1,1], width_per_group=16) if depth == "small" else resnet50(weights=None)
+        body.fc = nn.Identity()
+        norms = [m for m in body.modules() if isinstance(m, nn.BatchNorm2d)]
+        x = Preparation(size=64)(torch.from_numpy(texture_patches(16, seed=seed, size=64)))
+        for m in norms: m.momentum = None
+        body.train()(x)
+        for m in norms: m.momentum = .1
+        return body, float(.45/body.eval()(x).mean())                   # ImageNet features have a mean near 0.45
+
+# %% ../../nbs/lib/52_clf.resnet.ipynb #30abbc76
 @lru_cache(4)
 def frozen_resnet(
     weights:str="imagenet_v2", # `imagenet_v2`, `imagenet_v1`, a file, or `none` for random weights
     *,
     seed:int=0, # Of random weights
     bn:str="eval", # See `FrozenResNet`
-    depth:str="50", # `small` with random weights only: a shallow net for demonstrations
+    depth:str="50", # `small` with random weights only: a shallow net for demonstrations, 1/15 of the work
 ) -> FrozenResNet:
     "ResNet-50 with checked weights; absent weights are an error, never a quiet random network."
     if bn not in ("eval","train"): raise ParameterError(f"unknown mode '{bn}'", "bn", "use eval or train")
@@ -120,81 +137,93 @@ def frozen_resnet(
         return FrozenResNet(body, key=hash_of("none", depth, seed, scale, body.state_dict()), bn=bn, scale=scale)
     if depth != "50": raise ParameterError("the small net has no published weights", "weights", "use weights='none'")
     path = resnet_file(weights)
-    state = {k: v for k,v in read_published(path).items() if not k.startswith("fc.")}
-    with global_seed(0, "overwritten"): body = resnet50(weights=None)
-    own = {k: v for k,v in body.state_dict().items() if not k.startswith("fc.")}
-    for k,v in own.items():
-        if k.endswith("num_batches_tracked"): state.setdefault(k, v)
-        if k not in state or state[k].shape != v.shape:
-            raise WeightsError(f"'{k}' is {tuple(state[k].shape) if k in state else 'missing'}, ResNet-50 has {tuple(v.shape)}", path, "these are other weights")
-    body.load_state_dict({k: state[k] for k in own}, strict=False)
-    return FrozenResNet(body, key=file_hash(path), bn=bn)
+    return FrozenResNet(_published_body(path), key=file_hash(path), bn=bn)
 
 # %% ../../nbs/lib/52_clf.resnet.ipynb #9a90a985
+def _computed(pixels, net, prepare, bs, device, log):
+    out, n = [torch.zeros(0, 2048)], len(pixels)
+    net.to(device).eval()
+    with torch.inference_mode():
+        for i in range(0, n, bs):
+            x = torch.from_numpy(np.ascontiguousarray(pixels[i:i+bs])).to(device)
+            out.append(net(prepare(x)).float().cpu())
+            if log: log(stage="features", done=min(i+bs, n), of=n)
+    out = torch.cat(out)
+    if not torch.isfinite(out).all():
+        raise RunError("features are not finite", "resnet_features", "check the weights file")
+    return out
+
 def resnet_features(
     pixels:np.ndarray, # uint8 `(n,h,w)`
     *,
-    net:FrozenResNet,
-    prepare:Preparation,
+    net:FrozenResNet, # Evaluation mode
+    prepare:Preparation, # How pixels reach it
     folder:Path=None, # Where feature tables are kept, default the cache
     bs:int=32, # Patches at a time
-    device="cpu",
-    log=None,
+    device="cpu", # Where to compute
+    log=None, # Told about each batch
 ) -> np.ndarray: # float32 `(n,2048)`
     "Features of each patch, from the cache where they are there."
     pixels = np.asarray(pixels)
-    if pixels.ndim != 3 or pixels.dtype != np.uint8: raise DataError(f"{pixels.dtype} of shape {pixels.shape}", "resnet_features", "give uint8 (n,h,w)")
-    if net.bn != "eval": raise ParameterError("features of a batch norm in training mode cannot be kept", "bn", "use bn='eval', or fit the whole network")
+    if pixels.ndim != 3 or pixels.dtype != np.uint8:
+        raise DataError(f"{pixels.dtype} of shape {pixels.shape}", "resnet_features", "give uint8 (n,h,w)")
+    if net.bn != "eval":
+        raise ParameterError("features of a batch norm in training mode cannot be kept", "bn",
+                             "use bn='eval', or fit the whole network")
     folder = Path(folder) if folder else cache_dir("features")
     path = folder/f"resnet-{hash_of(net.key, asdict(prepare), pixels)}.safetensors"
     with locked(path):
         if path.exists():
             try: return load_file(path)["features"].numpy()
             except SafetensorError: path.unlink()                    # half a file of an old crash: compute again
-        dev, out = pick_device(str(device)), []
-        net.to(dev).eval()
-        with torch.inference_mode():
-            for i in range(0, len(pixels), bs):
-                out.append(net(prepare(torch.from_numpy(np.ascontiguousarray(pixels[i:i+bs])).to(dev))).float().cpu())
-                if log: log(stage="features", done=min(i+bs, len(pixels)), of=len(pixels))
-        f = torch.cat(out) if out else torch.zeros(0, 2048)
-        if not torch.isfinite(f).all(): raise RunError("features are not finite", "resnet_features", "check the weights file")
-        with write_whole(path) as tmp: save_file({"features": f.contiguous()}, tmp)
-    return f.numpy()
+        found = _computed(pixels, net, prepare, bs, pick_device(str(device)), log)
+        with write_whole(path) as tmp: save_file({"features": found.contiguous()}, tmp)
+    return found.numpy()
 
 # %% ../../nbs/lib/52_clf.resnet.ipynb #65e2fcf4
 @dataclass(frozen=True)
 class HeadRecipe:
     "How last layers are trained; defaults are paper 00."
-    epochs:int = 100
-    bs:int = 128
-    lr:float = 1e-2
+    epochs:int = 100 # Epochs
+    bs:int = 128 # Patches a batch
+    lr:float = 1e-2 # Learning rate at the start
     lr_every:int = 5 # Epochs between two falls of the rate; 0 never (the authors' code never steps its schedule)
-    lr_decay:float = .1
-    betas:tuple = (.9,.999)
+    lr_decay:float = .1 # Factor of a fall
+    betas:tuple = (.9,.999) # Of Adam
     classes:int = 3 # 1 for two classes with one log-odds
-    valid:str = "balanced" # Validation loss: `balanced` over classes, `whole` as it is, `sampled` (a random draw each epoch, as the code)
+    valid:str = "balanced" # Validation loss: `balanced` over classes, `whole`, `sampled` (drawn each epoch: the code)
     keep:str = "best" # `best` epoch, or `last` (the authors' code keeps an alias of the last)
 
-# %% ../../nbs/lib/52_clf.resnet.ipynb #b9a15b27
+    def rate(self, epoch:int) -> float:
+        "Learning rate of an epoch."
+        return self.lr*(self.lr_decay**(epoch//self.lr_every) if self.lr_every else 1)
+
+# %% ../../nbs/lib/52_clf.resnet.ipynb #d8c1e021
 @dataclass(frozen=True)
 class HeadJob:
     "One classifier: rows of the feature table to train and validate on."
-    name:str
+    name:str # Of the classifier
     train:tuple # Row numbers
     valid:tuple # Row numbers
     balanced:bool = True # Draw each class equally often; else each row once an epoch
-    seed:int = 0
+    seed:int = 0 # Of the first weights and the order
 
-# %% ../../nbs/lib/52_clf.resnet.ipynb #d8c1e021
+    def order(self, y:np.ndarray, epoch:int) -> np.ndarray:
+        "Rows of an epoch, in order."
+        rows = np.asarray(self.train)
+        return rows[epoch_order(_bag(y[rows]), self.seed, epoch=epoch, sampling="balanced" if self.balanced else "all")]
+
+def _bag(y): return PatchArrays(None, None, None, y, np.zeros(len(y), bool))     # `epoch_order` asks for no pixels
+
+# %% ../../nbs/lib/52_clf.resnet.ipynb #b3e7083a
 @dataclass
 class Head:
     "A trained last layer."
-    name:str
+    name:str # Of its job
     weight:np.ndarray # float32 `(classes,2048)`
     bias:np.ndarray # float32 `(classes,)`
     history:pd.DataFrame # epoch, train_loss, valid_loss
-    best_epoch:int
+    best_epoch:int # The one kept
 
     def proba(self, features:np.ndarray) -> np.ndarray: # float64 `(n,classes)`, two columns for one log-odds
         "Class probabilities of rows of features."
@@ -203,12 +232,12 @@ class Head:
         e = np.exp(z - z.max(1, keepdims=True))
         return e/e.sum(1, keepdims=True)
 
-# %% ../../nbs/lib/52_clf.resnet.ipynb #c35bf9d8
+# %% ../../nbs/lib/52_clf.resnet.ipynb #5d0b9d38
 def start_head(
     dim:int, # Features
     classes:int, # Outputs
     *,
-    seed:int,
+    seed:int, # Of the draw
 ) -> tuple: # weight `(classes,dim)`, bias `(classes,)`
     "First weights of a last layer, as torch draws them, from the seed."
     gen, bound = torch_rng(seed, "head"), 1/math.sqrt(dim)
@@ -220,18 +249,12 @@ def _losses(z, y, classes): # Per row; z (...,n,classes)
     return F.cross_entropy(z.flatten(0,-2), y.flatten(), reduction="none").view(y.shape)
 
 def _pull(z, y, classes): # d loss / d z
-    if classes == 1: return (z.sigmoid() - y[...,None].to(z.dtype))
+    if classes == 1: return z.sigmoid() - y[...,None].to(z.dtype)
     return z.softmax(-1) - F.one_hot(y, classes).to(z.dtype)
 
-def _orders(job, y, epoch): return np.asarray(job.train)[epoch_order(SimpleBag(y[np.asarray(job.train)]), job.seed, epoch=epoch, sampling="balanced" if job.balanced else "all")]
-
-class SimpleBag(SimpleNamespace):
-    "What `epoch_order` asks of a set of patches."
-    def __init__(self, target): super().__init__(target=target, synthetic=np.zeros(len(target), bool))
-    def __len__(self): return len(self.target)
-
+# %% ../../nbs/lib/52_clf.resnet.ipynb #a68862a7
 def _batches(orders, bs):
-    "Rows of the b-th batch of each job, padded, with weights that sum to 1; a last batch of one row is left out, as the loader does."
+    "Jobs, rows and weights (sum 1) of each batch, padded; a last batch of one row is left out, as the loader does."
     n = [-(-len(o)//bs) - (len(o) % bs == 1) for o in orders]
     for b in range(max(n)):
         on = [i for i,k in enumerate(n) if b < k]
@@ -241,35 +264,125 @@ def _batches(orders, bs):
             rows[j,:len(part)], w[j,:len(part)] = part, 1/len(part)
         yield on, rows, w
 
-# %% ../../nbs/lib/52_clf.resnet.ipynb #4c51105b
-def check_jobs(jobs:list, y:np.ndarray, classes:int) -> None:
+# %% ../../nbs/lib/52_clf.resnet.ipynb #cb5481c6
+def check_jobs(
+    jobs:list, # `HeadJob`s
+    y:np.ndarray, # Class of each row
+    classes:int, # Outputs
+) -> None:
     "Each job needs every class in training and validation, and no row in both."
+    n = max(classes, 2)
     for j in jobs:
         for part,rows in (("training", j.train), ("validation", j.valid)):
-            found = np.bincount(y[np.asarray(rows, int)], minlength=max(classes,2)) if len(rows) else np.zeros(max(classes,2), int)
-            if (found == 0).any() or len(found) > max(classes,2):
-                raise DataError(f"a classifier of {max(classes,2)} classes got {found.tolist()} patches of them in {part}", f"job {j.name}", "use more patients, or another split")
-        if both := set(j.train) & set(j.valid): raise DataError(f"{len(both)} rows are in training and validation", f"job {j.name}", "split by patient first")
+            found = np.bincount(y[np.asarray(rows, int)], minlength=n)
+            if (found == 0).any() or len(found) > n:
+                raise DataError(f"a classifier of {n} classes got {found.tolist()} patches of them in {part}",
+                                f"job {j.name}", "use more patients, or another split")
+        if both := set(j.train) & set(j.valid):
+            raise DataError(f"{len(both)} rows are in training and validation", f"job {j.name}",
+                            "split by patient first")
 
-# %% ../../nbs/lib/52_clf.resnet.ipynb #a68862a7
+# %% ../../nbs/lib/52_clf.resnet.ipynb #1d18ba40
+class _Together:
+    "Heads of several jobs: weights `(H,c,d)`, biases `(H,c,1)`, Adam's moments, and what each has of validation."
+    def __init__(self, X, y, jobs, recipe):
+        self.X, self.y, self.jobs, self.recipe = X, y, jobs, recipe
+        self.labels = torch.tensor(y).to(X.device)
+        start = [start_head(X.shape[1], recipe.classes, seed=j.seed) for j in jobs]
+        self.P = [torch.stack([w for w,_ in start]).to(X.device),
+                  torch.stack([b[:,None] for _,b in start]).to(X.device)]
+        self.M, self.V = ([torch.zeros_like(p) for p in self.P] for _ in range(2))
+        self.steps, self.held = np.zeros(len(jobs)), [X[list(j.valid)] for j in jobs]
+
+    def epoch(self, epoch) -> np.ndarray: # Mean loss of each job
+        total, seen = torch.zeros(len(self.jobs), device=self.X.device), np.zeros(len(self.jobs))
+        for on,index,w in _batches([j.order(self.y, epoch) for j in self.jobs], self.recipe.bs):
+            total[on] += self.step(on, index, torch.from_numpy(w).to(self.X.device), self.recipe.rate(epoch))
+            seen[on] += (w > 0).sum(1)
+        return total.cpu().numpy()/seen
+
+    def step(self, on, index, w, lr): # Summed loss of each job that is on
+        at, W = torch.from_numpy(index).to(self.X.device), self.P if len(on) == len(self.jobs) else [p[on]
+                                                                                                     for p in self.P]
+        x, y = self.X.index_select(0, at.flatten()).view(*at.shape, -1), self.labels[at]
+        z = x @ W[0].transpose(1,2) + W[1].transpose(1,2)
+        g = (w[...,None]*_pull(z, y, self.recipe.classes)).transpose(1,2)
+        self.steps[on] += 1
+        self.adam([g @ x, g.sum(2, keepdim=True)], on, lr)
+        return (w*_losses(z, y, self.recipe.classes)).sum(1)*(w > 0).sum(1)
+
+    def adam(self, grads, on, lr, eps=1e-8):
+        "torch's Adam on the heads `on`, each with its own count of steps."
+        (b1, b2), t, every = self.recipe.betas, self.steps[on], len(on) == len(self.jobs)
+        step, root = (torch.as_tensor(v, dtype=torch.float32).to(self.X.device).view(-1,1,1)
+                      for v in (lr/(1-b1**t), np.sqrt(1-b2**t)))
+        for p,m,v,g in zip(self.P, self.M, self.V, grads):
+            m1, v1 = (m, v) if every else (m[on], v[on])
+            m1.lerp_(g, 1-b1)
+            v1.mul_(b2).addcmul_(g, g, value=1-b2)
+            change = step*m1/(v1.sqrt()/root + eps)
+            if every: p -= change
+            else: m[on], v[on], p[on] = m1, v1, p[on] - change
+
+    def valid(self, epoch) -> np.ndarray: # Validation loss of each job
+        out = []
+        for i,(j,x) in enumerate(zip(self.jobs, self.held)):
+            y = self.y[list(j.valid)]
+            loss = _losses(x @ self.P[0][i].T + self.P[1][i,:,0], torch.from_numpy(y).to(x.device), self.recipe.classes)
+            w = _valid_weights(y, self.recipe.valid, j.seed, epoch)
+            out.append(loss.double() @ torch.from_numpy(w/w.sum()).to(x.device))
+        return torch.stack(out).cpu().numpy()
+
+def _valid_weights(y, how, seed, epoch): # Of each validation row in the loss
+    if how == "sampled":
+        return np.bincount(epoch_order(_bag(y), seed+1, epoch=epoch, sampling="balanced"),
+                           minlength=len(y)).astype(float)
+    return 1/np.bincount(y, minlength=2)[y] if how == "balanced" else np.ones(len(y))
+
+# %% ../../nbs/lib/52_clf.resnet.ipynb #766b924c
+def _heads(jobs, kept, rows, keep):
+    out = []
+    for j,weight,bias in zip(jobs, *kept):
+        h = rows[rows.job == j.name].drop(columns="job").reset_index(drop=True)
+        best = int(h.valid_loss.argmin()) if keep == "best" else len(h)-1
+        out.append(Head(j.name, weight.cpu().numpy(), bias[:,0].cpu().numpy(), h, best))
+    return out
+
+def _fit_together(X, y, jobs, recipe):
+    heads, rows, names = _Together(X, y, jobs, recipe), [], [j.name for j in jobs]
+    best, kept = np.full(len(jobs), np.inf), [p.clone() for p in heads.P]
+    for epoch in range(recipe.epochs):
+        train, valid = heads.epoch(epoch), heads.valid(epoch)
+        rows.append(pd.DataFrame({"job": names, "epoch": epoch, "train_loss": train, "valid_loss": valid}))
+        if not np.isfinite(valid).all():
+            where = f"job {names[int(np.argmin(np.isfinite(valid)))]}, epoch {epoch}"
+            raise RunError("a loss is not a number", where, "check the features")
+        better = np.flatnonzero(valid < best) if recipe.keep == "best" else np.arange(len(jobs))
+        best[better] = valid[better]
+        for k,p in zip(kept, heads.P): k[better] = p[better]
+    return _heads(jobs, kept, pd.concat(rows), recipe.keep)
+
+# %% ../../nbs/lib/52_clf.resnet.ipynb #7c4d2f8f
 def fit_heads(
     features:np.ndarray, # float32 `(n,dim)`
     target:np.ndarray, # Class of each row
     jobs:list, # `HeadJob`s
     *,
-    recipe:HeadRecipe=HeadRecipe(),
-    device="cpu",
+    recipe:HeadRecipe=HeadRecipe(), # How each is trained
+    device="cpu", # Where
     together:int=None, # Jobs side by side, default all on a GPU; one on a CPU, where a batch of one job fills the cache
-    log=None,
+    log=None, # Told how many are done
 ) -> list: # One `Head` a job
     "Train a last layer for each job."
     y, dev = np.asarray(target, np.int64), pick_device(str(device))
     check_jobs(jobs, y, recipe.classes)
-    X, k = torch.as_tensor(np.asarray(features, np.float32)).to(dev), together or (1 if dev.type == "cpu" else len(jobs))
-    out = []
+    X = torch.as_tensor(np.asarray(features, np.float32)).to(dev)
+    k, out = together or (1 if dev.type == "cpu" else len(jobs)), []
     for i in range(0, len(jobs), k):
         with _one_thread(dev): out += _fit_together(X, y, jobs[i:i+k], recipe)
-        if log: log(stage="heads", done=len(out), of=len(jobs), best=[round(float(h.history.valid_loss.min()), 4) for h in out[i:]])
+        if log:
+            log(stage="heads", done=len(out), of=len(jobs),
+                best=[round(float(h.history.valid_loss.min()), 4) for h in out[i:]])
     return out
 
 @contextlib.contextmanager
@@ -279,71 +392,17 @@ def _one_thread(dev): # Products this small are slower on several cores than on 
     try: yield
     finally: torch.set_num_threads(n)
 
-def _fit_together(X, y_np, jobs, r):
-    y, H = torch.tensor(y_np).to(X.device), len(jobs)
-    start = [start_head(X.shape[1], r.classes, seed=j.seed) for j in jobs]
-    P = [torch.stack([w for w,_ in start]).to(X.device), torch.stack([b[:,None] for _,b in start]).to(X.device)]     # (H,c,d), (H,c,1)
-    M,V = ([torch.zeros_like(p) for p in P] for _ in range(2))
-    held, t, best, kept, rows = [X[list(j.valid)] for j in jobs], np.zeros(H), np.full(H, np.inf), [p.clone() for p in P], []
-    for epoch in range(r.epochs):
-        lr = r.lr*(r.lr_decay**(epoch//r.lr_every) if r.lr_every else 1)
-        total, seen = torch.zeros(H, device=X.device), np.zeros(H)
-        for on,index,w in _batches([_orders(j, y_np, epoch) for j in jobs], r.bs):
-            at, wb = torch.from_numpy(index).to(X.device), torch.from_numpy(w).to(X.device)
-            x, yb, W = X.index_select(0, at.flatten()).view(*at.shape, -1), y[at], P if len(on) == H else [p[on] for p in P]
-            z = x @ W[0].transpose(1,2) + W[1].transpose(1,2)
-            total[on] += (wb*_losses(z, yb, r.classes)).sum(1)*(wb > 0).sum(1)
-            seen[on] += (w > 0).sum(1)
-            g = (wb[...,None]*_pull(z, yb, r.classes)).transpose(1,2)
-            t[on] += 1
-            _adam(P, M, V, [g @ x, g.sum(2, keepdim=True)], on, t[on], lr, r.betas)
-        valid = _valid_losses(held, P, jobs, y_np, r, epoch)
-        rows.append(pd.DataFrame({"job": [j.name for j in jobs], "epoch": epoch, "train_loss": total.cpu().numpy()/seen, "valid_loss": valid}))
-        if not np.isfinite(valid).all(): raise RunError("a loss is not a number", f"job {jobs[int(np.argmin(np.isfinite(valid)))].name}, epoch {epoch}", "check the features")
-        better = np.flatnonzero(valid < best) if r.keep == "best" else np.arange(H)
-        best[better] = valid[better]
-        for k,p in zip(kept, P): k[better] = p[better]
-    return _heads(jobs, kept, pd.concat(rows), r)
-
-# %% ../../nbs/lib/52_clf.resnet.ipynb #af857024
-def _adam(P, M, V, grads, on, t, lr, betas, eps=1e-8):
-    "torch's Adam on the heads `on`, each with its own count of steps."
-    step, root = (torch.as_tensor(v, dtype=torch.float32).to(P[0].device).view(-1,1,1) for v in (lr/(1-betas[0]**t), np.sqrt(1-betas[1]**t)))
-    every = len(on) == len(P[0])
-    for p,m,v,g in zip(P, M, V, grads):
-        m1, v1 = (m, v) if every else (m[on], v[on])
-        m1.lerp_(g, 1-betas[0])
-        v1.mul_(betas[1]).addcmul_(g, g, value=1-betas[1])
-        change = step*m1/(v1.sqrt()/root + eps)
-        if every: p -= change
-        else: m[on], v[on], p[on] = m1, v1, p[on] - change
-
-def _valid_losses(held, P, jobs, y_np, r, epoch):
-    out = []
-    for i,(j,x) in enumerate(zip(jobs, held)):
-        y = y_np[list(j.valid)]
-        w = 1/np.bincount(y, minlength=2)[y] if r.valid == "balanced" else np.ones(len(y))
-        if r.valid == "sampled": w = np.bincount(epoch_order(SimpleBag(y), j.seed+1, epoch=epoch, sampling="balanced"), minlength=len(y)).astype(float)
-        loss = _losses(x @ P[0][i].T + P[1][i,:,0], torch.from_numpy(y).to(x.device), r.classes)
-        out.append(loss.double() @ torch.from_numpy(w/w.sum()).to(x.device))
-    return torch.stack(out).cpu().numpy()
-
-def _heads(jobs, kept, history, r):
-    out = []
-    for i,j in enumerate(jobs):
-        h = history[history.job == j.name].drop(columns="job").reset_index(drop=True)
-        out.append(Head(j.name, kept[0][i].cpu().numpy(), kept[1][i,:,0].cpu().numpy(), h, int(h.valid_loss.argmin()) if r.keep == "best" else len(h)-1))
-    return out
-
 # %% ../../nbs/lib/52_clf.resnet.ipynb #3d06e502
 def save_heads(
-    folder:Path,
+    folder:Path, # Where to write
     heads:list, # From `fit_heads`
 ) -> Path:
     "Write all heads as one safetensors file and their histories as a table, whole."
     folder = Path(folder)
     with write_whole(folder/"heads.safetensors") as tmp:
-        save_file({f"{h.name}/{k}": torch.from_numpy(np.ascontiguousarray(v)) for h in heads for k,v in (("weight",h.weight), ("bias",h.bias), ("best_epoch",np.array([h.best_epoch])))}, tmp)
+        parts = lambda h: {"weight": h.weight, "bias": h.bias, "best_epoch": np.array([h.best_epoch])}
+        save_file({f"{h.name}/{k}": torch.from_numpy(np.ascontiguousarray(v)) for h in heads
+                   for k,v in parts(h).items()}, tmp)
     write_csv(folder/"heads.csv", pd.concat([h.history.assign(job=h.name) for h in heads]))
     return folder
 
@@ -353,10 +412,13 @@ def load_heads(
 ) -> dict: # name -> `Head`
     "Read heads back."
     try: t = load_file(Path(folder)/"heads.safetensors")
-    except (SafetensorError, OSError) as e: raise WeightsError("heads cannot be read", folder, "remove the folder and run again") from e
+    except (SafetensorError, OSError) as e:
+        raise WeightsError("heads cannot be read", folder, "remove the folder and run again") from e
     history = pd.read_csv(Path(folder)/"heads.csv")
+    of = lambda n: history[history.job == n].drop(columns="job").reset_index(drop=True)
     names = dict.fromkeys(k.rsplit("/",1)[0] for k in t)
-    return {n: Head(n, t[f"{n}/weight"].numpy(), t[f"{n}/bias"].numpy(), history[history.job == n].drop(columns="job").reset_index(drop=True), int(t[f"{n}/best_epoch"])) for n in names}
+    return {n: Head(n, t[f"{n}/weight"].numpy(), t[f"{n}/bias"].numpy(), of(n), int(t[f"{n}/best_epoch"]))
+            for n in names}
 
 # %% ../../nbs/lib/52_clf.resnet.ipynb #02a53161
 class ResNetClassifier(nn.Module):
@@ -373,15 +435,46 @@ class ResNetClassifier(nn.Module):
     ):
         super().__init__()
         if channels != 1: raise ParameterError(f"{channels} channels asked for", "channels", "give grey patches")
-        self.config = dict(kind="resnet50", weights=weights, size=size, classes=classes, norm=norm, bn=bn, depth=depth, seed=seed, channels=channels, value_range="unit")
+        self.config = dict(kind="resnet50", weights=weights, size=size, classes=classes, norm=norm, bn=bn, depth=depth,
+                           seed=seed, channels=channels, value_range="unit")
         frozen = frozen_resnet(weights, bn=bn, depth=depth)
-        self.prepare, self.features = Preparation(size, norm), FrozenResNet(copy.deepcopy(frozen.body), key=frozen.key, bn=bn, scale=frozen.scale)
-        self.fc = nn.Linear(2048, classes)
-        w,b = start_head(2048, classes, seed=seed)
-        with torch.no_grad():
-            self.fc.weight.copy_(w)
-            self.fc.bias.copy_(b)
+        self.prepare = Preparation(size, norm)
+        self.features = FrozenResNet(copy.deepcopy(frozen.body), key=frozen.key, bn=bn, scale=frozen.scale)
+        self.fc = _last_layer(classes, seed)
 
     def forward(self, x:Tensor) -> Tensor: return self.fc(self.features(self.prepare.scale(x)))
 
-CLASSIFIERS["resnet50"] = ResNetClassifier
+def _last_layer(classes, seed):
+    layer = nn.Linear(2048, classes)
+    with torch.no_grad():
+        for p,v in zip(layer.parameters(), start_head(2048, classes, seed=seed)): p.copy_(v)
+    return layer
+
+# %% ../../nbs/lib/52_clf.resnet.ipynb #2a62c803
+class TunedResNet(nn.Module):
+    "ResNet-50 all of whose weights learn, with one log-odds of cancer after its 2048 features."
+    def __init__(self,
+        weights:str="imagenet_v2", # See `frozen_resnet`
+        size:int=256, # Side the network sees
+        depth:str="50", # `small`, with random weights only: a shallow net for demonstrations
+        seed:int=0, # Of the last layer and of random weights
+        classes:int=1, # One log-odds, nothing else
+        channels:int=1, # Of the patches, tripled inside
+    ):
+        super().__init__()
+        if (classes, channels) != (1, 1):
+            raise ParameterError(f"{classes} classes and {channels} channels", "TunedResNet",
+                                 "it knows one log-odds and grey patches")
+        self.config = dict(kind="resnet50_tuned", weights=weights, size=size, depth=depth, seed=seed, classes=1,
+                           channels=1,
+                           value_range="unit")
+        start = frozen_resnet(weights, depth=depth, seed=seed if weights == "none" else 0)
+        self.prepare, self.scale = Preparation(size), start.scale
+        self.body = copy.deepcopy(start.body).requires_grad_(True)
+        self.fc = _last_layer(1, seed)
+
+    def features(self, x:Tensor) -> Tensor: # `(b,1,s,s)` in [0,1] -> `(b,2048)`
+        "What the last layer sees."
+        return self.body(self.prepare.scale(x))*self.scale
+
+    def forward(self, x:Tensor) -> Tensor: return self.fc(self.features(x))

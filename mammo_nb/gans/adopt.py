@@ -31,18 +31,26 @@ class Parcel:
     def __init__(self, path:Path):
         self.path, self.zip = Path(path), None
         if self.path.is_dir():
-            self.sizes = {p.relative_to(self.path).as_posix(): p.stat().st_size for p in sorted(self.path.rglob("*")) if p.is_file() and "__pycache__" not in p.parts and p.resolve().is_relative_to(self.path.resolve())}
+            self.sizes = {p.relative_to(self.path).as_posix(): p.stat().st_size for p in sorted(self.path.rglob("*"))
+                          if p.is_file() and "__pycache__" not in p.parts
+                          and p.resolve().is_relative_to(self.path.resolve())}
         else: self._open()
-        if sum(self.sizes.values()) > MOST: raise WeightsError(f"holds {sum(self.sizes.values()) >> 20} MB", path, f"more than {MOST >> 30} GB is not opened")
+        if sum(self.sizes.values()) > MOST:
+            raise WeightsError(f"holds {sum(self.sizes.values()) >> 20} MB", path,
+                               f"more than {MOST >> 30} GB is not opened")
 
     def _open(self):
         try: self.zip = zipfile.ZipFile(self.path)
-        except (zipfile.BadZipFile, OSError) as e: raise WeightsError(f"no zip file, or cut off ({e})", self.path, "fetch it again") from e
+        except (zipfile.BadZipFile, OSError) as e:
+            raise WeightsError(f"no zip file, or cut off ({e})", self.path, "fetch it again") from e
         self.sizes = {}
         for i in self.zip.infolist():
             bad = "\\" in i.filename or ":" in i.filename or i.filename.startswith("/") or ".." in PurePosixPath(i.filename).parts
-            if bad: raise WeightsError(f"an entry leads out of the package: '{i.filename[:80]}'", self.path, "do not trust this file")
-            if stat.S_ISLNK(i.external_attr >> 16): raise WeightsError(f"'{i.filename[:80]}' is a link", self.path, "do not trust this file")
+            if bad:
+                raise WeightsError(f"an entry leads out of the package: '{i.filename[:80]}'", self.path,
+                                   "do not trust this file")
+            if stat.S_ISLNK(i.external_attr >> 16):
+                raise WeightsError(f"'{i.filename[:80]}' is a link", self.path, "do not trust this file")
             if i.flag_bits & 1: raise WeightsError("is encrypted", self.path, "unpack it and give the folder")
             if not i.is_dir(): self.sizes[i.filename] = i.file_size
 
@@ -51,7 +59,8 @@ class Parcel:
         if self.zip is None: return (self.path/name).read_bytes()
         try:
             with self.zip.open(name) as f: return f.read(self.sizes[name])
-        except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, zipfile.zlib.error) as e: raise WeightsError(f"'{name}' is broken ({e})", self.path, "fetch it again") from e
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, zipfile.zlib.error) as e:
+            raise WeightsError(f"'{name}' is broken ({e})", self.path, "fetch it again") from e
 
     def find(self, name:str) -> list: # Names, the shallowest first
         "Files of this name in any folder."
@@ -60,7 +69,8 @@ class Parcel:
     def json(self, name:str) -> dict:
         "A JSON file of the parcel."
         try: out = json.loads(self.read(name))
-        except (ValueError, RecursionError) as e: raise WeightsError(f"'{name}' is no JSON", self.path, "fetch it again") from e
+        except (ValueError, RecursionError) as e:
+            raise WeightsError(f"'{name}' is no JSON", self.path, "fetch it again") from e
         if not isinstance(out, dict): raise WeightsError(f"'{name}' is no JSON object", self.path, "fetch it again")
         return out
 
@@ -91,13 +101,19 @@ def read_pickle(
         source, target = Path(t)/"foreign", Path(t)/"out.safetensors"
         shutil.copyfile(path, source)
         code = READ_ALONE.format(most=MOST, source=str(source), target=str(target))
-        keep = {k: v for k,v in os.environ.items() if k in ("PATH","LD_LIBRARY_PATH","SYSTEMROOT","TMPDIR","OMP_NUM_THREADS")}
-        try: r = subprocess.run([sys.executable, "-I", "-c", code], cwd=t, env=keep, capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired as e: raise WeightsError(f"is not read after {timeout:.0f} s", path, "ask for the weights as safetensors") from e
+        keep = {k: v for k,v in os.environ.items()
+                if k in ("PATH","LD_LIBRARY_PATH","SYSTEMROOT","TMPDIR","OMP_NUM_THREADS")}
+        try:
+            r = subprocess.run([sys.executable, "-I", "-c", code], cwd=t, env=keep, capture_output=True, text=True,
+                               timeout=timeout)
+        except subprocess.TimeoutExpired as e:
+            raise WeightsError(f"is not read after {timeout:.0f} s", path, "ask for the weights as safetensors") from e
         if r.returncode == 3 and re.search(r"weights_only|Unsupported|GLOBAL|TorchScript", r.stderr):
             what = re.search(r"(?:GLOBAL|global)\s+([\w.]+(?:\s[\w.]+)?)", r.stderr)
-            raise WeightsError("needs code to be unpickled" + (f" ({what[1]})" if what else ""), path, "ask its makers for a plain state dict or safetensors")
-        if r.returncode or not target.exists(): raise WeightsError(f"cut off, or no file of torch ({(r.stderr.strip().splitlines() or ['no message'])[-1][:160]})", path, "fetch it again")
+            raise WeightsError("needs code to be unpickled" + (f" ({what[1]})" if what else ""), path,
+                               "ask its makers for a plain state dict or safetensors")
+        if r.returncode or not target.exists():
+            raise WeightsError(f"cut off, or no file of torch ({(r.stderr.strip().splitlines() or ['no message'])[-1][:160]})", path, "fetch it again")
         return load_bytes(target.read_bytes())
 
 # %% ../../nbs/lib/49b_gans.adopt.ipynb #3f0611a6
@@ -105,7 +121,8 @@ def is_torch_file(path:Path) -> bool:
     "Is this a file of `torch.save`? Those are zips too, often without an ending."
     if not zipfile.is_zipfile(path): return False
     try:
-        with zipfile.ZipFile(path) as z: return any(PurePosixPath(n).name == "data.pkl" and len(PurePosixPath(n).parts) == 2 for n in z.namelist())
+        with zipfile.ZipFile(path) as z:
+            return any(PurePosixPath(n).name == "data.pkl" and len(PurePosixPath(n).parts) == 2 for n in z.namelist())
     except (zipfile.BadZipFile, OSError, ValueError): return False
 
 # %% ../../nbs/lib/49b_gans.adopt.ipynb #63b41044
@@ -116,7 +133,8 @@ def read_weights(
     path = Path(path)
     if path.suffix != ".safetensors": return read_pickle(path)
     try: return load_bytes(path.read_bytes())
-    except (SafetensorError, ValueError, KeyError) as e: raise WeightsError(f"cut off, or no safetensors file ({e})", path, "fetch it again") from e
+    except (SafetensorError, ValueError, KeyError) as e:
+        raise WeightsError(f"cut off, or no safetensors file ({e})", path, "fetch it again") from e
 
 # %% ../../nbs/lib/49b_gans.adopt.ipynb #5c2e72af
 ARCHS = {"dcgan": dict(act="relu"), "wgangp": dict(act="relu"), "thesis_dcgan": dict(act="leaky", slope=.2)} # name -> what weights do not tell
@@ -133,13 +151,20 @@ def dcgan_state(
     convs = [n for n in names if state[n].dim() == 4]
     w = [state[n] for n in convs]
     if len(w) < 3 or any(t.shape[2:] != (4,4) for t in w) or any(a.shape[1] != b.shape[0] for a,b in zip(w, w[1:])):
-        raise WeightsError("is no chain of transposed 4×4 convolutions: " + ", ".join(_shape(t) for t in w[:6]), where, "say which architecture it is by `config`")
-    if any(n.rsplit(".", 1)[0] + ".bias" in state for n in convs): raise WeightsError("its convolutions have shifts, those of a DCGAN here have none", where, "this network is not known here")
-    norms = [n.rsplit(".", 1)[0] for n in names if n.endswith(".running_mean") and state[n].dim() == 1 and state[n].shape[0] in {t.shape[1] for t in w}]
+        raise WeightsError("is no chain of transposed 4×4 convolutions: " + ", ".join(_shape(t) for t in w[:6]), where,
+                           "say which architecture it is by `config`")
+    if any(n.rsplit(".", 1)[0] + ".bias" in state for n in convs):
+        raise WeightsError("its convolutions have shifts, those of a DCGAN here have none", where,
+                           "this network is not known here")
+    norms = [n.rsplit(".", 1)[0] for n in names if n.endswith(".running_mean") and state[n].dim() == 1
+             and state[n].shape[0] in {t.shape[1] for t in w}]
     norms = [n for n in norms if n.rsplit(".", 1)[0] == convs[0].rsplit(".", 2)[0]] or norms
-    if [len(state[f"{n}.running_mean"]) for n in norms] != [t.shape[1] for t in w[:-1]]: raise WeightsError("the norms do not fit between the convolutions", where, "say which architecture it is by `config`")
+    if [len(state[f"{n}.running_mean"]) for n in norms] != [t.shape[1] for t in w[:-1]]:
+        raise WeightsError("the norms do not fit between the convolutions", where,
+                           "say which architecture it is by `config`")
     for n in names:
-        if state[n].dim() == 2 and "embed" in n and 2*state[n].shape[0] == w[0].shape[0]: raise WeightsError(f"is conditional ('{n}')", where, "only unconditional DCGANs are read from bare weights")
+        if state[n].dim() == 2 and "embed" in n and 2*state[n].shape[0] == w[0].shape[0]:
+            raise WeightsError(f"is conditional ('{n}')", where, "only unconditional DCGANs are read from bare weights")
     ours, used = {}, set()
     for i,t in enumerate(convs):
         ours[f"layers.{3*i}.weight"] = state[t]
@@ -151,7 +176,8 @@ def dcgan_state(
                 used.add(f"{n}.{k}")
         ours.setdefault(f"layers.{3*i+1}.num_batches_tracked", torch.tensor(0))
     config = dict(kind="dcgan", nz=w[0].shape[0], widths=[t.shape[1] for t in w[:-1]], channels=w[-1].shape[1])
-    return config, {k: v.float() if v.is_floating_point() else v for k,v in ours.items()}, [n for n in names if n not in used]
+    return config, {k: v.float() if v.is_floating_point() else v for k,v in ours.items()}, [n for n in names
+            if n not in used]
 
 # %% ../../nbs/lib/49b_gans.adopt.ipynb #acc0f521
 NAMES = ("generator", "netG", "G_ema", "G", "g", "state_dict", "model", "generator_state_dict") # What generators are called, the likeliest first
@@ -162,7 +188,8 @@ def pick_network(
 ) -> dict: # name -> tensor of one network
     "The generator among the networks of a file."
     groups = {}
-    for k,v in flat.items(): groups.setdefault(k.rpartition("/")[0], {})[k.rpartition("/")[2].removeprefix("module.")] = v
+    for k,v in flat.items():
+        groups.setdefault(k.rpartition("/")[0], {})[k.rpartition("/")[2].removeprefix("module.")] = v
     fits, why = {}, None
     for name,state in groups.items():
         try:
@@ -171,7 +198,8 @@ def pick_network(
         except WeightsError as e: why = why or e
     if not fits: raise why or WeightsError("holds no tensors", where, "fetch it again")
     named = [n for n in NAMES if n in fits]
-    if len(fits) > 1 and not named: raise WeightsError("holds several generators: " + ", ".join(sorted(fits)), where, "give a file with one")
+    if len(fits) > 1 and not named:
+        raise WeightsError("holds several generators: " + ", ".join(sorted(fits)), where, "give a file with one")
     return fits[named[0]] if named else next(iter(fits.values()))
 
 # %% ../../nbs/lib/49b_gans.adopt.ipynb #466bf86e
@@ -196,7 +224,8 @@ def range_of(
     r = raw_range(G)
     if r["below"] > .02: return (-1., 1.)
     if r["below"] < .002: return (0., 1.)
-    raise ParameterError(f"{100*r['below']:.1f} % of the output is under -0.05: neither clearly [-1,1] nor [0,1]", where, "give value_range, e.g. --value-range=-1,1")
+    raise ParameterError(f"{100*r['below']:.1f} % of the output is under -0.05: neither clearly [-1,1] nor [0,1]",
+                         where, "give value_range, e.g. --value-range=-1,1")
 
 # %% ../../nbs/lib/49b_gans.adopt.ipynb #c6c910b7
 def check_images(
@@ -208,19 +237,26 @@ def check_images(
     kind = G.config["kind"]
     if kind == "context": # it paints into patches: flat gray will do
         L = edit(G, np.full((2, G.size, G.size), 90, np.uint8), seed=0)
-        if not np.isfinite(L).all() or not L.any(): raise WeightsError("paints nothing, or no numbers", folder, "use another snapshot")
+        if not np.isfinite(L).all() or not L.any():
+            raise WeightsError("paints nothing, or no numbers", folder, "use another snapshot")
         return dict(n=2, shape=[G.size]*2, strongest=float(np.abs(L).max()))
     x, _ = sample_generator(folder, n, seed=0)
-    out = dict(n=n, shape=list(x.shape[1:]), mean=float(x.mean()), min=int(x.min()), max=int(x.max()), spread=float(x.std(0).mean()), black=float((x == 0).mean()), white=float((x == 255).mean()))
-    if x.std() < .5: raise WeightsError(f"draws constant patches (gray {x.mean():.0f})", folder, "the weights do not fit this network, or the value range is wrong")
-    if max(out["black"], out["white"]) > .98: raise WeightsError("draws black or white patches only", folder, "the value range is wrong")
+    out = dict(n=n, shape=list(x.shape[1:]), mean=float(x.mean()), min=int(x.min()), max=int(x.max()),
+               spread=float(x.std(0).mean()), black=float((x == 0).mean()), white=float((x == 255).mean()))
+    if x.std() < .5:
+        raise WeightsError(f"draws constant patches (gray {x.mean():.0f})", folder,
+                           "the weights do not fit this network, or the value range is wrong")
+    if max(out["black"], out["white"]) > .98:
+        raise WeightsError("draws black or white patches only", folder, "the value range is wrong")
     if kind == "singan": return out
     low, high = G.card["value_range"]
     r = raw_range(G, n)
     width = high - low
     out |= dict(raw_low=r["low"], raw_high=r["high"], wraps=float(_outside(G, low, high, n)))
-    if low == 0 and r["low"] < -.25*width: warnings.warn(f"{G.card['stream']}: values down to {r['low']:.2f} under a value range that begins at 0")
-    if low < 0 and r["below"] < .002: warnings.warn(f"{G.card['stream']}: no value under 0 with the value range [-1,1]; was it trained on [0,1]?")
+    if low == 0 and r["low"] < -.25*width:
+        warnings.warn(f"{G.card['stream']}: values down to {r['low']:.2f} under a value range that begins at 0")
+    if low < 0 and r["below"] < .002:
+        warnings.warn(f"{G.card['stream']}: no value under 0 with the value range [-1,1]; was it trained on [0,1]?")
     return out
 
 @torch.no_grad()
@@ -241,13 +277,17 @@ def licence_of(
         m = re.match(r"---\n(.*?)\n---", parcel.read(name).decode("utf-8", "replace"), re.S)
         found = re.search(r"^license:\s*(\S+)\s*$", m[1], re.M) if m else None
         told = found[1] if found else None
-    for name in [n for f in ("LICENSE","LICENCE","LICENSE.txt","LICENSE.md") for n in parcel.find(f)][:1] if not told else ():
-        told = next((l.strip() for l in parcel.read(name).decode("utf-8", "replace").splitlines() if l.strip()), "")[:80]
+    for name in [n for f in ("LICENSE","LICENCE","LICENSE.txt","LICENSE.md")
+                 for n in parcel.find(f)][:1] if not told else ():
+        told = next((l.strip() for l in parcel.read(name).decode("utf-8", "replace").splitlines() if l.strip()),
+                    "")[:80]
     return str(told or "").strip()
 
 # %% ../../nbs/lib/49b_gans.adopt.ipynb #a083412d
 def _need_licence(told, path):
-    if not told: raise DataError("carries no licence, so nobody may use it", path, "ask its makers, and say what they told you with license=… (--license)")
+    if not told:
+        raise DataError("carries no licence, so nobody may use it", path,
+                        "ask its makers, and say what they told you with license=… (--license)")
     return told
 
 def medigan_entry(meta:dict) -> dict: # The entry itself
@@ -262,7 +302,9 @@ def _ours(parcel, name, tmp, license): # A package or generator folder written b
     weights = f"{home}/G.safetensors".lstrip("/")
     if weights not in parcel.sizes:
         foreign = [n for n in parcel.sizes if n.endswith((".pt",".pth",".pkl",".bin",".ckpt"))]
-        raise WeightsError("G.safetensors is missing" + (f" ('{foreign[0]}' is not opened beside a generator.json)" if foreign else ""), parcel.path, "fetch the whole package")
+        raise WeightsError("G.safetensors is missing"
+                           + (f" ('{foreign[0]}' is not opened beside a generator.json)" if foreign else ""),
+                           parcel.path, "fetch the whole package")
     card = parcel.json(name)
     told = license or licence_of(parcel, card, {})
     card["license"] = _need_licence(told, parcel.path)
@@ -280,12 +322,16 @@ def _foreign(parcel, weights, tmp, *, meta, license, arch, value_range, config):
     finally: file.unlink()
     G, state, left = _network(flat, weights, parcel.path, meta=meta, arch=arch, config=config)
     try: G.load_state_dict(state)
-    except RuntimeError as e: raise WeightsError(f"the weights do not fit this network: {str(e).splitlines()[-1].strip()[:200]}", weights, "check latent size and widths in `config`") from e
+    except RuntimeError as e:
+        raise WeightsError(f"the weights do not fit this network: {str(e).splitlines()[-1].strip()[:200]}", weights,
+                           "check latent size and widths in `config`") from e
     told_range = value_range or ((-1., 1.) if G.config["kind"] in ("singan","context") else range_of(G, parcel.path))
     about = meta.get("description") or {}
     sel = meta.get("selection") or {}
-    card = dict(license=told, value_range=list(map(float, told_range)), value_range_from="given" if value_range else "judged by the output", tensors_left_out=left,
-                stream=Path(weights).stem, title=about.get("title"), doi=about.get("doi"), datasets=[str(s).lower() for s in sel.get("dataset") or []],
+    card = dict(license=told, value_range=list(map(float, told_range)),
+                value_range_from="given" if value_range else "judged by the output", tensors_left_out=left,
+                stream=Path(weights).stem, title=about.get("title"), doi=about.get("doi"),
+                datasets=[str(s).lower() for s in sel.get("dataset") or []],
                 training=dict(epoch=about.get("provided_after_epoch")))
     return {k: v for k,v in card.items() if v not in (None, [])}, G
 
@@ -300,12 +346,14 @@ def _network(flat, weights, where, *, meta, arch, config): # -> (network, state 
 
 def named_arch(arch, found, meta, where) -> str: # Key of ARCHS
     "The architecture somebody named, or the one a medigan entry names."
-    if arch and arch not in ARCHS: raise ParameterError(f"unknown architecture '{arch}'", "arch", nearest(arch, list(ARCHS)))
+    if arch and arch not in ARCHS:
+        raise ParameterError(f"unknown architecture '{arch}'", "arch", nearest(arch, list(ARCHS)))
     if arch: return arch
     if meta and found["widths"] == [450,360,180,90,45]: return "thesis_dcgan"        # medigan 00002
     kind = str((meta.get("selection") or {}).get("type", "")).lower().replace("-","").replace("_","")
     if kind in ("dcgan","wgangp"): return kind
-    raise ParameterError("weights do not tell the activation between the layers", where, f"name the architecture: {', '.join(ARCHS)} (--arch)")
+    raise ParameterError("weights do not tell the activation between the layers", where,
+                         f"name the architecture: {', '.join(ARCHS)} (--arch)")
 
 # %% ../../nbs/lib/49b_gans.adopt.ipynb #6cfdcc35
 def import_generator(
@@ -319,10 +367,14 @@ def import_generator(
 ) -> Path: # A generator folder for `sample_generator`
     "Make a foreign generator ours, without running its code; whatever is wrong is a typed error and leaves nothing behind."
     path = Path(path).expanduser()
-    if not path.exists(): raise WeightsError("there is nothing here", path, "give a package folder, a zip or a weights file")
-    bare = path.is_file() and (is_torch_file(path) or path.suffix != ".zip" and not (path.suffix == "" and zipfile.is_zipfile(path)))
+    if not path.exists():
+        raise WeightsError("there is nothing here", path, "give a package folder, a zip or a weights file")
+    bare = path.is_file() and (is_torch_file(path) or path.suffix != ".zip"
+                               and not (path.suffix == "" and zipfile.is_zipfile(path)))
     parcel = _single(path) if bare else Parcel(path)
-    key = hash_of([(n, parcel.sizes[n]) for n in sorted(parcel.sizes)], [file_hash(path)] if path.is_file() else [file_hash(path/n) for n in sorted(parcel.sizes) if n.endswith((".safetensors",".json",*PICKLES[:-1]))],
+    key = hash_of([(n, parcel.sizes[n]) for n in sorted(parcel.sizes)],
+                  [file_hash(path)] if path.is_file() else [file_hash(path/n) for n in sorted(parcel.sizes)
+                                                            if n.endswith((".safetensors",".json",*PICKLES[:-1]))],
                   license, arch, value_range, config)
     home = Path(into) if into else cache_dir("imported")/f"{re.sub(r'[^A-Za-z0-9_-]+', '_', path.stem)[:40]}-{key}"
     if not into and (home/"generator.json").is_file(): return home
@@ -346,10 +398,16 @@ def _take(parcel, tmp, path, *, license, arch, value_range, config):
     meta = medigan_entry(parcel.json(parcel.find("metadata.json")[0])) if parcel.find("metadata.json") else {}
     run = meta.get("execution") or {}
     want = f"{run.get('model_name')}{run.get('extension', '')}" if run else None
-    names = parcel.find(want) if want else [n for n in parcel.sizes if n.endswith((".safetensors", *PICKLES[:-1]))] or (list(parcel.sizes) if len(parcel.sizes) == 1 else [])
-    if not names: raise WeightsError(f"weights are missing ({want})" if want else "holds neither generator.json nor weights", path, "fetch the whole package")
-    if len(names) > 1 and not want: raise WeightsError("holds several weights files: " + ", ".join(names[:5]), path, "give one of them")
-    return _foreign(parcel, names[0], tmp, meta=meta, license=license, arch=arch, value_range=value_range, config=config)
+    names = parcel.find(want) if want else [n for n in parcel.sizes
+                                            if n.endswith((".safetensors", *PICKLES[:-1]))] or (list(parcel.sizes)
+                                                    if len(parcel.sizes) == 1 else [])
+    if not names:
+        raise WeightsError(f"weights are missing ({want})" if want else "holds neither generator.json nor weights",
+                           path, "fetch the whole package")
+    if len(names) > 1 and not want:
+        raise WeightsError("holds several weights files: " + ", ".join(names[:5]), path, "give one of them")
+    return _foreign(parcel, names[0], tmp, meta=meta, license=license, arch=arch, value_range=value_range,
+                    config=config)
 
 def _single(path): # One file as a parcel
     p = Parcel.__new__(Parcel)

@@ -53,7 +53,8 @@ def widths_for(
 ) -> tuple: # Channels from half size down to 4×4
     "Channels of a discriminator in the manner of Radford 2016; a generator has them in the opposite order."
     levels = math.log2(size/4) if size > 4 else 0
-    if levels < 1 or levels % 1: raise ParameterError(f"{size} is no power of two above 4", "size", "choose 16, 32, 64, 128 or 256")
+    if levels < 1 or levels % 1:
+        raise ParameterError(f"{size} is no power of two above 4", "size", "choose 16, 32, 64, 128 or 256")
     return tuple(width*2**i for i in range(int(levels)))
 
 # %% ../../nbs/lib/40_gans.blocks.ipynb #03a3b83e
@@ -88,15 +89,17 @@ def build_generator(
         raise WeightsError(f"'{kind}' is no kind of generator", "config", fix)
     args = {k: tuple(v) if isinstance(v, list) else v for k,v in config.items() if k != "kind"}
     try: return KINDS[kind](**args)
-    except TypeError as e: raise WeightsError(f"'{kind}' cannot be built: {e}", "config", "the file was written by another version") from e
+    except TypeError as e:
+        raise WeightsError(f"'{kind}' cannot be built: {e}", "config", "the file was written by another version") from e
 
 # %% ../../nbs/lib/40_gans.blocks.ipynb #a1e752a5
 def activation(name:str, slope:float=.2) -> nn.Module:
     "`relu` or `leaky` with this negative slope."
-    if name not in ("relu", "leaky"): raise ParameterError(f"'{name}' is no activation here", "act", nearest(name, ["relu", "leaky"]))
+    if name not in ("relu", "leaky"):
+        raise ParameterError(f"'{name}' is no activation here", "act", nearest(name, ["relu", "leaky"]))
     return nn.ReLU(True) if name == "relu" else nn.LeakyReLU(slope, True)
 
-# %% ../../nbs/lib/40_gans.blocks.ipynb #ad3c2d7f
+# %% ../../nbs/lib/40_gans.blocks.ipynb #68a40daf
 @register
 class DCGANGenerator(Generator):
     "Generator of Radford 2016 at one more size; Szafranowska 2022 part 2.3.1, Alyafi 2019 Fig. 3."
@@ -116,7 +119,9 @@ class DCGANGenerator(Generator):
         def make():
             layers = []
             for i,w in enumerate(widths):
-                layers += [nn.ConvTranspose2d(ins[i], w, 4, *((2, 1) if i else (1, 0)), bias=False), nn.BatchNorm2d(w), activation(act, slope)]
+                step = (2, 1) if i else (1, 0)          # stride and padding
+                layers.append(nn.ConvTranspose2d(ins[i], w, 4, *step, bias=False))
+                layers += [nn.BatchNorm2d(w), activation(act, slope)]
             return nn.Sequential(*layers, nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1, bias=False), nn.Tanh())
         self.layers = blank(make, rng, std=std)
 
@@ -130,9 +135,7 @@ class DCGANDiscriminator(nn.Module):
     "Discriminator of Szafranowska 2022 part 2.3.1 and Alyafi 2019 part 4.4.2, or critic of WGAN-GP with `norm='none'`."
     def __init__(self,
         widths:tuple = (64, 128, 256, 512, 1024), # Channels from half the patch size down to 4×4
-        kernel:int = 6, # Kernel of the halving convolutions: 4 or 6
-        first_kernel:int = None, # Kernel of the first one, default `kernel`
-        last_kernel:int = None, # Kernel on the 4×4 map, default `kernel`
+        kernels:tuple = (6, 6, 6), # First convolution, further halving ones, the one on the 4×4 map: 4 or 6
         slope:float = .2, # Negative slope of LeakyReLU
         norm:str = "batch", # `batch`, `none` or `instance` (no learnt scale)
         channels:int = 1, # Channels of a patch
@@ -141,15 +144,15 @@ class DCGANDiscriminator(nn.Module):
     ):
         super().__init__()
         if norm not in NORMS: raise ParameterError(f"'{norm}' is no norm here", "norm", nearest(norm, list(NORMS)))
-        first_kernel, last_kernel, ins = first_kernel or kernel, last_kernel or kernel, (channels, *widths)
-        if any(k not in (4, 6) for k in (kernel, first_kernel, last_kernel)): raise ParameterError("kernels are 4 or 6", "kernel")
-        self.size = 4 * 2**len(widths)
+        if not {*kernels} <= {4, 6}: raise ParameterError("kernels are 4 or 6", "kernels")
+        self.size, ins = 4 * 2**len(widths), (channels, *widths)
+        first, halving, last = kernels
         def make():
             layers = []
             for i,w in enumerate(widths):
-                k = kernel if i else first_kernel
-                layers += [nn.Conv2d(ins[i], w, k, 2, k//2-1, bias=False), *([NORMS[norm](w)] if i else []), nn.LeakyReLU(slope, True)]
-            return nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, last_kernel, 1, last_kernel//2-2, bias=False))
+                k, norms = (halving, [NORMS[norm](w)]) if i else (first, [])
+                layers += [nn.Conv2d(ins[i], w, k, 2, k//2-1, bias=False), *norms, nn.LeakyReLU(slope, True)]
+            return nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, last, 1, last//2-2, bias=False))
         self.layers = blank(make, rng, std=std)
 
     def forward(self, x:Tensor) -> Tensor: # Patches `(b,1,s,s)` to logits `(b,)`

@@ -29,7 +29,8 @@ def png_bytes(
     h, w = img.shape
     part = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     rows = np.concatenate([np.zeros((h,1), np.uint8), np.asarray(img, np.uint8)], 1).tobytes()     # each row: filter 0, then its pixels
-    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 0, 0, 0, 0)) + part(b"IDAT", zlib.compress(rows, 6)) + part(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 0, 0, 0, 0)) + part(b"IDAT",
+            zlib.compress(rows, 6)) + part(b"IEND", b"")
 
 # %% ../../nbs/lib/49a_gans.bundle.ipynb #797ce95c
 def first_of_batch(
@@ -45,7 +46,8 @@ def first_of_batch(
 def save_pictures(images, output_path, first:int=0, names:str="{:05d}.png") -> list: # Paths
     "Write pictures `(n,h,w)` as PNG, numbered from `first`."
     out = Path(output_path)
-    if not str(output_path): raise ParameterError("no folder to save pictures in", "output_path", "give one, or save_images=False")
+    if not str(output_path):
+        raise ParameterError("no folder to save pictures in", "output_path", "give one, or save_images=False")
     out.mkdir(parents=True, exist_ok=True)
     paths = [out/names.format(first+i) for i in range(len(images))]
     for p,img in zip(paths, images): p.write_bytes(png_bytes(img))
@@ -67,14 +69,18 @@ def prepared(
     unknown:dict, # Arguments nobody asked for
 ) -> tuple: # (generator, seed, first)
     "What every `generate` starts with: checked arguments and the loaded generator."
-    if unknown: raise ParameterError(f"unknown arguments {sorted(unknown)}", "generate", "README.md lists those there are")
+    if unknown:
+        raise ParameterError(f"unknown arguments {sorted(unknown)}", "generate", "README.md lists those there are")
     if num_samples < 0: raise ParameterError(f"{num_samples} pictures", "num_samples", "ask for 1 or more")
     model_file = Path(model_file)
-    if model_file.name != "G.safetensors": raise WeightsError("weights are named G.safetensors here", model_file, "give the file that came with this code")
+    if model_file.name != "G.safetensors":
+        raise WeightsError("weights are named G.safetensors here", model_file, "give the file that came with this code")
     seed = int(torch.randint(2**31, ())) if seed is None else int(seed)
     first = first_of_batch(output_path) if first is None and save_images else first or 0
-    logging.getLogger(__name__).info("%d patches of %s, seed %d, from number %d", num_samples, model_file.parent.name, seed, first)
-    changed = tuple(f.stat().st_mtime_ns if f.is_file() else 0 for f in (model_file, model_file.with_name("generator.json")))
+    logging.getLogger(__name__).info("%d patches of %s, seed %d, from number %d", num_samples, model_file.parent.name,
+                                     seed, first)
+    changed = tuple(f.stat().st_mtime_ns if f.is_file() else 0
+                    for f in (model_file, model_file.with_name("generator.json")))
     return _loaded(str(model_file.parent), str(pick_device(str(device))), changed), seed, first
 
 # %% ../../nbs/lib/49a_gans.bundle.ipynb #fc40504f
@@ -97,7 +103,8 @@ def generate(
     **unknown,
 ):
     "Synthetic patches as `uint8`; equal seeds give equal patches, and the first ten of a hundred are those of ten."
-    G, seed, first = prepared(model_file, num_samples, output_path, save_images, seed=seed, first=first, device=device, unknown=unknown)
+    G, seed, first = prepared(model_file, num_samples, output_path, save_images, seed=seed, first=first, device=device,
+                              unknown=unknown)
     return handed_out(draw(G, num_samples, seed=seed, first=first, label=label), output_path, save_images, first)
 
 # %% ../../nbs/lib/49a_gans.bundle.ipynb #370e159e
@@ -107,10 +114,13 @@ def read_patches(
 ) -> np.ndarray: # uint8 `(n,s,s)`
     "Base patches for a generator that edits; other sizes are refused, because enlarging would invent detail."
     path = Path(path)
-    if not str(path) or not path.exists(): raise DataError("no base patches here", path, "give input_path: a folder of PNG files or a .npy file")
-    x = np.load(path, allow_pickle=False) if path.is_file() else [np.asarray(Image.open(p)) for p in sorted(path.glob("*.png"))]
+    if not str(path) or not path.exists():
+        raise DataError("no base patches here", path, "give input_path: a folder of PNG files or a .npy file")
+    x = np.load(path, allow_pickle=False) if path.is_file() else [np.asarray(Image.open(p))
+            for p in sorted(path.glob("*.png"))]
     if not len(x) or any(np.shape(i) != (size, size) or np.asarray(i).dtype != np.uint8 for i in x):
-        raise DataError(f"needs uint8 patches of {size}×{size} px, found {len(x)}" + (f", one of {np.shape(x[0])}" if len(x) else ""), path, "cut them at this size")
+        raise DataError(f"needs uint8 patches of {size}×{size} px, found {len(x)}"
+                        + (f", one of {np.shape(x[0])}" if len(x) else ""), path, "cut them at this size")
     return np.stack(x)
 
 # %% ../../nbs/lib/49a_gans.bundle.ipynb #ecb63180
@@ -130,8 +140,10 @@ def generate_painted(
     **unknown,
 ):
     "Your patches with a lesion painted in, or out, by Wu 2020."
-    G, seed, first = prepared(model_file, num_samples, output_path, save_images, seed=seed, first=first, device=device, unknown=unknown)
-    if what not in ("painted","residual"): raise ParameterError(f"'{what}' is nothing it makes", "what", "painted or residual")
+    G, seed, first = prepared(model_file, num_samples, output_path, save_images, seed=seed, first=first, device=device,
+                              unknown=unknown)
+    if what not in ("painted","residual"):
+        raise ParameterError(f"'{what}' is nothing it makes", "what", "painted or residual")
     task, base, out, have = task or G.card["training"]["recipe"]["task"], read_patches(input_path, G.size), [], 0
     for k in range(rounds):
         order = rng(seed, "base patches", k).permutation(len(base))
@@ -145,7 +157,9 @@ def generate_painted(
             out.append(x)
             have += len(x)
     x = np.concatenate([*out, base[:0]])[first:first+num_samples]
-    if len(x) < num_samples: logging.getLogger(__name__).warning("%d of %d patches: nothing worth keeping was painted in the others", len(x), num_samples)
+    if len(x) < num_samples:
+        logging.getLogger(__name__).warning("%d of %d patches: nothing worth keeping was painted in the others", len(x),
+                                            num_samples)
     return handed_out(x, output_path, save_images, first)
 
 # %% ../../nbs/lib/49a_gans.bundle.ipynb #d01acdbb
@@ -188,7 +202,8 @@ class Source:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 if owner := patched(node): self.patches[f"{owner}.{node.name}"] = node
                 else: self.defs[node.name] = node
-            for t in node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []:
+            for t in node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node,
+                    ast.AnnAssign) else []:
                 for n in ast.walk(t):
                     if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store): self.defs[n.id] = node
 
@@ -227,7 +242,8 @@ def code_of(src:Source, node) -> str:
     start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     drop = set()
     for n in ast.walk(node):
-        if isinstance(n, ast.ImportFrom) and (n.level or ours(n.module or "")): drop |= set(range(n.lineno, n.end_lineno+1))
+        if isinstance(n, ast.ImportFrom) and (n.level or ours(n.module or "")):
+            drop |= set(range(n.lineno, n.end_lineno+1))
     return "\n".join(lines[i-1] for i in range(start, node.end_lineno+1) if i not in drop)
 
 # %% ../../nbs/lib/49a_gans.bundle.ipynb #d8aa3814
@@ -256,7 +272,8 @@ class Bundle:
         self.need, self.outside, self.called = {}, {}, {"forward"}
         for module,name in roots: self.add(module, name)
         while more := [(m, p) for m in list(dict.fromkeys(m for m,_ in self.need)) for p in source(m).patches
-                       if (m, p) not in self.need and (m, p.split(".")[0]) in self.need and p.split(".")[1] in self.called]:
+                       if (m, p) not in self.need and (m, p.split(".")[0]) in self.need
+                       and p.split(".")[1] in self.called]:
             for m,p in more: self.take(m, p, source(m).patches[p], method_code(source(m), p))
 
     def add(self, module, name):
@@ -281,9 +298,11 @@ class Bundle:
         "Go where an imported name comes from: one of our modules, or a library."
         base, name, asname = target
         if ours(base):
-            if name is None or asname: raise RunError(f"'{alias}' is imported under another name", base, "import it as it is named")
+            if name is None or asname:
+                raise RunError(f"'{alias}' is imported under another name", base, "import it as it is named")
             return self.add(base, name)
-        if self.outside.setdefault(alias, target) != target: raise RunError(f"'{alias}' means two things", base, "rename one")
+        if self.outside.setdefault(alias, target) != target:
+            raise RunError(f"'{alias}' means two things", base, "rename one")
 
     def modules(self): # Ours, each after those it imports
         "The modules the code is from, in the order they must run."
@@ -296,7 +315,8 @@ class Bundle:
         return [m for m in order if m in used]
 
 # %% ../../nbs/lib/49a_gans.bundle.ipynb #0a9d34ef
-WHEELS = {"torch": "torch>=2.0", "numpy": "numpy>=1.24", "safetensors": "safetensors>=0.4", "scipy": "scipy>=1.10", "PIL": "pillow>=10"} # What a package may need
+WHEELS = {"torch": "torch>=2.0", "numpy": "numpy>=1.24", "safetensors": "safetensors>=0.4", "scipy": "scipy>=1.10",
+          "PIL": "pillow>=10"} # What a package may need
 
 def _import_lines(outside): # alias -> (module, name, asname) to statements
     plain = sorted({f"import {m}" + (f" as {a}" if a else "") for m,n,a in outside.values() if n is None})
@@ -310,7 +330,8 @@ def wheels_of(bundle:Bundle) -> list: # Requirement lines
     tops = sorted({m.split(".")[0] for m,_,_ in bundle.outside.values()} - set(sys.stdlib_module_names))
     if strange := [t for t in tops if t not in WHEELS]:
         raise RunError(f"the code needs {', '.join(strange)}", "package", f"write it with {', '.join(WHEELS)} alone")
-    return [WHEELS[t] for t in ("numpy","safetensors","torch", *(t for t in tops if t not in ("numpy","safetensors","torch")))]
+    return [WHEELS[t] for t in ("numpy","safetensors","torch",
+                                *(t for t in tops if t not in ("numpy","safetensors","torch")))]
 
 # %% ../../nbs/lib/49a_gans.bundle.ipynb #40a69398
 def bundle_code(bundle:Bundle, doc:str, tail:str="") -> str:
@@ -319,7 +340,8 @@ def bundle_code(bundle:Bundle, doc:str, tail:str="") -> str:
     for m,n in bundle.need:
         if seen.setdefault(n, m) != m: raise RunError(f"two modules define '{n}'", f"{seen[n]}, {m}", "rename one")
     quotes = '"'*3
-    out = [quotes + doc.strip().replace("\\", "/").replace(quotes, "''") + "\n" + quotes, "from __future__ import annotations", "\n".join(_import_lines(bundle.outside))]
+    out = [quotes + doc.strip().replace("\\", "/").replace(quotes, "''") + "\n" + quotes,
+           "from __future__ import annotations", "\n".join(_import_lines(bundle.outside))]
     for m in bundle.modules():
         parts = dict(sorted((line, text) for (mod,_),(line,text) in bundle.need.items() if mod == m))
         out.append(f"# ---- {m}\n\n" + "\n\n".join(parts.values()))
@@ -336,7 +358,8 @@ def package_code(
     cls, kind = type(G), G.config["kind"]
     entry = ENTRIES.get(kind, ("mammo_nb.gans.bundle", "generate"))
     b = Bundle([entry, (cls.__module__, cls.__name__), ("mammo_nb.gans.blocks", "KINDS")])
-    tail = f'KINDS["{kind}"] = {cls.__name__}' + (f"\ngenerate = {entry[1]}" if entry[1] != "generate" else "") + '\n__all__ = ["generate"]'
+    tail = f'KINDS["{kind}"] = {cls.__name__}' + (f"\ngenerate = {entry[1]}" if entry[1] != "generate"
+                                                  else "") + '\n__all__ = ["generate"]'
     return bundle_code(b, doc, tail), wheels_of(b)
 
 # %% ../../nbs/lib/49a_gans.bundle.ipynb #17800ad0
@@ -363,7 +386,11 @@ def draw_alone(
     folder = Path(folder).resolve()
     with tempfile.TemporaryDirectory() as t:
         out = f"{t}/out.npy"
-        code = ALONE.format(barred=tuple(barred), threads=torch.get_num_threads(), init=str(folder/"__init__.py"), out=out, weights=str(folder/"G.safetensors"), n=int(n), seed=int(seed), more=more)
-        r = subprocess.run([sys.executable, "-I", "-B", "-c", code], cwd=t, capture_output=True, text=True, timeout=timeout)
-        if r.returncode: raise RunError(f"its code does not run: {(r.stderr.strip().splitlines() or ['no message'])[-1][:300]}", folder, "this is a fault of the exporter; please report it")
+        code = ALONE.format(barred=tuple(barred), threads=torch.get_num_threads(), init=str(folder/"__init__.py"),
+                            out=out, weights=str(folder/"G.safetensors"), n=int(n), seed=int(seed), more=more)
+        r = subprocess.run([sys.executable, "-I", "-B", "-c", code], cwd=t, capture_output=True, text=True,
+                           timeout=timeout)
+        if r.returncode:
+            raise RunError(f"its code does not run: {(r.stderr.strip().splitlines() or ['no message'])[-1][:300]}",
+                           folder, "this is a fault of the exporter; please report it")
         return np.load(out)[...,0]

@@ -45,8 +45,10 @@ def pack(
         return {"array": name}, tensors
     if isinstance(obj, dict): return {"dict": [[k, pack(v, f"{name}.{k}", tensors)[0]] for k,v in obj.items()]}, tensors
     if hasattr(obj, "__iter__"):
-        return {"tuple" if isinstance(obj, tuple) else "list": [pack(v, f"{name}.{i}", tensors)[0] for i,v in enumerate(obj)]}, tensors
-    raise RunError(f"a {type(obj).__name__} cannot be kept in a checkpoint", name, "give its numbers, or an object with state_dict()")
+        return {"tuple" if isinstance(obj, tuple)
+                else "list": [pack(v, f"{name}.{i}", tensors)[0] for i,v in enumerate(obj)]}, tensors
+    raise RunError(f"a {type(obj).__name__} cannot be kept in a checkpoint", name,
+                   "give its numbers, or an object with state_dict()")
 
 # %% ../../nbs/lib/41b_gans.checkpoint.ipynb #266200c2
 def unpack(
@@ -75,11 +77,12 @@ def fill(
         rates = [g["lr"] for g in obj.param_groups] if isinstance(obj, torch.optim.Optimizer) else []
         obj.load_state_dict(saved)
         for group,lr in zip(obj.param_groups if rates else (), rates):
-            if isinstance(lr, Tensor): group["lr"] = lr.copy_(torch.as_tensor(group["lr"]))     # a rate that is a tensor stays that tensor
+            if isinstance(lr, Tensor): group["lr"] = lr.copy_(torch.as_tensor(group["lr"])) # it stays that tensor
     if isinstance(obj, torch.optim.Optimizer):
         for p,kept in obj.state.items():
             for k,t in kept.items():
-                if isinstance(t, torch.Tensor) and t.shape == p.shape: kept[k] = torch.empty_like(p, dtype=t.dtype).copy_(t)
+                if isinstance(t, torch.Tensor) and t.shape == p.shape:
+                    kept[k] = torch.empty_like(p, dtype=t.dtype).copy_(t)
 
 # %% ../../nbs/lib/41b_gans.checkpoint.ipynb #a24baa10
 class Checkpoint:
@@ -93,7 +96,8 @@ class Checkpoint:
         log=None, # Told about damaged checkpoints and saves, with keyword fields
     ):
         self.folder, self.name, self.keep, self.every_s, self.log = Path(folder), name, keep, every_s, log
-        self.identity, self.saved_at, self.cost = json.loads(json.dumps(identity or {}, default=str)), time.monotonic(), 0.
+        self.identity, self.saved_at, self.cost = json.loads(json.dumps(identity or {},
+                default=str)), time.monotonic(), 0.
 
     def _json(self, step): return self.folder/f"{self.name}-{step:08d}.json"
     def _say(self, **kw):
@@ -101,7 +105,8 @@ class Checkpoint:
 
     def steps(self) -> list: # Oldest first
         "Steps of the checkpoints in the folder, whole or not."
-        found = (re.fullmatch(re.escape(self.name) + r"-(\d{8,})\.json", p.name) for p in self.folder.glob(f"{self.name}-*.json"))
+        found = (re.fullmatch(re.escape(self.name) + r"-(\d{8,})\.json", p.name)
+                 for p in self.folder.glob(f"{self.name}-*.json"))
         return sorted(int(m[1]) for m in found if m)
 
     def due(self) -> bool:
@@ -120,7 +125,8 @@ def save(self:Checkpoint,
     skeleton, tensors = pack(dict(state))
     data = save_bytes(tensors)
     with write_whole(self._json(step).with_suffix(".safetensors")) as tmp: tmp.write_bytes(data)
-    info = {"step": step, "identity": self.identity, "meta": meta or {}, "state": skeleton, "sha256": hashlib.sha256(data).hexdigest()}
+    info = {"step": step, "identity": self.identity, "meta": meta or {}, "state": skeleton,
+            "sha256": hashlib.sha256(data).hexdigest()}
     info = json.loads(json.dumps(info, default=str))
     write_json(self._json(step), info | {"seal": hash_of(info)})
     self.saved_at = time.monotonic()
@@ -148,16 +154,20 @@ def prune(self:Checkpoint,
 @patch
 def _read(self:Checkpoint, step):
     info = read_json(self._json(step))
-    if not isinstance(info, dict) or info.pop("seal", None) != hash_of(info): raise RunError("its text was changed", self._json(step))
+    if not isinstance(info, dict) or info.pop("seal", None) != hash_of(info):
+        raise RunError("its text was changed", self._json(step))
     try: data = self._json(step).with_suffix(".safetensors").read_bytes()
     except OSError as e: raise RunError("its tensors are missing", self._json(step)) from e
-    if hashlib.sha256(data).hexdigest() != info["sha256"]: raise RunError("its tensors were changed or cut off", self._json(step))
+    if hashlib.sha256(data).hexdigest() != info["sha256"]:
+        raise RunError("its tensors were changed or cut off", self._json(step))
     try: return info, unpack(info["state"], load_bytes(data))
-    except (SafetensorError, KeyError, ValueError) as e: raise RunError(f"it cannot be read ({type(e).__name__})", self._json(step)) from e
+    except (SafetensorError, KeyError, ValueError) as e:
+        raise RunError(f"it cannot be read ({type(e).__name__})", self._json(step)) from e
 
+# %% ../../nbs/lib/41b_gans.checkpoint.ipynb #c8ca93f8
 @patch
 def load(self:Checkpoint,
-    objects = None, # Name -> network, optimiser, generator or tensor to fill in place; or a function that makes these from the saved state
+    objects = None, # Name -> what to fill in place (see `fill`); or a function of the saved state that gives these
 ) -> dict: # `step`, `meta` and `state` (tensors on the CPU), or None where there is no whole checkpoint
     "The newest whole checkpoint; a damaged one is passed over with a warning, one of another run is an error."
     for step in reversed(self.steps()):
@@ -167,12 +177,14 @@ def load(self:Checkpoint,
             self._say(step=step, damaged=str(e))
             continue
         if info["identity"] != self.identity:
-            raise RunError(f"a checkpoint of another run is in this folder; {differs(info['identity'], self.identity)}", self._json(step),
+            raise RunError(f"a checkpoint of another run is in this folder; {differs(info['identity'], self.identity)}",
+                           self._json(step),
                            "choose another folder, or remove this one to start afresh")
         for k,o in ((objects(state) if callable(objects) else objects) or {}).items():
             try: fill(o, state[k])
             except (RuntimeError, ValueError, KeyError, AssertionError) as e:
-                raise RunError(f"'{k}' does not fit: {e}", self._json(step), "it was written by another version; remove it to start afresh") from e
+                raise RunError(f"'{k}' does not fit: {e}", self._json(step),
+                               "it was written by another version; remove it to start afresh") from e
         return {"step": info["step"], "meta": info["meta"], "state": state}
 
 # %% ../../nbs/lib/41b_gans.checkpoint.ipynb #96848600

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'CLASSES', 'ANSWERS', 'READINGS', 'DEMO', 'Task', 'task_of', 'context_labels', 'Spectral', 'SNConv2d',
-           'SNLinear', 'iterate', 'held', 'SelfAttention', 'made', 'levels_of', 'on_meta', 'crop_border',
-           'ContextGenerator', 'ContextDiscriminator', 'called', 'noise_penalty', 'ContextGAN', 'cycled', 'stacked',
-           'edit']
+           'SNLinear', 'iterate', 'held', 'SelfAttention', 'made', 'levels_of', 'on_meta', 'crop_border', 'doubled',
+           'with_noise', 'UNet', 'ContextGenerator', 'ContextDiscriminator', 'called', 'noise_penalty', 'ContextGAN',
+           'cycled', 'stacked', 'check_patches', 'edit']
 
 # %% ../../nbs/lib/46_gans.context.ipynb #c189d3c5
 import contextlib, math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,16 +35,17 @@ class Task(NamedTuple):
     types:tuple   # Lesion types it is about
 
 # %% ../../nbs/lib/46_gans.context.ipynb #002d34b7
-TASKS = {"mass": Task(2, 0, 1, 2, ("mass",)), "calc": Task(2, 0, 1, 1, ("calcification",)), "remove": Task(0, 2, -1, 1, ("mass","calcification"))}
-
+TASKS = {"mass": Task(2, 0, 1, 2, ("mass",)), "calc": Task(2, 0, 1, 1, ("calcification",)),
+         "remove": Task(0, 2, -1, 1, ("mass","calcification"))}
 CLASSES = ("malignant", "benign", "normal")
 
 def task_of(name:str) -> Task:
     "The task of this name."
-    if name not in TASKS: raise ParameterError(f"'{name}' is no task of the contextual GAN", "task", nearest(name, list(TASKS)))
+    if name not in TASKS:
+        raise ParameterError(f"'{name}' is no task of the contextual GAN", "task", nearest(name, list(TASKS)))
     return TASKS[name]
 
-# %% ../../nbs/lib/46_gans.context.ipynb #e9ede89d
+# %% ../../nbs/lib/46_gans.context.ipynb #91e0e9c2
 def context_labels(
     table, # DataFrame of a PatchSet: target, lesion_type, label
     *,
@@ -54,19 +55,25 @@ def context_labels(
     t = task_of(task)
     kind = table.target.eq(1) & table.lesion_type.isin(t.types)
     y = np.full(len(table), -1, np.int64)
-    for c,rows in enumerate((kind & table.label.eq("malignant"), kind & table.label.eq("benign"), table.target.eq(0))): y[rows.to_numpy(bool)] = c
-    what = " or ".join(t.types)
-    for c in (t.target, t.base):
-        if not (y == c).any():
-            have = ", ".join(f"{n} {k}" for k,n in table.lesion_type.value_counts().items()) or "nothing"
-            raise DataError(f"no {'normal patch' if c == 2 else f'malignant {what}'} among {len(table)} patches ({have})", f"task '{task}'",
-                            "choose another task or data set, or add patients")
+    for c,rows in enumerate((kind & table.label.eq("malignant"), kind & table.label.eq("benign"), table.target.eq(0))):
+        y[rows.to_numpy(bool)] = c
+    missing = [c for c in (t.target, t.base) if not (y == c).any()]
+    if missing:
+        what = "normal patch" if missing[0] == 2 else "malignant " + " or ".join(t.types)
+        have = ", ".join(f"{n} {k}" for k,n in table.lesion_type.value_counts().items()) or "nothing"
+        raise DataError(f"no {what} among {len(table)} patches ({have})", f"task '{task}'",
+                        "choose another task or data set, or add patients")
     return y
 
 # %% ../../nbs/lib/46_gans.context.ipynb #55d830dc
 class Spectral:
     "Mixin of a layer whose weight is divided by its largest singular value, Miyato 2018."
     held = None # The divided weight while it is kept
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("u", torch.empty(self.weight.shape[0]))
+        self.register_buffer("v", torch.empty(self.weight[0].numel()))
+
     def start(self, rng:torch.Generator, steps:int=15):
         "A random pair of vectors, moved towards the singular ones."
         self.u.copy_(F.normalize(torch.randn(self.u.shape, generator=rng), dim=0))
@@ -84,25 +91,18 @@ class Spectral:
         "The weight over its norm; gradients pass through both, the vectors count as constant."
         if self.held is not None: return self.held
         kind = self.weight.device.type
-        with torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext(): # clones: backward needs the vectors of this pass
+        with torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext():
+            # clones: backward needs the vectors of this pass
             return self.weight / torch.dot(self.u.clone(), self.weight.flatten(1) @ self.v.clone())
 
 # %% ../../nbs/lib/46_gans.context.ipynb #0a581fa5
 class SNConv2d(Spectral, nn.Conv2d):
     "Convolution with spectral norm."
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_buffer("u", torch.empty(self.weight.shape[0]))
-        self.register_buffer("v", torch.empty(self.weight[0].numel()))
     def forward(self, x): return self._conv_forward(x, self.divided(), self.bias)
 
 # %% ../../nbs/lib/46_gans.context.ipynb #b932e067
 class SNLinear(Spectral, nn.Linear):
     "Dense layer with spectral norm."
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_buffer("u", torch.empty(self.weight.shape[0]))
-        self.register_buffer("v", torch.empty(self.weight.shape[1]))
     def forward(self, x): return F.linear(x, self.divided(), self.bias)
 
 # %% ../../nbs/lib/46_gans.context.ipynb #91da739f
@@ -136,8 +136,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x:Tensor) -> Tensor: # `(b,c,h,w)`
         b, c, h, w = x.shape
-        q, k, v = self.query(x).flatten(2), F.max_pool2d(self.key(x), 2).flatten(2), F.max_pool2d(self.value(x), 2).flatten(2)
-        share = torch.softmax(q.transpose(1, 2).float() @ k.float(), dim=-1).to(v.dtype)  # (b, hw, hw/4), each row adds up to 1
+        q, k, v = (m.flatten(2) for m in (self.query(x), F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)))
+        share = torch.softmax(q.transpose(1, 2).float() @ k.float(), dim=-1).to(v.dtype)  # (b, hw, hw/4)
         return x + self.gamma*self.out((v @ share.transpose(1, 2)).view(b, -1, h, w))
 
 # %% ../../nbs/lib/46_gans.context.ipynb #f02349af
@@ -153,7 +153,8 @@ def made(
     with torch.no_grad():
         for name,m in net.named_modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
-                m.weight.normal_(0, (.1 if name in heads else 1)*math.sqrt(2/(1+slope**2)/m.weight[0].numel()), generator=rng)
+                scale = .1 if name in heads else 1
+                m.weight.normal_(0, scale*math.sqrt(2/(1+slope**2)/m.weight[0].numel()), generator=rng)
                 m.bias.zero_()
             if isinstance(m, Spectral): m.start(rng)
             if isinstance(m, SelfAttention): m.gamma.zero_()
@@ -163,7 +164,9 @@ def made(
 def levels_of(size:int, bottom:int) -> int: # Halvings from `size` to `bottom`
     "How often a patch is halved until it is `bottom` pixels wide."
     n = math.log2(size/bottom) if size > bottom > 0 else 0
-    if n < 2 or n % 1: raise ParameterError(f"{size} px cannot be halved to {bottom} px at least twice", "size", "choose 64, 128 or 256")
+    if n < 2 or n % 1:
+        raise ParameterError(f"{size} px cannot be halved to {bottom} px at least twice", "size",
+                             "choose 64, 128 or 256")
     return int(n)
 
 # %% ../../nbs/lib/46_gans.context.ipynb #05e28891
@@ -180,39 +183,63 @@ def crop_border(
     return F.pad(raw[..., border:raw.shape[2]-border, border:raw.shape[3]-border].clamp(-1, 1), (border,)*4)
 
 # %% ../../nbs/lib/46_gans.context.ipynb #4f40a371
+def doubled(x:Tensor) -> Tensor: # `(b,c,h,w)` -> `(b,c,2h,2w)`
+    "Every pixel four times."
+    return F.interpolate(x, scale_factor=2., mode="nearest")
+
+# %% ../../nbs/lib/46_gans.context.ipynb #ec24b0ea
+def with_noise(
+    z:Tensor, # One random number a patch, `(b,)`
+    *maps:Tensor, # `(b,…,h,w)`
+) -> Tensor: # Their channels in a row, and one more
+    "Maps, and a map that holds the random number."
+    x = maps[0]
+    return torch.cat([*maps, z[:,None,None,None].to(x.dtype).expand(-1, 1, *x.shape[2:])], 1)
+
+# %% ../../nbs/lib/46_gans.context.ipynb #d8b932bf
+@dataclass(frozen=True)
+class UNet:
+    "Shape of the generator of Wu 2020, Fig. 2."
+    size:int = 256          # Patch side, px
+    base:int = 16           # Channels of the first block, doubled at each level; even
+    bottom:int = 4          # Side of the smallest map, px
+    embed:int = 4           # Numbers the bottom is squeezed to
+    attend:int = 32         # Side of the maps that get self-attention
+    border:int = 10         # Pixels without residual at each side
+    slope:float = .2        # Negative slope of LeakyReLU, ours
+    progressive:bool = True # With the output at half the side
+    spectral:bool = False   # Spectral norm in the generator too
+
+    def __post_init__(self):
+        levels_of(self.size, self.bottom)
+        if self.base < 2 or self.base % 2: raise ParameterError(f"must be even, got {self.base}", "base")
+        if not 0 <= self.border < self.size//4:
+            raise ParameterError(f"a border of {self.border} px leaves nothing of {self.size} px", "border")
+
+    @property
+    def down(self) -> list: # Channels behind each encoding block
+        return [self.base*2**i for i in range(levels_of(self.size, self.bottom))]
+    @property
+    def up(self) -> list: # Channels behind each decoding block
+        return [width//2 for width in reversed(self.down)]
+
+# %% ../../nbs/lib/46_gans.context.ipynb #d4e9befb
 @register
 class ContextGenerator(Generator):
     "U-net of Wu 2020, Fig. 2: a residual from a patch and one random number a block."
     kind = "context"
     def __init__(self,
         size:int = 256, # Patch side, px
-        base:int = 16, # Channels of the first block, doubled at each level; even
-        bottom:int = 4, # Side of the smallest map, px
-        embed:int = 4, # Numbers the bottom is squeezed to
-        attend:int = 32, # Side of the maps that get self-attention
-        border:int = 10, # Pixels without residual at each side
-        slope:float = .2, # Negative slope of LeakyReLU, ours
-        progressive:bool = True, # With the output at half the side
-        spectral:bool = False, # Spectral norm in the generator too
+        *,
         rng:torch.Generator = None, # Source of the initial weights
+        **shape, # Other fields of `UNet`
     ):
         super().__init__()
-        self.config = dict(kind=self.kind, size=size, base=base, bottom=bottom, embed=embed, attend=attend, border=border, slope=slope, progressive=progressive, spectral=spectral)
-        self.size, self.stage, levels, meta = size, "fade" if progressive else "full", levels_of(size, bottom), on_meta()
-        if base < 2 or base % 2: raise ParameterError(f"must be even, got {base}", "base")
-        if not 0 <= border < size//4: raise ParameterError(f"a border of {border} px leaves nothing of {size} px", "border")
-        ws, conv = [base*2**i for i in range(levels)], SNConv2d if spectral else nn.Conv2d
-        side = lambda i: size // 2**i
-        with torch.device("meta"):
-            self.down = nn.ModuleList(conv(i + 1, o, 3, 2, 1) for i,o in zip([1, *ws], ws))
-            self.squeeze = conv(ws[-1], embed, bottom)
-            outs = [w//2 for w in ws[::-1]]
-            self.up = nn.ModuleList(nn.ModuleList([conv(i + skip + 1, o, 3, 1, 1), conv(o, o, 3, 1, 1)]) for i,skip,o in zip([embed, *outs], ws[::-1], outs))
-            self.att = nn.ModuleDict({f"down{i}": SelfAttention(w, conv) for i,w in enumerate(ws) if side(i+1) == attend} |
-                                     {f"up{i}": SelfAttention(w, conv) for i,w in enumerate(outs) if side(levels-1-i) == attend})
-            self.to_full, self.to_half = conv(base//2, 1, 1), conv(base, 1, 1) if progressive else None
-            self.register_buffer("alpha", torch.ones(()))
-        if not meta: made(self, rng or torch_rng(0, "init"), slope=slope, heads=("to_full", "to_half"))
+        shape, self.size = UNet(size, **shape), size
+        self.config = dict(kind=self.kind, **asdict(shape))
+        self.stage, meta = "fade" if shape.progressive else "full", on_meta()
+        with torch.device("meta"): self.build(shape)
+        if not meta: made(self, rng or torch_rng(0, "init"), slope=shape.slope, heads=("to_full", "to_half"))
 
     def latents(self, n:int, rng:np.random.Generator) -> tuple: # `(n, blocks)`
         "One number from U(-1, 1) for each patch and block; the patches themselves come from elsewhere."
@@ -221,28 +248,56 @@ class ContextGenerator(Generator):
     @property
     def blocks(self) -> int: return len(self.down) + len(self.up)
 
-# %% ../../nbs/lib/46_gans.context.ipynb #ec24b0ea
+# %% ../../nbs/lib/46_gans.context.ipynb #a39c814a
+@patch
+def build(self:ContextGenerator, shape:UNet) -> None:
+    "Its layers: encoder, bottom, decoder, attention where the maps have the side `attend`, outputs."
+    conv, down, up = SNConv2d if shape.spectral else nn.Conv2d, shape.down, shape.up
+    block = lambda n_in, n_out: nn.ModuleList([conv(n_in, n_out, 3, 1, 1), conv(n_out, n_out, 3, 1, 1)])
+    side = lambda i: shape.size // 2**i
+    self.down = nn.ModuleList(conv(n_in + 1, n_out, 3, 2, 1) for n_in,n_out in zip([1, *down], down))
+    self.squeeze = conv(down[-1], shape.embed, shape.bottom)
+    ins = [n + skip + 1 for n,skip in zip([shape.embed, *up], down[::-1])]
+    self.up = nn.ModuleList(map(block, ins, up))
+    sides = {f"down{i}": (side(i+1), n) for i,n in enumerate(down)}
+    sides |= {f"up{i}": (side(len(up)-1-i), n) for i,n in enumerate(up)}
+    self.att = nn.ModuleDict({k: SelfAttention(n, conv) for k,(s,n) in sides.items() if s == shape.attend})
+    self.to_full, self.to_half = conv(shape.base//2, 1, 1), conv(shape.base, 1, 1) if shape.progressive else None
+    self.register_buffer("alpha", torch.ones(()))
+
+# %% ../../nbs/lib/46_gans.context.ipynb #fe62c94f
+@patch
+def attended(self:ContextGenerator, name:str, x:Tensor) -> Tensor: # `down0`, … or `up0`, …
+    "Maps after the self-attention of this block, if it has one."
+    return self.att[name](x) if name in self.att else x
+
+# %% ../../nbs/lib/46_gans.context.ipynb #65557da4
+@patch
+def encode(self:ContextGenerator, x:Tensor, z:Tensor) -> list: # Maps of all levels, finest first
+    "The way down."
+    maps = []
+    for i,conv in enumerate(self.down):
+        x = self.attended(f"down{i}", F.leaky_relu(conv(with_noise(z[:,i], x)), self.config["slope"]))
+        maps.append(x)
+    return maps
+
+# %% ../../nbs/lib/46_gans.context.ipynb #70249395
 @patch
 def draw(self:ContextGenerator,
     x:Tensor, # Patches `(b,1,s,s)` in [-1,1]
     z:Tensor, # Random numbers `(b,blocks)`
 ) -> Tensor: # Residual before border and clipping: `(b,1,s,s)`, or half the side in the stage `half`
     "Through the U-net of Wu 2020, Fig. 2 (b)."
-    att = lambda name, x: self.att[name](x) if name in self.att else x
-    noise = lambda i, x: z[:,i,None,None,None].to(x.dtype).expand(-1, 1, *x.shape[2:])
-    skips, n = [], len(self.down)
-    for i,conv in enumerate(self.down):
-        x = att(f"down{i}", F.leaky_relu(conv(torch.cat([x, noise(i, x)], 1)), self.config["slope"]))
-        skips.append(x)
-    x = self.squeeze(x).expand(-1, -1, *x.shape[2:])
+    skips, n = self.encode(x, z), len(self.down)
+    x = self.squeeze(skips[-1]).expand(-1, -1, *skips[-1].shape[2:])
     for i,(first,second) in enumerate(self.up):
         if i == n-1 and self.stage != "full":
             low = self.to_half(x)
             if self.stage == "half": return low
-        x = torch.cat([x, skips[-1-i], noise(n+i, x)], 1)
-        x = att(f"up{i}", F.relu(second(F.relu(first(F.interpolate(x, scale_factor=2., mode="nearest"))))))
+        x = doubled(with_noise(z[:,n+i], x, skips[-1-i]))
+        x = self.attended(f"up{i}", F.relu(second(F.relu(first(x)))))
     x = self.to_full(x)
-    return x if self.stage == "full" else torch.lerp(F.interpolate(low, scale_factor=2., mode="nearest").float(), x.float(), self.alpha)
+    return x if self.stage == "full" else torch.lerp(doubled(low).float(), x.float(), self.alpha)
 
 # %% ../../nbs/lib/46_gans.context.ipynb #bb0dd6bd
 @patch
@@ -252,14 +307,16 @@ def residual(self:ContextGenerator, raw:Tensor) -> Tensor: # From `draw`
 
 # %% ../../nbs/lib/46_gans.context.ipynb #d2bd9da8
 @patch
-def forward(self:ContextGenerator, x:Tensor, z:Tensor, raw:bool=False) -> Tensor: # `(b,1,s,s)` in [-1,1]; with `raw` what `draw` gives
+def forward(self:ContextGenerator, x:Tensor, z:Tensor, raw:bool=False) -> Tensor: # `raw`: what `draw` gives
     "What is added to these patches, at full size."
     L = self.draw(x, z)
     if raw: return L
     L = self.residual(L)
-    return L if L.shape[-1] == self.size else F.interpolate(L, scale_factor=2., mode="nearest")
+    return L if L.shape[-1] == self.size else doubled(L)
 
 # %% ../../nbs/lib/46_gans.context.ipynb #891b13d3
+ANSWERS = ("target", "fake", "benign", "other") # Order of the logits
+
 class ContextDiscriminator(nn.Module):
     "Four-way discriminator of Wu 2020, section 2."
     def __init__(self,
@@ -268,7 +325,6 @@ class ContextDiscriminator(nn.Module):
         bottom:int = 4, # Side of the smallest map, px
         attend:int = 32, # Side of the map that gets self-attention
         channels:int = 1, # 1: combined patch; 3: lesion, input, combined
-        classes:int = 4, # Logits
         slope:float = .2, # Negative slope of LeakyReLU, ours
         progressive:bool = True, # With a convolution that reads half the side
         rng:torch.Generator = None, # Source of the initial weights
@@ -278,9 +334,10 @@ class ContextDiscriminator(nn.Module):
         ws = [width*2**i for i in range(levels_of(size, bottom))]
         with torch.device("meta"):
             self.convs = nn.ModuleList(SNConv2d(i, o, 3, 1, 1) for i,o in zip([channels, *ws], ws))
-            self.att = nn.ModuleDict({str(i): SelfAttention(w, SNConv2d) for i,w in enumerate(ws) if size // 2**(i+1) == attend})
+            near = [i for i in range(len(ws)) if size >> i+1 == attend]
+            self.att = nn.ModuleDict({str(i): SelfAttention(ws[i], SNConv2d) for i in near})
             self.from_half = SNConv2d(channels, width, 3, 1, 1) if progressive else None
-            self.dense = SNLinear(ws[-1]*bottom**2, classes)
+            self.dense = SNLinear(ws[-1]*bottom**2, len(ANSWERS))
             self.register_buffer("alpha", torch.ones(()))
         if not meta: made(self, rng or torch_rng(0, "init"), slope=slope)
 
@@ -288,7 +345,7 @@ class ContextDiscriminator(nn.Module):
         x = F.leaky_relu(F.max_pool2d(self.convs[i](x), 2), self.slope)
         return self.att[str(i)](x) if str(i) in self.att else x
 
-    def forward(self, x:Tensor) -> Tensor: # Patches `(b,channels,s,s)`, or half the side while growing, to logits `(b,classes)`
+    def forward(self, x:Tensor) -> Tensor: # `(b,channels,s,s)`, or half the side while growing, to `(b,4)`
         small = lambda x: F.leaky_relu(self.from_half(x), self.slope)
         if x.shape[-1] < self.size: x = small(x)
         elif self.stage == "full": x = self.block(0, x)
@@ -297,8 +354,6 @@ class ContextDiscriminator(nn.Module):
         return self.dense(x.flatten(1)).float()
 
 # %% ../../nbs/lib/46_gans.context.ipynb #2893c30f
-ANSWERS = ("target", "fake", "benign", "other") # Order of the logits
-
 def called(
     logits:Tensor, # `(b,4)`
     answer:str, # One of `ANSWERS`
@@ -316,7 +371,8 @@ def noise_penalty(
     k:float = 1., # Wanted norm
 ) -> Tensor: # Scalar
     "Gradient penalty without its factor: E[(|grad D(x+delta)| - k)^2], Wu 2020 section 2 after Kodali 2017."
-    if delta not in ("printed", "dragan"): raise ParameterError(f"'{delta}' is no reading", "delta", nearest(delta, ["printed", "dragan"]))
+    if delta not in ("printed", "dragan"):
+        raise ParameterError(f"'{delta}' is no reading", "delta", nearest(delta, ["printed", "dragan"]))
     u = torch.rand(real.shape, generator=rng, device=real.device)
     x = (real + (u if delta == "printed" else u*.5*real.std())).detach().requires_grad_()
     g, = torch.autograd.grad(score(x).sum(), x, create_graph=True)
@@ -360,31 +416,16 @@ class ContextGAN(Recipe):
     def nets(self, seed:int): # -> (G, D)
         "Generator and discriminator with the initial weights of this seed."
         self.check()
-        G = ContextGenerator(self.size, base=self.base, bottom=self.bottom, embed=self.embed, attend=self.attend, border=self.border,
-                             progressive=self.progressive, spectral=self.spectral_g, rng=torch_rng(seed, "weights of G"))
-        D = ContextDiscriminator(self.size, width=self.base*self.d_mult, bottom=max(4, self.bottom), attend=self.attend, channels=self.d_channels,
-                                 progressive=self.progressive, rng=torch_rng(seed, "weights of D"))
+        alike = dict(attend=self.attend, progressive=self.progressive)
+        G = ContextGenerator(self.size, base=self.base, bottom=self.bottom, embed=self.embed, border=self.border,
+                             spectral=self.spectral_g, rng=torch_rng(seed, "weights of G"), **alike)
+        D = ContextDiscriminator(self.size, width=self.base*self.d_mult, bottom=max(4, self.bottom),
+                                 channels=self.d_channels, rng=torch_rng(seed, "weights of D"), **alike)
         return G, D
 
-READINGS = {"A": {}, "B": dict(bottom=1), "C": dict(base=64, d_mult=2)} # For `replace(recipe, **READINGS["B"])`; C with d_mult 8 would have 1.6e9 weights in D
+# For `replace(recipe, **READINGS["B"])`; C with d_mult 8 would have 1.6e9 weights in D
+READINGS = {"A": {}, "B": dict(bottom=1), "C": dict(base=64, d_mult=2)}
 for _task in TASKS: RECIPES[f"context_{_task}"] = ContextGAN(task=_task)
-
-# %% ../../nbs/lib/46_gans.context.ipynb #6a966504
-@patch
-def check(self:ContextGAN) -> None:
-    "Refuse settings that do not fit together."
-    task_of(self.task)
-    for name,known in (("delta", ("printed", "dragan")), ("gp_scalar", ("target", "sum")), ("d_channels", (1, 3))):
-        if getattr(self, name) not in known: raise ParameterError(f"'{getattr(self, name)}' is no setting", name, f"choose {known[0]} or {known[1]}")
-    if self.progressive and (self.half % self.per_epoch or self.fade % self.per_epoch or self.fade < 1):
-        raise ParameterError(f"half={self.half} and fade={self.fade} must be multiples of per_epoch={self.per_epoch}", "recipe", "stages change between epochs")
-
-# %% ../../nbs/lib/46_gans.context.ipynb #99426991
-@patch
-def stage(self:ContextGAN, epoch:int) -> str: # Finished epochs -> `half`, `fade` or `full`
-    "What is trained in this epoch, Wu 2020 `Progressive growing`."
-    done = epoch*self.per_epoch
-    return "full" if not self.progressive or done >= self.half + self.fade else "half" if done < self.half else "fade"
 
 # %% ../../nbs/lib/46_gans.context.ipynb #c84c2907
 @patch(as_prop=True)
@@ -394,21 +435,41 @@ def steps_g(self:ContextGAN) -> int:
 
 # %% ../../nbs/lib/46_gans.context.ipynb #12786be2
 @patch
+def check(self:ContextGAN) -> None:
+    "Refuse settings that do not fit together."
+    task_of(self.task)
+    for name,known in (("delta", ("printed", "dragan")), ("gp_scalar", ("target", "sum")), ("d_channels", (1, 3))):
+        got = getattr(self, name)
+        if got not in known: raise ParameterError(f"'{got}' is no setting", name, f"choose {known[0]} or {known[1]}")
+    if self.progressive and (self.half % self.per_epoch or self.fade % self.per_epoch or self.fade < 1):
+        raise ParameterError(f"half={self.half} and fade={self.fade} must be multiples of per_epoch={self.per_epoch}",
+                             "recipe", "stages change between epochs")
+
+# %% ../../nbs/lib/46_gans.context.ipynb #99426991
+@patch
+def stage(self:ContextGAN, epoch:int) -> str: # Finished epochs -> `half`, `fade` or `full`
+    "What is trained in this epoch, Wu 2020 `Progressive growing`."
+    done = epoch*self.per_epoch
+    return "full" if not self.progressive or done >= self.half + self.fade else "half" if done < self.half else "fade"
+
+# %% ../../nbs/lib/46_gans.context.ipynb #1ff6a3a5
+@patch
 def small(self:ContextGAN,
     size:int = None, # Patch side, px
     width:float = 1., # Channels against the published ones
     **more, # Other fields to change
 ) -> ContextGAN:
-    "The same recipe for smaller patches and with narrower networks; fewer levels, lengths in pixels shrink with the side, rates grow as in gans.dcgan."
+    "The same recipe, smaller: narrower networks, fewer levels, shorter lengths in pixels; rates grow as in gans.dcgan."
     size = size or self.size
     if size > self.size: raise ParameterError(f"{size} px is larger than the published {self.size}", "size")
     share = size/self.size
-    alike = dict(size=size, base=max(2, 2*round(self.base*width/2)), attend=max(4, round(self.attend*share)), border=max(1, round(self.border*share)),
-                 lr_g=self.lr_g/width, lr_d=self.lr_d/width)
+    alike = dict(size=size, base=max(2, 2*round(self.base*width/2)), lr_g=self.lr_g/width, lr_d=self.lr_d/width,
+                 attend=max(4, round(self.attend*share)), border=max(1, round(self.border*share)))
     return replace(self, **{**alike, **more})
 
 # %% ../../nbs/lib/46_gans.context.ipynb #fe522a1c
-DEMO = dict(size=64, width=.5, d_mult=2, batch=4, lr_g=1e-3, lr_d=2e-3, per_epoch=25, half=50, fade=25, epochs=6) # For `RECIPES["context_mass"].small(**DEMO)`
+# For `RECIPES["context_mass"].small(**DEMO)`
+DEMO = dict(size=64, width=.5, d_mult=2, batch=4, lr_g=1e-3, lr_d=2e-3, per_epoch=25, half=50, fade=25, epochs=6)
 
 # %% ../../nbs/lib/46_gans.context.ipynb #533f2ba2
 def cycled(
@@ -430,12 +491,15 @@ def groups(self:ContextGAN) -> list: # Class of each group of a batch
 @patch
 def rows(self:ContextGAN, n:int, labels:Tensor, rng:torch.Generator) -> list: # `per_epoch` tensors of row numbers
     "The patches of each update of an epoch, class by class."
-    if labels is None: raise DataError("the contextual GAN needs the class of each patch", "labels", "take context_labels(table, task=…)")
+    take = "take context_labels(table, task=…)"
+    if labels is None: raise DataError("the contextual GAN needs the class of each patch", "labels", take)
     found = {c: (labels == c).nonzero()[:,0] for c in {*self.groups()}}
-    for c,r in found.items():
-        if not len(r): raise DataError(f"no {CLASSES[c]} patch for the task '{self.task}'", "labels", "set benign=False" if c == 1 else "take context_labels(table, task=…)")
-    cols = [cycled(found[c], self.per_epoch*self.batch, rng).view(self.per_epoch, self.batch) for c in self.groups()]
-    return list(torch.cat(cols, 1))
+    for c,rows in found.items():
+        do = "set benign=False" if c == 1 else take
+        if not len(rows): raise DataError(f"no {CLASSES[c]} patch for the task '{self.task}'", "labels", do)
+    many = self.per_epoch*self.batch
+    columns = [cycled(found[c], many, rng).view(self.per_epoch, self.batch) for c in self.groups()]
+    return list(torch.cat(columns, 1))
 
 # %% ../../nbs/lib/46_gans.context.ipynb #2baefd61
 @patch
@@ -443,7 +507,8 @@ def real(self:ContextGAN, game:Game, rows:Tensor) -> Tensor: # `(groups*batch,1,
     "Patches of all groups, flipped and turned by multiples of 90 degrees, Wu 2020 section 3."
     x = real_batch(game.data, rows, self, game.rng["real"])
     if not self.turns: return x
-    return torch.where(torch.rand(len(x), 1, 1, 1, generator=game.rng["real"], device=x.device) < .5, x.transpose(2, 3), x)
+    turned = torch.rand(len(x), 1, 1, 1, generator=game.rng["real"], device=x.device) < .5
+    return torch.where(turned, x.transpose(2, 3), x)
 
 # %% ../../nbs/lib/46_gans.context.ipynb #80ecd42a
 def stacked(
@@ -452,8 +517,8 @@ def stacked(
     channels:int, # 1 or 3
 ) -> Tensor: # `(b,channels,s,s)`
     "What the discriminator sees: the combined patch, or lesion, input and combined patch."
-    y = (x + L).clamp(-1, 1)
-    return y if channels == 1 else torch.cat([L, x, y], 1)
+    both = (x + L).clamp(-1, 1)
+    return both if channels == 1 else torch.cat([L, x, both], 1)
 
 # %% ../../nbs/lib/46_gans.context.ipynb #7026174c
 @patch
@@ -466,7 +531,8 @@ def seen(self:ContextGAN, game:Game, x:Tensor, L:Tensor = None) -> Tensor: # `(b
 @patch
 def edited(self:ContextGAN, game:Game, x:Tensor) -> tuple: # (what the discriminator sees, share of clipped pixels)
     "Patches with a new residual."
-    raw = game.G(x, torch.rand(len(x), game.G.blocks, generator=game.rng["noise"], device=x.device)*2 - 1, raw=True)
+    z = torch.rand(len(x), game.G.blocks, generator=game.rng["noise"], device=x.device)*2 - 1
+    raw = game.G(x, z, raw=True)
     return self.seen(game, x, game.G.residual(raw)), (raw.detach().abs() > 1).float().mean()
 
 # %% ../../nbs/lib/46_gans.context.ipynb #1c15e832
@@ -492,23 +558,33 @@ def fade_in(self:ContextGAN, game:Game) -> None:
     if game.D.stage == "fade":
         for net in (game.G, game.D): net.alpha.copy_(((game.clock + 1 - self.half)/self.fade).clamp(0, 1))
 
-# %% ../../nbs/lib/46_gans.context.ipynb #3507f00c
+# %% ../../nbs/lib/46_gans.context.ipynb #8b6a567b
+@patch
+def penalty_on(self:ContextGAN, game:Game, target:Tensor) -> Tensor: # Real patches of the target class -> scalar
+    "The discriminator's gradient penalty, of the score that `gp_scalar` names."
+    column = 0 if self.gp_scalar == "target" else slice(None)
+    def score(x):
+        if self.d_channels == 3: x = stacked(x, torch.zeros_like(x), 3)
+        return game.D(x)[:, column]
+    with game.precise(): return noise_penalty(score, target, game.rng["mix"], delta=self.delta, k=self.k)
+
+# %% ../../nbs/lib/46_gans.context.ipynb #375ef67f
 @patch
 def step_d(self:ContextGAN, game:Game, real:Tensor) -> dict: # loss_d, penalty, d_real, d_fake
     "One step of the discriminator on all four classes, Wu 2020 `Semi-supervised training loss`."
     self.fade_in(game)
     iterate(game.D)
-    score = 0 if self.gp_scalar == "target" else slice(None)
-    target, *others = (self.seen(game, x) for x in real[:(3 if self.benign else 2)*self.batch].split(self.batch))
+    kinds = 3 if self.benign else 2
+    target, *others = (self.seen(game, x) for x in real[:kinds*self.batch].split(self.batch))
     with torch.no_grad(): fake, _ = self.edited(game, real[-self.batch:])
     with held(game.D):
         on_target, on_fake, *on_others = game.D(torch.cat([target, fake, *others])).split(self.batch)
-        loss = called(on_target, "target") + called(on_fake, "fake") + self.weight*sum(called(o, a) for o,a in zip(on_others, ("other", "benign")))
-        as_real = (lambda x: x) if self.d_channels == 1 else (lambda x: stacked(x, torch.zeros_like(x), 3))
-        with game.precise(): gp = noise_penalty(lambda x: game.D(as_real(x))[:, score], target[:,-1:], game.rng["mix"], delta=self.delta, k=self.k)
+        rest = sum(called(logits, answer) for logits,answer in zip(on_others, ("other", "benign")))
+        loss = called(on_target, "target") + called(on_fake, "fake") + self.weight*rest
+        gp = self.penalty_on(game, target[:,-1:])
         game.descend("d", loss + self.penalty*gp)
-    p = lambda logits: logits.detach().softmax(1)[:,0].mean()
-    return {"loss_d": loss.detach(), "penalty": gp.detach(), "d_real": p(on_target), "d_fake": p(on_fake)}
+    sure = lambda logits: logits.detach().softmax(1)[:,0].mean()
+    return {"loss_d": loss.detach(), "penalty": gp.detach(), "d_real": sure(on_target), "d_fake": sure(on_fake)}
 
 # %% ../../nbs/lib/46_gans.context.ipynb #99590a86
 @patch
@@ -531,6 +607,19 @@ def preview(self:ContextGAN, game:Game, latents:tuple) -> Tensor: # `(k,1,s,s)`
     return game.show(game.data[rows, 0][:,None].float()/127.5 - 1, z)
 
 # %% ../../nbs/lib/46_gans.context.ipynb #ef451f6e
+def check_patches(
+    G:nn.Module, # Generator
+    patches:np.ndarray, # To be edited
+) -> None:
+    "Refuse a generator that edits nothing, and patches of another size or type than its own."
+    if getattr(G, "kind", "") != "context":
+        raise ParameterError("needs a generator that edits patches", "generator",
+                             "train RECIPES['context_mass'] or another of its kind")
+    if patches.dtype != np.uint8 or patches.ndim != 3 or patches.shape[1:] != (G.size, G.size):
+        raise DataError(f"patches must be uint8 (n,{G.size},{G.size}), got {patches.dtype} {patches.shape}", "patches",
+                        "cut them at the generator's size; enlarging would invent detail")
+
+# %% ../../nbs/lib/46_gans.context.ipynb #bd74e4ce
 @torch.no_grad()
 def edit(
     generator, # ContextGenerator, or the folder of one
@@ -542,12 +631,13 @@ def edit(
 ) -> np.ndarray: # float32 `(n,s,s)` in [-1,1]; 1 = 127.5 gray levels
     "What the generator would add to these patches."
     G = load_generator(generator, device=device) if isinstance(generator, (str, Path)) else generator.to(device)
-    if getattr(G, "kind", "") != "context": raise ParameterError("needs a generator that edits patches", "generator", "train RECIPES['context_mass'] or another of its kind")
     patches = np.asarray(patches)
-    if patches.dtype != np.uint8 or patches.ndim != 3 or patches.shape[1:] != (G.size, G.size):
-        raise DataError(f"patches must be uint8 (n,{G.size},{G.size}), got {patches.dtype} {patches.shape}", "patches", "cut them at the generator's size; enlarging would invent detail")
+    check_patches(G, patches)
     if not len(patches): return np.zeros(patches.shape, np.float32)
     (z,), was = G.latents(len(patches), rng(seed, "edit")), G.training
-    x = torch.from_numpy(patches)[:,None]
-    try: return np.concatenate([G.eval()(x[i:i+bs].to(device).float()/127.5 - 1, z[i:i+bs].to(device))[:,0].float().cpu().numpy() for i in range(0, len(x), bs)])
+    batches = zip(torch.from_numpy(patches)[:,None].split(bs), z.split(bs))
+    G.eval()
+    try:
+        parts = [G(x.to(device).float()/127.5 - 1, z.to(device))[:,0].float().cpu().numpy() for x,z in batches]
+        return np.concatenate(parts)
     finally: G.train(was)

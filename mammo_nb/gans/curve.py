@@ -49,12 +49,14 @@ def phantom_pairs(
     out, who = [], []
     for plan in islice(sick, n):
         behind = {}
-        for v in (phantom_view(plan, plan["affected"], view=w, style=style, seed=seed, scale=scale, behind=behind) for w in ("CC","MLO")):
+        for v in (phantom_view(plan, plan["affected"], view=w, style=style, seed=seed, scale=scale, behind=behind)
+                  for w in ("CC","MLO")):
             for l in v.lesions:
                 h, w = v.pixels.shape
                 side = min(h, w, round(max(l["x1"]-l["x0"], l["y1"]-l["y0"]) + 2*margin_mm/v.spacing_mm))
                 x, y = (int(np.clip((l[a+"0"]+l[a+"1"]-side)//2, 0, end-side)) for a,end in (("x",w),("y",h)))
-                out.append([area_resize((p[y:y+side,x:x+side]*255).astype(np.uint8), size) for p in (v.pixels, v.clean)])
+                out.append([area_resize((p[y:y+side,x:x+side]*255).astype(np.uint8), size)
+                            for p in (v.pixels, v.clean)])
                 who.append(f"{style}{seed}:{plan['patient_id']}")
     out = np.array(out, np.uint8).reshape(-1, 2, size, size)
     return out[:,0], out[:,1], np.array(who, object)
@@ -68,7 +70,8 @@ def transfer_auc(
     "How well lesions are found by a logistic regression on features that has only seen synthetic ones."
     look = partial(features, extractor=make_extractor("embedded"))
     x, y = (np.concatenate([look(a), look(b)]) for a,b in ((synthetic, healthy), test))
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=.1, max_iter=2000)).fit(x, np.repeat([1,0], [len(synthetic), len(healthy)]))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=.1, max_iter=2000)).fit(x,
+            np.repeat([1,0], [len(synthetic), len(healthy)]))
     return auc(np.repeat([1,0], [len(t) for t in test]), model.decision_function(y))
 
 # %% ../../nbs/lib/48c_gans.curve.ipynb #6449ab14
@@ -97,9 +100,12 @@ def curve_point(
     fake, e = sample_generator(t.snapshots, len(train[0]), seed=seed, device=device)[0], make_extractor("embedded")
     k = kid(features(test[0], e), features(fake, e), seed=seed, groups=test[2])
     sets = [SimpleNamespace(pixels=s[0], table=pd.DataFrame(dict(patient_id=s[2]))) for s in (train, test)]
-    a = audit(fake, *sets, seed=seed, discriminator=t.folder, extractors=("pixels",), boots=200, device=device).table.auc.tolist()
-    return dict(kid=k.value, kid_lo=k.lo, kid_hi=k.hi, auroc=transfer_auc(fake, train[1], test[:2]), auroc_real=transfer_auc(train[0], train[1], test[:2]),
-                attack_d=a[0], attack_pixels=a[1], spread=float(t.history.spread.dropna().iloc[-1]), loss_d=float(t.history.loss_d.iloc[-1]))
+    a = audit(fake, *sets, seed=seed, discriminator=t.folder, extractors=("pixels",), boots=200,
+              device=device).table.auc.tolist()
+    return dict(kid=k.value, kid_lo=k.lo, kid_hi=k.hi, auroc=transfer_auc(fake, train[1], test[:2]),
+                auroc_real=transfer_auc(train[0], train[1], test[:2]),
+                attack_d=a[0], attack_pixels=a[1], spread=float(t.history.spread.dropna().iloc[-1]),
+                loss_d=float(t.history.loss_d.iloc[-1]))
 
 # %% ../../nbs/lib/48c_gans.curve.ipynb #4f77276f
 def utility_curve(
@@ -124,19 +130,25 @@ def utility_curve(
                 if (at/"point.json").exists():
                     rows.append(read_json(at/"point.json"))
                     continue
-                told = dict(recipe=name, epsilon="off" if eps is None else f"{eps:g}", seed=seed, noise=getattr(r, "noise", 0.), patients=len(set(train[2])), patches=len(train[0]), epochs=epochs)
-                rows.append(told | curve_point(r, train, test, epochs=epochs, folder=at/"gan", seed=seed, device=device))
+                told = dict(recipe=name, epsilon="off" if eps is None else f"{eps:g}", seed=seed,
+                            noise=getattr(r, "noise", 0.), patients=len(set(train[2])), patches=len(train[0]),
+                            epochs=epochs)
+                rows.append(told | curve_point(r, train, test, epochs=epochs, folder=at/"gan", seed=seed,
+                                               device=device))
                 write_json(at/"point.json", rows[-1])
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/48c_gans.curve.ipynb #fe265e07
-CURVES = dict(auroc="AUROC on unseen lesions", kid="KID to unseen patients (0 = as real)", attack_d="attack by discriminator (AUROC)", attack_pixels="attack by samples (AUROC)")
+CURVES = dict(auroc="AUROC on unseen lesions", kid="KID to unseen patients (0 = as real)",
+              attack_d="attack by discriminator (AUROC)", attack_pixels="attack by samples (AUROC)")
 
 def curve_summary(
     t:pd.DataFrame, # From `utility_curve`
 ) -> pd.DataFrame: # One row a recipe, budget and measure: mean, sd, lo, hi over seeds, seeds
     "Means and t-intervals over seeds."
-    rows = [dict(recipe=r, epsilon=e, measure=m, noise=g.noise.mean(), **{k if k != "n" else "seeds": v for k,v in over_seeds(g[m]).items()}) for (r,e),g in t.groupby(["recipe","epsilon"], sort=False) for m in CURVES]
+    rows = [dict(recipe=r, epsilon=e, measure=m, noise=g.noise.mean(),
+                 **{k if k != "n" else "seeds": v for k,v in over_seeds(g[m]).items()})
+                 for (r,e),g in t.groupby(["recipe","epsilon"], sort=False) for m in CURVES]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/48c_gans.curve.ipynb #c337b289

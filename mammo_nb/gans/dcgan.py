@@ -34,11 +34,12 @@ class ConvGAN(Recipe):
 
     def nets(self, seed:int): # -> (G, D)
         "Generator and discriminator with the initial weights of this seed."
-        G = DCGANGenerator(self.nz, self.widths_g, act=self.act, slope=self.slope, std=self.std, rng=torch_rng(seed, "weights of G"))
-        D = DCGANDiscriminator(self.widths_d, kernel=self.kernel, first_kernel=self.first_kernel, last_kernel=self.last_kernel, slope=self.slope,
-                               norm=self.norm, std=self.std, rng=torch_rng(seed, "weights of D"))
+        kernels, alike = (self.first_kernel, self.kernel, self.last_kernel), dict(slope=self.slope, std=self.std)
+        G = DCGANGenerator(self.nz, self.widths_g, act=self.act, rng=torch_rng(seed, "weights of G"), **alike)
+        D = DCGANDiscriminator(self.widths_d, kernels, norm=self.norm, rng=torch_rng(seed, "weights of D"), **alike)
         if {G.size, D.size} != {self.size}:
-            raise ParameterError(f"widths make {G.size} px (G) and {D.size} px (D), size is {self.size}", "recipe", "use small() or widths_for()")
+            raise ParameterError(f"widths make {G.size} px (G) and {D.size} px (D), size is {self.size}", "recipe",
+                                 "use small() or widths_for()")
         return G, D
 
 # %% ../../nbs/lib/43_gans.dcgan.ipynb #4dcb0d3f
@@ -60,9 +61,10 @@ def small(self:ConvGAN,
     size = size or self.size
     levels = len(widths_for(size, 1))
     if levels > len(self.widths_d): raise ParameterError(f"{size} px is larger than the published {self.size}", "size")
-    thin = lambda ws: tuple(max(2, round(w*width)) for w in ws)
-    alike = dict(std=self.std*width**-.5, lr_g=self.lr_g/width, lr_d=self.lr_d/width)
-    return replace(self, **{**alike, "size": size, "widths_g": thin(self.widths_g[-levels:]), "widths_d": thin(self.widths_d[:levels]), **more})
+    thin = lambda widths: tuple(max(2, round(w*width)) for w in widths)
+    alike = dict(size=size, widths_g=thin(self.widths_g[-levels:]), widths_d=thin(self.widths_d[:levels]),
+                 std=self.std*width**-.5, lr_g=self.lr_g/width, lr_d=self.lr_d/width)
+    return replace(self, **{**alike, **more})
 
 # %% ../../nbs/lib/43_gans.dcgan.ipynb #46492e89
 @patch
@@ -79,7 +81,7 @@ def target(self:DCGAN, game:Game, n:int) -> Tensor: # `(n,)`
     if self.labels_per == "epoch": return game.label.expand(n)
     return smooth_labels(n, *self.labels, game.rng["label"], per=self.labels_per)
 
-# %% ../../nbs/lib/43_gans.dcgan.ipynb #ca09c4f9
+# %% ../../nbs/lib/43_gans.dcgan.ipynb #3ef67118
 @patch
 def step_d(self:DCGAN, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake
     "One step of the discriminator, Goodfellow 2014 algorithm 1."
@@ -87,13 +89,15 @@ def step_d(self:DCGAN, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake
     on_real, on_fake = game.D(real), game.D(game.fake.detach())
     loss = bce_d(on_real, on_fake, target=self.target(game, len(real)))
     game.descend("d", loss)
-    return {"loss_d": loss.detach(), "d_real": on_real.detach().sigmoid().mean(), "d_fake": on_fake.detach().sigmoid().mean()}
+    sure = lambda logits: logits.detach().sigmoid().mean()
+    return {"loss_d": loss.detach(), "d_real": sure(on_real), "d_fake": sure(on_fake)}
 
-# %% ../../nbs/lib/43_gans.dcgan.ipynb #a36db1bf
+# %% ../../nbs/lib/43_gans.dcgan.ipynb #a6f07d3d
 @patch
 def step_g(self:DCGAN, game:Game, real:Tensor) -> dict: # loss_g
     "One step of the generator with the non-saturating loss, on the patches D has just seen."
-    with frozen(game.D): loss = bce_g(game.D(game.fake), target=game.label if self.labels_g else game.fake.new_ones(()))
+    target = game.label if self.labels_g else game.fake.new_ones(())
+    with frozen(game.D): loss = bce_g(game.D(game.fake), target=target)
     game.descend("g", loss)
     game.fake = None
     return {"loss_g": loss.detach()}
@@ -102,7 +106,9 @@ def step_g(self:DCGAN, game:Game, real:Tensor) -> dict: # loss_g
 RECIPES["sharing_dcgan"] = DCGAN()
 
 # %% ../../nbs/lib/43_gans.dcgan.ipynb #4e6381c1
-RECIPES["thesis_dcgan"] = DCGAN(nz=200, batch=64, epochs=1000, lr_g=4e-4, lr_d=2e-4, betas=(0., .999), decay=.99, decay_g=10, decay_d=8,
-    snapshots="last", widths_g=(450, 360, 180, 90, 45), widths_d=(45, 90, 180, 360, 450), act="leaky", first_kernel=4, last_kernel=4,
+RECIPES["thesis_dcgan"] = DCGAN(
+    nz=200, batch=64, epochs=1000, snapshots="last",
+    lr_g=4e-4, lr_d=2e-4, betas=(0., .999), decay=.99, decay_g=10, decay_d=8,
+    widths_g=(450, 360, 180, 90, 45), widths_d=(45, 90, 180, 360, 450), act="leaky", first_kernel=4, last_kernel=4,
     labels=(.7, 1.), labels_per="epoch", labels_g=True)
 RECIPES["thesis_dcgan_b"] = replace(RECIPES["thesis_dcgan"], jitter=.05)

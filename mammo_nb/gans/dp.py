@@ -29,7 +29,9 @@ from .wgangp import WGANGP
 def need_opacus(): # The module, or an error that names the package
     "Opacus, imported when it is needed."
     try: import opacus
-    except ImportError as e: raise MammoError("the package 'opacus' is not installed", "gans.dp", "install the extra: mammo_nb[privacy]") from e
+    except ImportError as e:
+        raise MammoError("the package 'opacus' is not installed", "gans.dp",
+                         "install the extra: mammo_nb[privacy]") from e
     return opacus
 
 # %% ../../nbs/lib/48_gans.dp.ipynb #b69b06f2
@@ -74,7 +76,8 @@ def group_norm(D:nn.Module) -> nn.Module: # Changed in place
     for name,m in list(D.named_modules()):
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             owner, _, last = name.rpartition(".")
-            setattr(D.get_submodule(owner), last, nn.GroupNorm(math.gcd(32, m.num_features), m.num_features).to(next(D.parameters()).device))
+            setattr(D.get_submodule(owner), last, nn.GroupNorm(math.gcd(32, m.num_features),
+                                                               m.num_features).to(next(D.parameters()).device))
     return D
 
 # %% ../../nbs/lib/48_gans.dp.ipynb #8b4e8a9b
@@ -98,7 +101,8 @@ class Private:
     def secret(self) -> int: # 0 without a key
         "A number made of the key."
         if not self.key: return 0
-        if not Path(self.key).is_file(): raise ParameterError("there is no such file", "key", "give the file the training was started with")
+        if not Path(self.key).is_file():
+            raise ParameterError("there is no such file", "key", "give the file the training was started with")
         return int(file_hash(self.key)[:15], 16)
 
     def nets(self, seed:int): # -> (G, D)
@@ -107,8 +111,11 @@ class Private:
 
     def rows(self, n:int, labels:Tensor, rng:torch.Generator) -> list:
         units = torch.arange(n) if self.unit == "patch" else labels
-        if units is None or len(units.unique()) != self.units: raise ParameterError(f"the recipe is made for {self.units} {self.unit}s", "labels", "give the units of `make_private` as labels")
-        return patient_rows(units, self.rate, self.steps_epoch, torch_rng(self.secret(), "sampling", rng.initial_seed()))
+        if units is None or len(units.unique()) != self.units:
+            raise ParameterError(f"the recipe is made for {self.units} {self.unit}s", "labels",
+                                 "give the units of `make_private` as labels")
+        return patient_rows(units, self.rate, self.steps_epoch,
+                            torch_rng(self.secret(), "sampling", rng.initial_seed()))
 
     def start_epoch(self, game:Game, epoch:int) -> None:
         super().start_epoch(game, epoch)
@@ -144,7 +151,8 @@ class Account:
 # %% ../../nbs/lib/48_gans.dp.ipynb #42c721fe
 def begin_account(recipe:Private, game:Game) -> tuple: # (Account, private optimiser around D's Adam)
     "Opacus' optimiser and accountant for a game."
-    if not recipe.noise: raise ParameterError("the noise of this recipe is not set", "recipe", "make it with make_private")
+    if not recipe.noise:
+        raise ParameterError("the noise of this recipe is not set", "recipe", "make it with make_private")
     account = Account()
     from opacus.optimizers import DPOptimizer
     opt = DPOptimizer(game.opt_d, noise_multiplier=recipe.noise, max_grad_norm=recipe.clip,
@@ -165,7 +173,8 @@ def descend_private(self:Game,
     for k,p in self.D.named_parameters(): p.grad_sample = grads[k]
     self.private.step()
     self.private.zero_grad(set_to_none=True)
-    return {"loss_d": losses.sum()/self.recipe.batch, "clipped": (norms > self.recipe.clip).float().sum()/self.recipe.batch}
+    return {"loss_d": losses.sum()/self.recipe.batch,
+            "clipped": (norms > self.recipe.clip).float().sum()/self.recipe.batch}
 
 # %% ../../nbs/lib/48_gans.dp.ipynb #fa7af36e
 @patch
@@ -184,7 +193,8 @@ def step_d(self:PrivateWGANGP, game:Game, real:Tensor) -> dict:
     mix = torch.rand(len(real), 1, 1, 1, generator=game.rng["mix"], device=game.device)
     def loss(p, x, g, e):
         slope = grad(lambda v: score(game.D, p, v))(e*x + (1-e)*g)
-        return score(game.D, p, g) - score(game.D, p, x) + self.penalty*((slope.square().sum() + 1e-12).sqrt() - 1).square()
+        return score(game.D, p, g) - score(game.D, p,
+                                           x) + self.penalty*((slope.square().sum() + 1e-12).sqrt() - 1).square()
     return game.descend_private(loss, real, fake, mix)
 
 # %% ../../nbs/lib/48_gans.dp.ipynb #65883686
@@ -238,8 +248,12 @@ def noise_for(
     "The noise this budget needs."
     need_opacus()
     from opacus.accountants.utils import get_noise_multiplier
-    try: return float(get_noise_multiplier(target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant="rdp", epsilon_tolerance=.01*min(1, epsilon)))
-    except ValueError as e: raise ParameterError(f"no noise is enough for {epsilon} in {steps} steps", "epsilon", "train fewer epochs, or allow more") from e
+    try:
+        return float(get_noise_multiplier(target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps,
+                                          accountant="rdp", epsilon_tolerance=.01*min(1, epsilon)))
+    except ValueError as e:
+        raise ParameterError(f"no noise is enough for {epsilon} in {steps} steps", "epsilon",
+                             "train fewer epochs, or allow more") from e
 
 # %% ../../nbs/lib/48_gans.dp.ipynb #e42325ed
 def make_private(
@@ -256,15 +270,21 @@ def make_private(
     "The recipe with the noise that this budget needs; train it with `labels=unit_codes(patients)`."
     need_opacus()
     cls = PRIVATE.get(type(recipe))
-    if cls is None: raise ParameterError(f"{type(recipe).__name__} cannot be trained privately", "recipe", "choose " + " or ".join(c.__name__ for c in PRIVATE))
-    if unit not in ("patient","patch"): raise ParameterError(f"'{unit}' is no unit", "unit", nearest(unit, ["patient","patch"]))
+    if cls is None:
+        raise ParameterError(f"{type(recipe).__name__} cannot be trained privately", "recipe",
+                             "choose " + " or ".join(c.__name__ for c in PRIVATE))
+    if unit not in ("patient","patch"):
+        raise ParameterError(f"'{unit}' is no unit", "unit", nearest(unit, ["patient","patch"]))
     n, k = len(patients), len(patients) if unit == "patch" else len(set(map(str, patients)))
     if epsilon <= 0: raise ParameterError(f"must be above 0, got {epsilon}", "epsilon")
-    if not 0 < delta < 1/k: raise ParameterError(f"must be between 0 and 1/{k} ({unit}s), got {delta}", "delta", "one over ten times the patients is usual")
+    if not 0 < delta < 1/k:
+        raise ParameterError(f"must be between 0 and 1/{k} ({unit}s), got {delta}", "delta",
+                             "one over ten times the patients is usual")
     batch = min(recipe.batch, k)
     steps = max(1, round(n/batch))
     told = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    out = cls(**told | dict(batch=batch, epsilon=float(epsilon), delta=delta, clip=clip, units=k, unit=unit, steps_epoch=steps, key=str(key)))
+    out = cls(**told | dict(batch=batch, epsilon=float(epsilon), delta=delta, clip=clip, units=k, unit=unit,
+                            steps_epoch=steps, key=str(key)))
     out.secret()
     return replace(out, noise=noise_for(out.epsilon, out.rate, epochs*steps, delta))
 
@@ -274,8 +294,10 @@ def privacy_card(
     epochs:int, # Epochs of the whole training
 ) -> dict: # Plain values for generator.json, key `privacy`
     "What a card says of private training; holds for all snapshots together."
-    return dict(mechanism="DP-SGD on the discriminator (Opacus)", unit=recipe.unit, units=recipe.units, epsilon=round(spent(recipe, epochs), 4), delta=recipe.delta, noise_multiplier=recipe.noise,
-                sample_rate=recipe.rate, clip=recipe.clip, steps=epochs*recipe.steps_epoch, accountant="rdp", seed_public=not recipe.key)
+    return dict(mechanism="DP-SGD on the discriminator (Opacus)", unit=recipe.unit, units=recipe.units,
+                epsilon=round(spent(recipe, epochs), 4), delta=recipe.delta, noise_multiplier=recipe.noise,
+                sample_rate=recipe.rate, clip=recipe.clip, steps=epochs*recipe.steps_epoch, accountant="rdp",
+                seed_public=not recipe.key)
 
 # %% ../../nbs/lib/48_gans.dp.ipynb #23af7b50
 def privacy_words(
@@ -298,6 +320,9 @@ def train_private(
     **kw, # As `train_gan`: folder, seed, device, log, …
 ): # -> Trained
     "`train_gan` with the account in the card; stops before the budget is exceeded."
-    if spent(recipe, epochs) > recipe.epsilon + .01: raise ParameterError(f"{epochs} epochs cost {spent(recipe, epochs):.2f}, more than {recipe.epsilon}", "epochs", "make the recipe for as many epochs as you train")
+    if spent(recipe, epochs) > recipe.epsilon + .01:
+        raise ParameterError(f"{epochs} epochs cost {spent(recipe, epochs):.2f}, more than {recipe.epsilon}", "epochs",
+                             "make the recipe for as many epochs as you train")
     labels = unit_codes(patients) if recipe.unit == "patient" else None
-    return train_gan(recipe, pixels, labels=labels, epochs=epochs, card={**(card or {}), "privacy": privacy_card(recipe, epochs)}, **kw)
+    return train_gan(recipe, pixels, labels=labels, epochs=epochs,
+                     card={**(card or {}), "privacy": privacy_card(recipe, epochs)}, **kw)

@@ -11,6 +11,7 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,7 +76,8 @@ class Engine:
         self.device, self.generators, self.mode, self.log = torch.device(device), generators, check_mode(mode), log
         cuda = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if cuda else None
-        self.capture, self.slots, self.why = capture or (cuda_capture if cuda else None), {}, ""
+        self.capture = capture or (cuda_capture if cuda else None)
+        self.slots, self.why = {}, ""
         if not graph and self.capture: self.stop("the recipe asks for none")
 
     def stop(self, why:str):
@@ -99,9 +101,35 @@ class Engine:
                 with torch.cuda.stream(self.stream): yield self
             finally: torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-# %% ../../nbs/lib/41a_gans.engine.ipynb #21af0d6d
-from fastcore.basics import patch
+# %% ../../nbs/lib/41a_gans.engine.ipynb #d139f6d4
+def default_generator(
+    device, # Where the steps run
+): # `torch.Generator`, or None where there are no captures
+    "CUDA's own generator of a device; every capture takes hold of it."
+    device = torch.device(device)
+    if device.type != "cuda": return None
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
+# %% ../../nbs/lib/41a_gans.engine.ipynb #a4a0a12f
+@patch
+def record(self:Engine, slot:Slot, fn) -> None:
+    "Capture a step; when that fails, nothing has happened to the run but a logged line."
+    common = default_generator(self.device)
+    old = common and common.get_state()
+    kept = {k: g.get_state() for k,g in self.generators.items()}
+    try: slot.graph = self.capture(lambda: fn(**slot.inputs), list(self.generators.values()), self.stream)
+    except RuntimeError as e:
+        self.stop(str(e.__context__ or e).strip().splitlines()[0][:200])
+        self.forget()                     # earlier graphs draw from the generators that are replaced here
+        for k,state in kept.items():      # a generator may be left as if still captured
+            self.generators[k] = torch.Generator(self.device)
+            self.generators[k].set_state(state)
+        if common:
+            fresh = torch.Generator(self.device)
+            fresh.set_state(old)
+            common.graphsafe_set_state(fresh.graphsafe_get_state())
+
+# %% ../../nbs/lib/41a_gans.engine.ipynb #10a34b7c
 @patch
 def __call__(self:Engine,
     key, # Kind of the step: all that decides which kernels it runs
@@ -114,37 +142,13 @@ def __call__(self:Engine,
         fn(**inputs)
         return
     if slot is None: slot = self.slots[key] = Slot({k: v.clone() for k,v in inputs.items()})
-    else: [slot.inputs[k].copy_(v) for k,v in inputs.items()]
+    else:
+        for k,v in inputs.items(): slot.inputs[k].copy_(v)
     if slot.graph is None and slot.seen >= self.WARMUP: self.record(slot, fn)
     if slot.graph is None:
         fn(**slot.inputs)
         slot.seen += 1
     else: slot.graph.replay()
-
-def default_generator(
-    device, # Where the steps run
-): # `torch.Generator`, or None where there are no captures
-    "CUDA's own generator of a device; every capture takes hold of it."
-    device = torch.device(device)
-    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else None
-
-# %% ../../nbs/lib/41a_gans.engine.ipynb #d139f6d4
-@patch
-def record(self:Engine, slot:Slot, fn) -> None:
-    "Capture a step; when that fails, nothing has happened to the run but a logged line."
-    kept, common = {k: g.get_state() for k,g in self.generators.items()}, default_generator(self.device)
-    old = common and common.get_state()
-    try: slot.graph = self.capture(lambda: fn(**slot.inputs), list(self.generators.values()), self.stream)
-    except RuntimeError as e:
-        self.stop(str(e.__context__ or e).strip().splitlines()[0][:200])
-        self.forget()                     # earlier graphs draw from the generators that are replaced here
-        for k,state in kept.items():      # a generator may be left as if still captured
-            self.generators[k] = torch.Generator(self.device)
-            self.generators[k].set_state(state)
-        if common:
-            fresh = torch.Generator(self.device)
-            fresh.set_state(old)
-            common.graphsafe_set_state(fresh.graphsafe_get_state())
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #41062bdf
 def rate_for(
@@ -176,8 +180,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__ if hasattr(func, "__name__") else str(func)
         at = args[1] if name.startswith("index") and isinstance(args[1], (list, tuple)) else ()
-        masks = any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in at)
-        if masks or any(name == w or name.startswith(w + ".") for w in WAITS): self.found.append("index by a mask" if masks else name.split(".")[0])
+        if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in at): self.found.append("index by a mask")
+        elif any(name == w or name.startswith(w + ".") for w in WAITS): self.found.append(name.split(".")[0])
         return func(*args, **(kwargs or {}))
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #10288724

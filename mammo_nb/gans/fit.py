@@ -81,7 +81,8 @@ def fit_generator(
         train_gan(fit.recipe, patches.pixels, labels=labels if len(labels) else None, mode=mode, **to)
         return
     delta = min(1e-4, .1/who.nunique())
-    recipe = make_private(fit.recipe, who, epsilon=fit.budget.epsilon, key=fit.budget.key, epochs=fit.epochs, delta=delta)
+    recipe = make_private(fit.recipe, who, epsilon=fit.budget.epsilon, key=fit.budget.key, epochs=fit.epochs,
+                          delta=delta)
     train_private(recipe, patches.pixels, who, **to)
 
 # %% ../../nbs/lib/49d_gans.fit.ipynb #f6c90240
@@ -151,10 +152,12 @@ def draw(
     device = "cpu", # Where to compute
 ) -> None:
     "Draw a synthetic set into `folder/<size>` for each size; `made.csv` says which snapshot made which patch."
-    if drawing.snapshots not in ("all", "last"): raise ParameterError(f"'{drawing.snapshots}' snapshots", "snapshots", "all or last")
+    if drawing.snapshots not in ("all", "last"):
+        raise ParameterError(f"'{drawing.snapshots}' snapshots", "snapshots", "all or last")
     folders = generator_folders(generator)[-1 if drawing.snapshots == "last" else 0:]
     for size in sorted(set(drawing.sizes)):
-        patches, made = drawn_set(folders, drawing, size=size, patients=patients if len(patients) else None, device=device)
+        patches, made = drawn_set(folders, drawing, size=size, patients=patients if len(patients) else None,
+                                  device=device)
         patches.save(Path(folder)/str(size))
     write_csv(Path(folder)/"made.csv", made)
 
@@ -204,7 +207,8 @@ def quality_of(
     by, held_by = patient_groups(test, 4), patient_groups(held, 2 if how.classes else 4)
     strict, out = bool(how.classes), []
     if not strict or (min(len(test), len(fake)) >= 6 and by is not None):
-        out.append(generator_report(test.pixels[:,0], fake, extractor=how.extractor, seed=how.seed, groups=by, device=device))
+        out.append(generator_report(test.pixels[:,0], fake, extractor=how.extractor, seed=how.seed, groups=by,
+                                    device=device))
     if not strict or (min(len(held), len(fake)) >= 4 and held_by is not None):
         space = make_extractor(how.copies) if how.copies else how.extractor
         out.append(memory_report(fake, train.pixels[:,0], held.pixels[:,0], extractor=space, seed=how.seed,
@@ -271,6 +275,8 @@ def audit_generator(
 ) -> None:
     "Membership attacks on one generator, into `folder/audit.json`."
     inside = Path(generator)/"gan"
-    try: found = audit(generator_folders(generator), members, held, seed=seed, discriminator=inside, n=n, views=2, boots=boots, device=device)
+    try:
+        found = audit(generator_folders(generator), members, held, seed=seed, discriminator=inside, n=n, views=2,
+                      boots=boots, device=device)
     except DataError as e: found = no_audit(e.what)
     found.save(folder)

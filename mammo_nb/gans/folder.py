@@ -25,7 +25,8 @@ def whole_folder(
 ):
     "Yield a temporary folder; when the block ends well, move it to `path`, else remove it."
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())): raise RunError("there is something here already", path, "choose another folder, or remove this one")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise RunError("there is something here already", path, "choose another folder, or remove this one")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".part", dir=path.parent))
@@ -35,7 +36,9 @@ def whole_folder(
         os.chmod(tmp, 0o755)
         if path.exists(): path.rmdir()
         os.replace(tmp, path)
-    except OSError as e: raise RunError(e.strerror or str(e), e.filename or path, "mend this and give the same command again; nothing was left behind") from e
+    except OSError as e:
+        raise RunError(e.strerror or str(e), e.filename or path,
+                       "mend this and give the same command again; nothing was left behind") from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../../nbs/lib/49_gans.folder.ipynb #95349e76
@@ -60,7 +63,8 @@ def find_generators(
 ) -> pd.DataFrame: # name, stage (folder), kind, epoch, folder (newest), folders (all kept, oldest first)
     "Every generator below a path."
     path, rows = Path(path).expanduser(), {}
-    if not path.is_dir(): raise WeightsError("no folder", path, "give a run folder, a stage folder or a generator folder")
+    if not path.is_dir():
+        raise WeightsError("no folder", path, "give a run folder, a stage folder or a generator folder")
     homes = list(stages_of(path)) if (path/"run.json").is_file() else [(path.name, path)]
     for stage,home in homes:
         for f in sorted(p.parent for p in home.rglob("generator.json")):
@@ -71,7 +75,9 @@ def find_generators(
     out = []
     for (name,_),found in rows.items():
         info = read_json(found[-1][2]/"generator.json")
-        out.append(dict(name=name, stage=found[0][1], kind=info.get("config", {}).get("kind"), epoch=(info.get("training") or {}).get("epoch"), folder=found[-1][2], folders=[f for *_,f in found]))
+        out.append(dict(name=name, stage=found[0][1], kind=info.get("config", {}).get("kind"),
+                        epoch=(info.get("training") or {}).get("epoch"), folder=found[-1][2],
+                        folders=[f for *_,f in found]))
     return pd.DataFrame(out, columns=["name","stage","kind","epoch","folder","folders"])
 
 # %% ../../nbs/lib/49_gans.folder.ipynb #b67faf57
@@ -84,7 +90,9 @@ def kept_generators(
         load_generator(path)
         return [path]
     found = find_generators(path)
-    if len(found) > 1: raise ParameterError(f"holds {len(found)} generators", path, "give one of them: " + ", ".join(map(str, found.folder[:4])))
+    if len(found) > 1:
+        raise ParameterError(f"holds {len(found)} generators", path,
+                             "give one of them: " + ", ".join(map(str, found.folder[:4])))
     return list(found.folders[0]) if len(found) else []
 
 # %% ../../nbs/lib/49_gans.folder.ipynb #7d66647d
@@ -97,9 +105,15 @@ def check_unseen(
     ours = {p.split(":")[0].lower() for p in patients}
     where = card.get("title") or card.get("stream") or "generator"
     if "members" in card:
-        if seen := seen_patients(card, patients): raise LeakError(f"was trained on {len(seen)} of these patients, e.g. {seen[0]}", where, "take other patients, or another generator")
+        if seen := seen_patients(card, patients):
+            raise LeakError(f"was trained on {len(seen)} of these patients, e.g. {seen[0]}", where,
+                            "take other patients, or another generator")
         return f"none of {len(patients)} patients is among the {len(card['members'])} it was trained on"
     theirs = {str(s).lower() for s in card.get("datasets") or []}
-    if not theirs: raise DataError("does not say what it was trained on", where, "ask its makers; without that it cannot be tested on these patients")
-    if both := sorted(ours & theirs): raise LeakError(f"was trained on {', '.join(both)}, and so may have seen these patients", where, "ask for the package with members=True, or take other data")
+    if not theirs:
+        raise DataError("does not say what it was trained on", where,
+                        "ask its makers; without that it cannot be tested on these patients")
+    if both := sorted(ours & theirs):
+        raise LeakError(f"was trained on {', '.join(both)}, and so may have seen these patients", where,
+                        "ask for the package with members=True, or take other data")
     return f"trained on {', '.join(sorted(theirs))}; these patients are of {', '.join(sorted(ours))}"

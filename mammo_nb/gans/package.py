@@ -31,7 +31,8 @@ from ..metrics.features import make_extractor
 from ..metrics.fid import generator_report
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #6f3a761d
-PUBLIC = ("value_range", "stream", "training", "patients", "datasets", "scope", "zoom", "k", "classes", "privacy", "title", "license", "doi", "task", "source") # Fields of a card that are handed on
+PUBLIC = ("value_range", "stream", "training", "patients", "datasets", "scope", "zoom", "k", "classes", "privacy",
+          "title", "license", "doi", "task", "source") # Fields of a card that are handed on
 
 MEMBERS = ("members", "patients_hash") # … and those that tell who trained it
 
@@ -42,7 +43,8 @@ def public_card(
     "What of a generator's card may leave the centre."
     out = {k: card[k] for k in (*PUBLIC, *(MEMBERS if members else ())) if card.get(k) is not None}
     if not isinstance(out.get("patients"), int): out["patients"] = 1 if out.pop("patients", None) else None     # a pyramid's card names its one patient
-    if "training" not in out and "recipe" in card: out["training"] = {k: card[k] for k in ("recipe","seed") if k in card} | {"patches": 1}
+    if "training" not in out and "recipe" in card:
+        out["training"] = {k: card[k] for k in ("recipe","seed") if k in card} | {"patches": 1}
     return {k: v for k,v in out.items() if v is not None}
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #47372997
@@ -54,8 +56,10 @@ def without_image(G): # -> G
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #faf6d2ac
 LICENSES = { # Identifier on the Hub -> where its text is; any other name needs the text itself
-    "apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0.txt", "mit": "https://opensource.org/license/mit", "bsd-3-clause": "https://opensource.org/license/bsd-3-clause",
-    "cc0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/legalcode", **{f"cc-{k}-4.0": f"https://creativecommons.org/licenses/{k}/4.0/legalcode"
+    "apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0.txt", "mit": "https://opensource.org/license/mit",
+    "bsd-3-clause": "https://opensource.org/license/bsd-3-clause",
+    "cc0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/legalcode",
+    **{f"cc-{k}-4.0": f"https://creativecommons.org/licenses/{k}/4.0/legalcode"
     for k in ("by","by-sa","by-nc","by-nd","by-nc-sa","by-nc-nd")}}
 
 def licence_text(
@@ -66,12 +70,17 @@ def licence_text(
     text:str = "", # Full text, needed for names that are not in `LICENSES`
 ) -> str:
     "Content of the package's LICENSE file; no licence, or a name without text, is an error."
-    if not license: raise ParameterError("a package needs a licence", "license", f"choose one of {', '.join(LICENSES)}, or give its text (--license-file)")
+    if not license:
+        raise ParameterError("a package needs a licence", "license",
+                             f"choose one of {', '.join(LICENSES)}, or give its text (--license-file)")
     known = license.lower()
-    if known not in LICENSES and not text: raise ParameterError(f"'{license}' is not known here", "license", f"{nearest(known, list(LICENSES))} Or give its text (--license-file)")
+    if known not in LICENSES and not text:
+        raise ParameterError(f"'{license}' is not known here", "license",
+                             f"{nearest(known, list(LICENSES))} Or give its text (--license-file)")
     head = f"{title}\nWeights, card and sample pictures: {license}" + (f"\nCopyright: {holder}" if holder else "")
     spdx = {"mit": "MIT", "apache-2.0": "Apache-2.0", "bsd-3-clause": "BSD-3-Clause"}.get(known, known.upper())
-    return f"{head}\nCode in __init__.py: Apache-2.0, from mammo_nb (see LICENSE-CODE.txt)\n\n" + (text or f"SPDX-License-Identifier: {spdx}\nFull text: {LICENSES[known]}") + "\n"
+    return f"{head}\nCode in __init__.py: Apache-2.0, from mammo_nb (see LICENSE-CODE.txt)\n\n" + (text
+            or f"SPDX-License-Identifier: {spdx}\nFull text: {LICENSES[known]}") + "\n"
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #cda39c64
 def code_licence() -> str:
@@ -90,10 +99,14 @@ def metric_table(
     if metrics is None: return pd.DataFrame(columns=["metric","value","lo","hi","n_real","n_fake","extractor","note"])
     if isinstance(metrics, (str, Path)):
         try: metrics = pd.read_csv(metrics)
-        except (OSError, ValueError) as e: raise DataError(f"is no table of metrics ({type(e).__name__})", metrics, "give the CSV of generator_report") from e
-    if missing := [c for c in ("metric","value","n_real","n_fake") if c not in metrics]: raise DataError(f"lacks the columns {', '.join(missing)}", "metrics", "a number without n is no number")
+        except (OSError, ValueError) as e:
+            raise DataError(f"is no table of metrics ({type(e).__name__})", metrics,
+                            "give the CSV of generator_report") from e
+    if missing := [c for c in ("metric","value","n_real","n_fake") if c not in metrics]:
+        raise DataError(f"lacks the columns {', '.join(missing)}", "metrics", "a number without n is no number")
     t = metrics[metrics.value.notna()].copy()
-    if t[["n_real","n_fake"]].isna().any(axis=None): raise DataError("a number without n", "metrics", "say how many real and synthetic patches it rests on")
+    if t[["n_real","n_fake"]].isna().any(axis=None):
+        raise DataError("a number without n", "metrics", "say how many real and synthetic patches it rests on")
     for c in ("lo","hi"): t[c] = t[c].astype(float) if c in t else np.nan
     for c in ("extractor","resize","note"): t[c] = t[c].fillna("").astype(str) if c in t else ""
     return t.reset_index(drop=True)
@@ -106,8 +119,11 @@ def number(v:float) -> str: # Four significant digits
 # %% ../../nbs/lib/49c_gans.package.ipynb #3dfdaa9d
 def shown_metrics(t:pd.DataFrame) -> pd.DataFrame: # For the card: Metric, Value, 95 % interval, n, Extractor, Note
     "A metric table as people read it."
-    between = [f"{number(a)} to {number(b)}" if math.isfinite(a) and math.isfinite(b) else "–" for a,b in zip(t.lo, t.hi)]
-    return pd.DataFrame({"Metric": t.metric, "Value": t.value.map(number), "95 % interval": between, "n real": t.n_real.astype(int), "n synthetic": t.n_fake.astype(int), "Extractor": t.extractor, "Note": t.note})
+    between = [f"{number(a)} to {number(b)}" if math.isfinite(a) and math.isfinite(b) else "–"
+               for a,b in zip(t.lo, t.hi)]
+    return pd.DataFrame({"Metric": t.metric, "Value": t.value.map(number), "95 % interval": between,
+                         "n real": t.n_real.astype(int), "n synthetic": t.n_fake.astype(int), "Extractor": t.extractor,
+                         "Note": t.note})
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #d39ee4bb
 def measure(
@@ -131,12 +147,15 @@ def audit_dict(
 ) -> dict: # words, table (rows), summary
     "An audit in plain values."
     if audit is None: return {"words": NO_AUDIT, "table": [], "memory": [], "summary": None}
-    if isinstance(audit, (str, Path)): audit = read_json(Path(audit)/"audit.json" if Path(audit).is_dir() else Path(audit))
+    if isinstance(audit, (str, Path)):
+        audit = read_json(Path(audit)/"audit.json" if Path(audit).is_dir() else Path(audit))
     if not isinstance(audit, dict): audit = audit.to_dict()
-    if not audit.get("words"): raise DataError("this audit says nothing (no `words`)", "audit", "make it with gans.privacy.audit")
+    if not audit.get("words"):
+        raise DataError("this audit says nothing (no `words`)", "audit", "make it with gans.privacy.audit")
     table = audit.get("table") or []
     if isinstance(table, dict): table = pd.DataFrame(table).to_dict("records")
-    return {"words": str(audit["words"]), "table": list(table), "memory": list(audit.get("memory") or []), "summary": audit.get("summary")}
+    return {"words": str(audit["words"]), "table": list(table), "memory": list(audit.get("memory") or []),
+            "summary": audit.get("summary")}
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #5113f619
 def shown_audit(
@@ -146,10 +165,17 @@ def shown_audit(
     t = pd.DataFrame(rows)
     out = pd.DataFrame(index=t.index)
     say = lambda v, k=1: "–" if v is None or not math.isfinite(float(v)) else f"{k*float(v):.2f}" if k == 1 else f"{k*float(v):.0f} %"
-    def with_interval(c, lo, hi, k=1): return [say(r.get(c), k) + (f" [{say(r[lo], k).removesuffix(' %')}, {say(r[hi], k)}]" if r.get(lo) is not None and math.isfinite(float(r[lo])) else "") for r in rows]
-    for c,name,lo,hi,k in (("auc","AUROC","lo","hi",1), ("control","Members against members","control_lo","control_hi",1), ("tpr","Members recognised","tpr_lo","tpr_hi",100), ("fpr","Outsiders accused","","fpr_hi",100)):
+    def with_interval(c, lo, hi, k=1): return [say(r.get(c), k)
+                                               + (f" [{say(r[lo], k).removesuffix(' %')}, {say(r[hi], k)}]"
+                                                  if r.get(lo) is not None and math.isfinite(float(r[lo])) else "")
+                                                  for r in rows]
+    for c,name,lo,hi,k in (("auc","AUROC","lo","hi",1),
+                           ("control","Members against members","control_lo","control_hi",1),
+                           ("tpr","Members recognised","tpr_lo","tpr_hi",100),
+                           ("fpr","Outsiders accused","","fpr_hi",100)):
         if c in t: out[name] = with_interval(c, lo, hi, k)
-    if {"members_patients","held_patients"} <= set(t): out["Patients"] = [f"{a} against {b}" for a,b in zip(t.members_patients, t.held_patients)]
+    if {"members_patients","held_patients"} <= set(t):
+        out["Patients"] = [f"{a} against {b}" for a,b in zip(t.members_patients, t.held_patients)]
     if "verdict" in t: out["Verdict"] = t.verdict
     if "attack" in t: out.insert(0, "Attack", t.attack)
     return out
@@ -161,7 +187,8 @@ def privacy_of(card:dict) -> str: # Sentence of the accountant, "" without priva
     return privacy_words(p)
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #6a66e404
-TITLES = {"dcgan": "DCGAN", "wgangp": "WGAN-GP", "singan": "SinGAN", "cgan": "conditional GAN", "context": "contextual GAN"}
+TITLES = {"dcgan": "DCGAN", "wgangp": "WGAN-GP", "singan": "SinGAN", "cgan": "conditional GAN",
+          "context": "contextual GAN"}
 
 def kind_of(card:dict) -> str: # `dcgan`, `wgangp`, …
     "What trained a generator: WGAN-GP and DCGAN share their network."
@@ -188,13 +215,22 @@ def front_matter(
     "What the Hub reads of a card."
     import yaml
     lic, kind = card["license"].lower(), kind_of(card)
-    lic = {"license": lic} if lic in LICENSES else {"license": "other", "license_name": re.sub(r"[^a-z0-9.-]+", "-", lic).strip("-"), "license_link": "LICENSE"}
+    lic = {"license": lic} if lic in LICENSES else {"license": "other",
+                                                    "license_name": re.sub(r"[^a-z0-9.-]+", "-", lic).strip("-"),
+                                                    "license_link": "LICENSE"}
     data = ["phantoms"] if on_phantoms(card) else data_names(card)
-    results = [dict(type=m.metric, value=float(m.value), name=f"{m.metric} ({m.extractor}, n real {int(m.n_real)}, n synthetic {int(m.n_fake)}" +
-                    (f", 95 % {number(m.lo)} to {number(m.hi)})" if math.isfinite(m.lo) else ")")) for m in t.itertuples()]
-    index = [dict(name=name, results=[dict(task=dict(type="unconditional-image-generation", name="Synthetic mammography patches"), dataset=dict(type=(data or ["unknown"])[0], name=", ".join(data) or "unknown"), metrics=results)])]
-    head = {**lic, "library_name": "pytorch", "pipeline_tag": "image-to-image" if kind == "context" else "unconditional-image-generation",
-            "tags": ["mammography", "medical", "gan", kind, "synthetic-data", "medigan", "mammo_nb"], **({"datasets": data} if data else {}), **({"model-index": index} if results else {})}
+    results = [dict(type=m.metric, value=float(m.value),
+                    name=f"{m.metric} ({m.extractor}, n real {int(m.n_real)}, n synthetic {int(m.n_fake)}" +
+                    (f", 95 % {number(m.lo)} to {number(m.hi)})" if math.isfinite(m.lo) else ")"))
+                    for m in t.itertuples()]
+    index = [dict(name=name, results=[dict(task=dict(type="unconditional-image-generation",
+                                                     name="Synthetic mammography patches"), dataset=dict(type=(data
+                                                             or ["unknown"])[0], name=", ".join(data) or "unknown"),
+                                                             metrics=results)])]
+    head = {**lic, "library_name": "pytorch",
+            "pipeline_tag": "image-to-image" if kind == "context" else "unconditional-image-generation",
+            "tags": ["mammography", "medical", "gan", kind, "synthetic-data", "medigan", "mammo_nb"],
+            **({"datasets": data} if data else {}), **({"model-index": index} if results else {})}
     return "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000) + "---\n"
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #a242e9f3
@@ -212,18 +248,24 @@ def provenance(card:dict) -> list: # Lines `(what, how many)`
     "Training data and counts of a card, with what is not known."
     t = card.get("training") or {}
     r = t.get("recipe") or {}
-    rows = [("Data sets", ", ".join(data_names(card)) or "not said"), ("Lesions", card.get("scope") or "not said"), ("Patients", card.get("patients")), ("Patches", t.get("patches")),
-            ("Epochs", t.get("epoch")), ("Patches seen in training", t.get("images_seen")), ("Seed", t.get("seed")), ("Parameters", card.get("parameters")), ("Patch side, px", "×".join(map(str, card["size"])) if isinstance(card.get("size"), (list, tuple)) else card.get("size")),
+    rows = [("Data sets", ", ".join(data_names(card)) or "not said"), ("Lesions", card.get("scope") or "not said"),
+            ("Patients", card.get("patients")), ("Patches", t.get("patches")),
+            ("Epochs", t.get("epoch")), ("Patches seen in training", t.get("images_seen")), ("Seed", t.get("seed")),
+            ("Parameters", card.get("parameters")), ("Patch side, px",
+                                                     "×".join(map(str, card["size"])) if isinstance(card.get("size"),
+                                                             (list, tuple)) else card.get("size")),
             ("Gray values", "black {:g}, white {:g}".format(*card["value_range"]))]
     if card.get("source"): rows.append(("Run", ", ".join(f"{k} {v}" for k,v in card["source"].items())))
-    return [(k, "not said" if v is None else f"{v:,}" if isinstance(v, int) and k != "Seed" else str(v)) for k,v in rows]
+    return [(k, "not said" if v is None else f"{v:,}" if isinstance(v, int) and k != "Seed" else str(v))
+            for k,v in rows]
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #6810e7a3
 def as_markdown(
     t:pd.DataFrame, # Any table
 ) -> str: # GitHub table; pipes in cells are escaped
     "A table for a card."
-    say = lambda v: "–" if v is None or (isinstance(v, float) and np.isnan(v)) else str(v).replace("|", "\\|").replace("\n", " ")
+    say = lambda v: "–" if v is None or (isinstance(v, float) and np.isnan(v)) else str(v).replace("|",
+            "\\|").replace("\n", " ")
     rows = [t.columns, ["---"]*t.shape[1], *t.itertuples(index=False)]
     return "\n".join("| " + " | ".join(map(say, r)) + " |" for r in rows) + "\n"
 
@@ -238,16 +280,24 @@ def model_card(
 ) -> str:
     "README.md of a package."
     t, a, kind = metric_table(metrics), audit_dict(audit), kind_of(card)
-    if a["memory"]: t = pd.concat([x for x in (t, metric_table(pd.DataFrame(a["memory"]))) if len(x)], ignore_index=True)
+    if a["memory"]:
+        t = pd.concat([x for x in (t, metric_table(pd.DataFrame(a["memory"]))) if len(x)], ignore_index=True)
     md = as_markdown
     limits = ([SINGLE] if kind == "singan" else []) + LIMITS
-    if on_phantoms(card): limits = ["Trained on **phantoms**: drawn by a program, not from patients. It shows that the pipeline works and says nothing about mammograms."] + limits
+    if on_phantoms(card):
+        limits = ["Trained on **phantoms**: drawn by a program, not from patients. It shows that the pipeline works and says nothing about mammograms."] + limits
     members = "Hashes of the patients' ids are in `generator.json` (ids of public sets can be guessed from them)." if "members" in card else "Which patients trained it is not told."
-    what = {"context": "It paints a lesion into, or out of, patches that you give.", "singan": "It gives variants of one image."}.get(kind, "It draws patches from noise.")
-    parts = [front_matter(card, t, name), f"# {card['title']}\n\n" + about.strip() + ("" if kind == "context" else "\n\n![synthetic patches](samples.png)\n\nSynthetic patches, seed 0. No picture here is of a patient."),
-             "## Intended use\n\n" + USE.format(what=what), "## What it was trained on\n\n" + md(pd.DataFrame(provenance(card), columns=["What","How many"])) + f"\n\n{members}",
+    what = {"context": "It paints a lesion into, or out of, patches that you give.",
+            "singan": "It gives variants of one image."}.get(kind, "It draws patches from noise.")
+    parts = [front_matter(card, t, name), f"# {card['title']}\n\n" + about.strip()
+             + ("" if kind == "context"
+                else "\n\n![synthetic patches](samples.png)\n\nSynthetic patches, seed 0. No picture here is of a patient."),
+             "## Intended use\n\n" + USE.format(what=what),
+             "## What it was trained on\n\n" + md(pd.DataFrame(provenance(card), columns=["What","How many"]))
+             + f"\n\n{members}",
              "## Metrics\n\n" + (md(shown_metrics(t)) if len(t) else "Nothing was measured."),
-             "## Privacy\n\n" + "\n\n".join(x for x in (privacy_of(card), a["words"], md(shown_audit(a["table"])) if a["table"] else "") if x),
+             "## Privacy\n\n" + "\n\n".join(x for x in (privacy_of(card), a["words"],
+                                                        md(shown_audit(a["table"])) if a["table"] else "") if x),
              "## Limits\n\n" + "\n".join(f"- {x}" for x in limits), "## Use\n\n" + usage(card, name),
              f"## Licence\n\nWeights, card and pictures: {card['license']} (`LICENSE`). Code: Apache-2.0 (`LICENSE-CODE.txt`).\n\nWritten by mammo_nb {importlib.import_module('mammo_nb').__version__} with torch {torch.__version__.split('+')[0]} and numpy {np.__version__}."]
     return "\n\n".join(parts) + "\n"
@@ -299,19 +349,34 @@ def medigan_metadata(
     tasks = {k: {"trained_on_fake": {}, "trained_on_real_and_fake": {}, "trained_on_real": {}} for k in ("CLF","SEG")}
     told = json.loads(t.to_json(orient="records"))
     paints = dict(input_path="") if kind == "context" else {}
-    method = dict(name="generate", args=dict(base=["model_file","num_samples","output_path","save_images"], custom=paints), input_latent_vector_size=card["config"].get("nz"))
+    method = dict(name="generate", args=dict(base=["model_file","num_samples","output_path","save_images"],
+                                             custom=paints), input_latent_vector_size=card["config"].get("nz"))
     scope = str(card.get("scope") or "lesion")
     return {medigan_id(card, name): dict(
-        execution=dict(package_name=name, package_link=f"{name}.zip", model_name="G", extension=".safetensors", image_size=[h, w], dependencies=needs, generate_method=method),
-        selection=dict(performance=dict(SSIM=None, MSE=None, NSME=None, PSNR=None, IS=None, turing_test=None, FID=first(fid), FID_no_images=None if not len(fid) else int(fid.n_fake.iloc[0]), FID_ratio=first(ratio),
-                                        FID_RADIMAGENET=None, FID_RADIMAGENET_ratio=None, CLF_delta=None, SEG_delta=None, **tasks, mammo_nb=told),
-            use_cases=["classification"], organ=["breast","breasts","chest"], modality=["MMG","Mammography","Mammogram","x-ray mammography"], vendors=[], centres=[],
-            function=["image to image" if kind == "context" else "noise to image","image generation","data augmentation"], condition=[], dataset=data_names(card), augmentations=[], generates=[scope, f"{scope} ROI"],
-            height=h, width=w, depth=None, type=TITLES.get(kind, kind), license=card["license"], dataset_type=None, privacy_preservation=(audit_dict(audit)["summary"] or (privacy_of(card) or None)), year=None,
+        execution=dict(package_name=name, package_link=f"{name}.zip", model_name="G", extension=".safetensors",
+                       image_size=[h, w], dependencies=needs, generate_method=method),
+        selection=dict(performance=dict(SSIM=None, MSE=None, NSME=None, PSNR=None, IS=None, turing_test=None,
+                                        FID=first(fid), FID_no_images=None if not len(fid) else int(fid.n_fake.iloc[0]),
+                                        FID_ratio=first(ratio),
+                                        FID_RADIMAGENET=None, FID_RADIMAGENET_ratio=None, CLF_delta=None,
+                                        SEG_delta=None, **tasks, mammo_nb=told),
+            use_cases=["classification"], organ=["breast","breasts","chest"],
+            modality=["MMG","Mammography","Mammogram","x-ray mammography"], vendors=[], centres=[],
+            function=["image to image" if kind == "context" else "noise to image","image generation",
+                      "data augmentation"], condition=[], dataset=data_names(card), augmentations=[],
+                      generates=[scope, f"{scope} ROI"],
+            height=h, width=w, depth=None, type=TITLES.get(kind, kind), license=card["license"], dataset_type=None,
+            privacy_preservation=(audit_dict(audit)["summary"] or (privacy_of(card) or None)), year=None,
             tags=["Mammogram","Mammography",f"{h}x{w}","mammo_nb"]),
-        description=dict(title=card["title"], provided_date=date or None, trained_date=None, provided_after_epoch=training.get("epoch"), version="1", publication=None, doi=card.get("doi") or [],
-            inputs=["seed: default=None, help=which patches; equal seeds give equal patches", "first: default=None, help=number of the first patch of this seed",
-                    *(["input_path: help=folder of 8-bit gray PNG files or .npy file with the patches to paint into"] if paints else []), *(["label: default=None, help=class, None for classes in turn"] if kind == "cgan" else [])], comment="README.md is the model card. package_link is to be replaced by the address of the zip."))}
+        description=dict(title=card["title"], provided_date=date or None, trained_date=None,
+                         provided_after_epoch=training.get("epoch"), version="1", publication=None,
+                         doi=card.get("doi") or [],
+            inputs=["seed: default=None, help=which patches; equal seeds give equal patches",
+                    "first: default=None, help=number of the first patch of this seed",
+                    *(["input_path: help=folder of 8-bit gray PNG files or .npy file with the patches to paint into"]
+                      if paints else []), *(["label: default=None, help=class, None for classes in turn"]
+                                            if kind == "cgan" else [])],
+                                            comment="README.md is the model card. package_link is to be replaced by the address of the zip."))}
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #c559c01e
 @dataclass(frozen=True)
@@ -360,9 +425,12 @@ def prove(
         if card["config"]["kind"] == "context": # it paints into patches: any will do
             np.save(f"{t}/base.npy", rng(0, "base").integers(0, 256, (n, card["size"], card["size"]), dtype=np.uint8))
             more = dict(input_path=f"{t}/base.npy", what="residual")
-        ours, files, alone = drawn_by(folder, n, 1, **more), drawn_by(tmp, n, 1, **more), draw_alone(tmp, n, seed=1, **more)
+        ours, files, alone = drawn_by(folder, n, 1, **more), drawn_by(tmp, n, 1, **more), draw_alone(tmp, n, seed=1,
+                **more)
     for way,theirs in (("its files", files), ("its own code", alone)):
-        if not np.array_equal(ours, theirs): raise RunError(f"{way} draw other patches than the generator", folder, "this is a fault of the exporter; please report it")
+        if not np.array_equal(ours, theirs):
+            raise RunError(f"{way} draw other patches than the generator", folder,
+                           "this is a fault of the exporter; please report it")
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #33ab8183
 def export_generator(
@@ -383,22 +451,28 @@ def export_generator(
 ) -> Package:
     "Hand on a generator; whatever is wrong is a typed error and leaves nothing behind."
     generator, folder = Path(generator), Path(folder)
-    if folder.name != package_name(folder.name): raise ParameterError(f"'{folder.name}' is no name Python can import", "folder", f"e.g. {package_name(folder.name)}")
+    if folder.name != package_name(folder.name):
+        raise ParameterError(f"'{folder.name}' is no name Python can import", "folder",
+                             f"e.g. {package_name(folder.name)}")
     G = load_generator(generator)
     told = public_card({**G.card, **(card or {})}, members)
     told["license"], told["title"] = license, title or told.get("title") or f"{TITLES.get(kind_of({**G.card, **told}), G.config['kind'])}: mammography patches" + (f" ({told['scope']})" if told.get("scope") else "")
-    grant, (table, found) = licence_text(license, title=told["title"], holder=holder, text=license_text), (metric_table(metrics), audit_dict(audit))
+    grant, (table, found) = licence_text(license, title=told["title"], holder=holder,
+                                         text=license_text), (metric_table(metrics), audit_dict(audit))
     with whole_folder(folder) as tmp:
         save_any(tmp, without_image(G), card=told)
         info = load_generator(tmp).card
-        code, needs = package_code(G, f"{told['title']}. See README.md. Written by mammo_nb from its own modules; Apache-2.0.\n\n    generate(\"G.safetensors\", 16, seed=0)")
+        code, needs = package_code(G,
+                                   f"{told['title']}. See README.md. Written by mammo_nb from its own modules; Apache-2.0.\n\n    generate(\"G.safetensors\", 16, seed=0)")
         write_text(tmp/"__init__.py", code)
         write_text(tmp/"requirements.txt", "\n".join(needs) + "\n")
         write_text(tmp/"LICENSE", grant)
         write_text(tmp/"LICENSE-CODE.txt", code_licence())
         write_text(tmp/"README.md", model_card(info, name=folder.name, metrics=table, audit=found, about=about))
-        write_json(tmp/"metadata.json", medigan_metadata(info, name=folder.name, needs=needs, metrics=table, audit=found, date=date))
-        if info["config"]["kind"] != "context": (tmp/"samples.png").write_bytes(png_bytes(tile(sample_generator(tmp, 32, seed=0)[0])))
+        write_json(tmp/"metadata.json", medigan_metadata(info, name=folder.name, needs=needs, metrics=table,
+                                                         audit=found, date=date))
+        if info["config"]["kind"] != "context":
+            (tmp/"samples.png").write_bytes(png_bytes(tile(sample_generator(tmp, 32, seed=0)[0])))
         if check: prove(tmp, generator)
     return Package(folder, write_zip(folder, folder.with_name(folder.name + ".zip"), folder.name), info)
 
@@ -410,10 +484,14 @@ def told_by_run(
     "What a run knows about one of its generators."
     if not (run/"run.json").is_file(): return {}
     info, key, stages = read_json(run/"run.json"), re.sub(r"^gan-", "", name), dict(stages_of(run))
-    quality, audit = (stages[s]/f if (s := f"{kind}-{key}") in stages else None for kind,f in (("quality","quality.csv"), ("audit","audit.json")))
+    quality, audit = (stages[s]/f if (s := f"{kind}-{key}") in stages else None
+                      for kind,f in (("quality","quality.csv"), ("audit","audit.json")))
     audit = next((p for p in (audit, run/"audits"/key/"audit.json") if p is not None and p.is_file()), None)
-    source = dict(paper=info.get("paper"), data=info.get("data"), protocol=info.get("parameters", {}).get("protocol"), preset=info.get("parameters", {}).get("preset"), commit="" if info.get("commit") == "no git" else str(info.get("commit", ""))[:12])
-    return dict(metrics=quality if quality is not None and quality.is_file() else None, audit=audit, card=dict(source={k: v for k,v in source.items() if v}))
+    source = dict(paper=info.get("paper"), data=info.get("data"), protocol=info.get("parameters", {}).get("protocol"),
+                  preset=info.get("parameters", {}).get("preset"),
+                  commit="" if info.get("commit") == "no git" else str(info.get("commit", ""))[:12])
+    return dict(metrics=quality if quality is not None and quality.is_file() else None, audit=audit,
+                card=dict(source={k: v for k,v in source.items() if v}))
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #a89d142a
 def export_run(
@@ -427,19 +505,25 @@ def export_run(
     "Hand on the generators of a run."
     run = Path(run).expanduser()
     found = find_generators(run)
-    if not len(found): raise WeightsError("no generator below this folder", run, "run the stage 'generators' first, or give a folder of train_gan")
+    if not len(found):
+        raise WeightsError("no generator below this folder", run,
+                           "run the stage 'generators' first, or give a folder of train_gan")
     t = found[found.name.str.contains(only, regex=False)]
-    if not len(t): raise ParameterError(f"no generator is named like '{only}'", "only", "there are " + ", ".join(found.name))
+    if not len(t):
+        raise ParameterError(f"no generator is named like '{only}'", "only", "there are " + ", ".join(found.name))
     packages = []
     for r in t.itertuples():
         folder = r.folder
         if snapshot is not None:
             at = {int(f.name.rpartition("-")[2]): f for f in r.folders if f.name.rpartition("-")[2].isdigit()}
-            if snapshot not in at: raise ParameterError(f"epoch {snapshot} of {r.name} was not kept", "snapshot", "there are " + ", ".join(map(str, at)))
+            if snapshot not in at:
+                raise ParameterError(f"epoch {snapshot} of {r.name} was not kept", "snapshot",
+                                     "there are " + ", ".join(map(str, at)))
             folder = at[snapshot]
         told = told_by_run(run, r.name)
         more = {k: options.get(k) if options.get(k) is not None else told.get(k) for k in ("metrics","audit","card")}
-        packages.append(export_generator(folder, (Path(out) if out else run/"packages")/package_name(r.name), **{**options, **more}))
+        packages.append(export_generator(folder, (Path(out) if out else run/"packages")/package_name(r.name),
+                                         **{**options, **more}))
     return packages
 
 # %% ../../nbs/lib/49c_gans.package.ipynb #859cafdf
@@ -447,30 +531,39 @@ def main_export(
     argv=None, # Arguments, default those of the command line
 ) -> int: # 0, or 1 with a message
     "Console command `mammo_export RUN`."
-    ap = argparse.ArgumentParser("mammo_export", description="Hand on the generators of a run: a folder and a zip each, for PyTorch, medigan and the Hugging Face Hub.")
+    ap = argparse.ArgumentParser("mammo_export",
+                                 description="Hand on the generators of a run: a folder and a zip each, for PyTorch, medigan and the Hugging Face Hub.")
     ap.add_argument("run", help="run folder, stage folder, folder of train_gan, or generator folder")
-    ap.add_argument("--license", default="", help=f"licence of weights and card: {', '.join(LICENSES)}, or any other with --license-file")
+    ap.add_argument("--license", default="",
+                    help=f"licence of weights and card: {', '.join(LICENSES)}, or any other with --license-file")
     ap.add_argument("--license-file", default="", help="file with the licence's text")
     ap.add_argument("--out", default="", help="where the packages go; default: packages in the run folder")
     ap.add_argument("--only", default="", help="part of the name of the generators wanted; --list shows them")
     ap.add_argument("--list", action="store_true", help="show the generators and write nothing")
-    for k,h in (("holder","who grants the licence"), ("title","title of the card"), ("about","sentences for the card"), ("metrics","CSV of generator_report"), ("audit","audit.json"), ("real","folder of real patches (PatchSet) to measure against")):
+    for k,h in (("holder","who grants the licence"), ("title","title of the card"), ("about","sentences for the card"),
+                ("metrics","CSV of generator_report"), ("audit","audit.json"),
+                ("real","folder of real patches (PatchSet) to measure against")):
         ap.add_argument(f"--{k}", default="", help=h)
     ap.add_argument("--snapshot", type=int, default=None, help="epoch to hand on, default the last that was kept")
-    ap.add_argument("--members", action="store_true", help="hand on hashes of the patients' ids (ids of public sets can be guessed from them)")
+    ap.add_argument("--members", action="store_true",
+                    help="hand on hashes of the patients' ids (ids of public sets can be guessed from them)")
     ap.add_argument("--no-check", action="store_true", help="do not prove the package in a process of its own")
     a = ap.parse_args(argv)
     try:
         if a.list:
             found = find_generators(a.run)
-            if not len(found): raise WeightsError("no generator here", a.run, "a run's generators lie in the cache it was made with: set MAMMO_NB_CACHE as it was then, or name a stage folder")
+            if not len(found):
+                raise WeightsError("no generator here", a.run,
+                                   "a run's generators lie in the cache it was made with: set MAMMO_NB_CACHE as it was then, or name a stage folder")
             print(found[["name","kind","epoch","folder"]].to_string(index=False))
             return 0
         text = Path(a.license_file).read_text(encoding="utf-8") if a.license_file else ""
         metrics = a.metrics or None
         if a.real: metrics = _measured(a.run, a.real, a.only)
-        for p in export_run(a.run, a.out or None, only=a.only, snapshot=a.snapshot, license=a.license, license_text=text, holder=a.holder, title=a.title, about=a.about, metrics=metrics,
-                            audit=a.audit or None, members=a.members, check=not a.no_check): print(f"package {p.folder}\nzip     {p.zip}")
+        for p in export_run(a.run, a.out or None, only=a.only, snapshot=a.snapshot, license=a.license,
+                            license_text=text, holder=a.holder, title=a.title, about=a.about, metrics=metrics,
+                            audit=a.audit or None, members=a.members,
+                            check=not a.no_check): print(f"package {p.folder}\nzip     {p.zip}")
     except (MammoError, OSError) as e:
         print(f"mammo_export: {e}", file=sys.stderr)
         return 1
@@ -479,7 +572,9 @@ def main_export(
 def _measured(run, real, only): # Metrics of one generator against real patches
     t = find_generators(run)
     t = t[t.name.str.contains(only, regex=False)]
-    if len(t) != 1: raise ParameterError(f"--real measures one generator, {len(t)} are meant", "only", "there are " + ", ".join(find_generators(run).name))
+    if len(t) != 1:
+        raise ParameterError(f"--real measures one generator, {len(t)} are meant", "only",
+                             "there are " + ", ".join(find_generators(run).name))
     ps = PatchSet.load(Path(real))
     return measure(t.folders.iloc[0][-1:], ps.pixels[:,0], groups=ps.table.patient_id.to_numpy())
 
@@ -488,16 +583,20 @@ def main_import(
     argv=None, # Arguments, default those of the command line
 ) -> int: # 0, or 1 with a message
     "Console command `mammo_import PATH`."
-    ap = argparse.ArgumentParser("mammo_import", description="Make a foreign generator ours without running its code: a package of mammo_nb or medigan (folder or zip), or bare weights.")
+    ap = argparse.ArgumentParser("mammo_import",
+                                 description="Make a foreign generator ours without running its code: a package of mammo_nb or medigan (folder or zip), or bare weights.")
     ap.add_argument("path", help="package folder, zip, or weights file")
     ap.add_argument("--into", default="", help="folder for the generator; default: one in the cache")
     ap.add_argument("--license", default="", help="licence its makers told you, where the package carries none")
     ap.add_argument("--arch", default="", help=f"architecture of bare weights: {', '.join(ARCHS)}")
-    ap.add_argument("--config", default="", help="JSON with kind and all arguments of bare weights' network, in place of --arch")
-    ap.add_argument("--value-range", default="", help="black and white of bare weights, e.g. --value-range=-1,1; default: judged by the output")
+    ap.add_argument("--config", default="",
+                    help="JSON with kind and all arguments of bare weights' network, in place of --arch")
+    ap.add_argument("--value-range", default="",
+                    help="black and white of bare weights, e.g. --value-range=-1,1; default: judged by the output")
     a = ap.parse_args(argv)
     try:
-        folder = import_generator(a.path, into=a.into or None, license=a.license, arch=a.arch, value_range=_bounds(a.value_range), config=_config(a.config))
+        folder = import_generator(a.path, into=a.into or None, license=a.license, arch=a.arch,
+                                  value_range=_bounds(a.value_range), config=_config(a.config))
         card = load_generator(folder).card
     except (MammoError, OSError) as e:
         print(f"mammo_import: {e}", file=sys.stderr)
@@ -507,12 +606,17 @@ def main_import(
 
 def _config(text): # JSON object or None
     try: out = json.loads(text) if text else None
-    except ValueError as e: raise ParameterError("is no JSON", "config", "e.g. --config '" + json.dumps(dict(kind="dcgan", nz=100, widths=[512,256,128], act="relu")) + "'") from e
+    except ValueError as e:
+        raise ParameterError("is no JSON", "config",
+                             "e.g. --config '" + json.dumps(dict(kind="dcgan", nz=100, widths=[512,256,128],
+                                     act="relu")) + "'") from e
     return out
 
 def _bounds(text): # "-1,1" -> (-1., 1.)
     if not text: return None
     try: low, high = map(float, text.split(","))
-    except ValueError as e: raise ParameterError(f"'{text}' is no pair of numbers", "value-range", "e.g. --value-range=-1,1") from e
-    if not low < high: raise ParameterError(f"black {low:g} is not below white {high:g}", "value-range", "e.g. --value-range=-1,1")
+    except ValueError as e:
+        raise ParameterError(f"'{text}' is no pair of numbers", "value-range", "e.g. --value-range=-1,1") from e
+    if not low < high:
+        raise ParameterError(f"black {low:g} is not below white {high:g}", "value-range", "e.g. --value-range=-1,1")
     return low, high

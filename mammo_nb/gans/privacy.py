@@ -80,7 +80,8 @@ def attack_scores(
     ci = lambda share, k, how: stats.binomtest(round(share*k), k).proportion_ci(.95, method=how)
     wil = ci(t, d.k_pos, "wilson")
     low, high = np.quantile(draws, [.025,.975]) if len(draws) else (0., 1.)
-    return Attack(float(d.auc[0]), lo, hi, float(t), float(min(low, wil.low)), float(max(high, wil.high)), float(f), float(ci(f, d.k_neg, "exact").high))
+    return Attack(float(d.auc[0]), lo, hi, float(t), float(min(low, wil.low)), float(max(high, wil.high)), float(f),
+                  float(ci(f, d.k_neg, "exact").high))
 
 # %% ../../nbs/lib/48b_gans.privacy.ipynb #7609edf7
 def looks(
@@ -105,7 +106,9 @@ def discriminator_scores(
     def ask(x):
         if not isinstance(D, torch.nn.Module): return np.asarray(D(x), float)
         low, high = value_range
-        with torch.no_grad(): parts = [D.to(device)(torch.from_numpy(np.ascontiguousarray(x[i:i+bs]))[:,None].to(device).float()/255*(high-low)+low) for i in range(0, len(x), bs)]
+        with torch.no_grad():
+            parts = [D.to(device)(torch.from_numpy(np.ascontiguousarray(x[i:i+bs]))[:,
+                    None].to(device).float()/255*(high-low)+low) for i in range(0, len(x), bs)]
         return torch.cat([p.double().reshape(len(p), -1).mean(1) for p in parts]).cpu().numpy()
     return np.mean([ask(x) for x in looks(pixels, views)], 0)
 
@@ -118,7 +121,9 @@ def load_discriminator(
     "The discriminator of a training, from its last whole checkpoint."
     folder = Path(folder)
     steps = Checkpoint(folder).steps()
-    if not steps: raise WeightsError("no checkpoint here, so no discriminator", folder, "point at the folder train_gan was given; exported generators come without one")
+    if not steps:
+        raise WeightsError("no checkpoint here, so no discriminator", folder,
+                           "point at the folder train_gan was given; exported generators come without one")
     identity = read_json(folder/f"checkpoint-{steps[-1]:08d}.json")["identity"]
     saved = Checkpoint(folder, identity=identity).load()
     if saved is None: raise WeightsError("no whole checkpoint here", folder, "give the training's command again")
@@ -160,8 +165,10 @@ def member_control(
 
 # %% ../../nbs/lib/48b_gans.privacy.ipynb #2a04d7f8
 FEW = 10 # Patients on a side, below which an audit tells nothing
-COLUMNS = ("attack","auc","lo","hi","tpr","tpr_lo","tpr_hi","fpr","fpr_hi","control","control_lo","control_hi","n_members","n_held","members_patients","held_patients","n_fake","verdict")
-NAMES = dict(discriminator="discriminator score (LOGAN)", pixels="nearest sample in pixels, calibrated", embedded="nearest sample in features, calibrated",
+COLUMNS = ("attack","auc","lo","hi","tpr","tpr_lo","tpr_hi","fpr","fpr_hi","control","control_lo","control_hi",
+           "n_members","n_held","members_patients","held_patients","n_fake","verdict")
+NAMES = dict(discriminator="discriminator score (LOGAN)", pixels="nearest sample in pixels, calibrated",
+             embedded="nearest sample in features, calibrated",
              inception="nearest sample in Inception features, calibrated", blind="blind control (no generator)")
 
 def judge_attack(
@@ -193,28 +200,34 @@ class Audit:
 
     def to_dict(self) -> dict:
         "Everything but the pictures, as plain values."
-        plain = lambda df: [{k: None if pd.isna(v) else getattr(v, "item", lambda: v)() for k,v in r.items()} for r in df.to_dict("records")]
-        return dict(verdict=self.verdict, summary=self.summary, words=self.words, why=self.why, table=plain(self.table), memory=plain(self.memory), pairs=plain(self.pairs))
+        plain = lambda df: [{k: None if pd.isna(v) else getattr(v, "item", lambda: v)() for k,v in r.items()}
+                            for r in df.to_dict("records")]
+        return dict(verdict=self.verdict, summary=self.summary, words=self.words, why=self.why, table=plain(self.table),
+                    memory=plain(self.memory), pairs=plain(self.pairs))
 
     as_json = to_dict # The name gans.package asks for
 
     @staticmethod
     def from_dict(d:dict) -> "Audit":
         "The audit `to_dict` was made of, without pictures."
-        return Audit(pd.DataFrame(d["table"], columns=list(COLUMNS)), pd.DataFrame(d["memory"]), pd.DataFrame(d["pairs"]), None, d["why"])
+        return Audit(pd.DataFrame(d["table"], columns=list(COLUMNS)), pd.DataFrame(d["memory"]),
+                     pd.DataFrame(d["pairs"]), None, d["why"])
 
     def save(self, folder:Path) -> Path:
         "audit.json, and pairs.png with the synthetic pictures, whole."
         write_json(Path(folder)/"audit.json", self.to_dict())
         if self.pictures is not None and len(self.pictures):
-            with write_whole(Path(folder)/"pairs.png") as tmp: Image.fromarray(tile(self.pictures, cols=min(8, len(self.pictures)), gap=1, empty=255)).save(tmp, format="PNG")
+            with write_whole(Path(folder)/"pairs.png") as tmp:
+                Image.fromarray(tile(self.pictures, cols=min(8, len(self.pictures)), gap=1, empty=255)).save(tmp,
+                        format="PNG")
         return Path(folder)
 
     @staticmethod
     def load(folder:Path) -> "Audit":
         "Read what `save` wrote, without pictures."
         d = read_json(Path(folder)/"audit.json")
-        if not isinstance(d, dict) or not {"table","memory","pairs","why"} <= set(d): raise DataError("this is no audit", Path(folder)/"audit.json")
+        if not isinstance(d, dict) or not {"table","memory","pairs","why"} <= set(d):
+            raise DataError("this is no audit", Path(folder)/"audit.json")
         return Audit.from_dict(d)
 
 # %% ../../nbs/lib/48b_gans.privacy.ipynb #0306032b
@@ -242,28 +255,41 @@ def audit_words(
     t = a.table
     first, blind = t.iloc[0], t[t.attack==NAMES["blind"]]
     out = [f"Membership attacks on {first.n_members} training patches of {first.members_patients} patients against {first.n_held} patches of {first.held_patients} held-out patients"
-           + (f", with {int(first.n_fake)} samples" if first.n_fake else "") + ". Intervals count patients.", "\n".join(_row_words(r) for r in t.itertuples() if r.attack != NAMES["blind"])]
+           + (f", with {int(first.n_fake)} samples" if first.n_fake else "") + ". Intervals count patients.",
+           "\n".join(_row_words(r) for r in t.itertuples() if r.attack != NAMES["blind"])]
     for r in blind.itertuples():
         out.append(f"Blind control: without the generator the two groups are told apart with AUROC {r.auc:.2f} [{r.lo:.2f}, {r.hi:.2f}]" + (", **so they differ in more than membership**." if r.lo > .5 else "."))
     m = a.memory[a.memory.metric=="memory_copies"] if len(a.memory) else []
-    if len(m): out.append("Share of samples that look copied: " + ", ".join(f"{100*r.value:.0f} % [{100*r.lo:.0f}, {100*r.hi:.0f}] in {r.extractor}" for r in m.itertuples()) + " (about 1 % is nothing).")
+    if len(m):
+        out.append("Share of samples that look copied: "
+                   + ", ".join(f"{100*r.value:.0f} % [{100*r.lo:.0f}, {100*r.hi:.0f}] in {r.extractor}"
+                               for r in m.itertuples()) + " (about 1 % is nothing).")
     few = min(first.members_patients, first.held_patients) < FEW
     only_d = set(t.attack[t.verdict=="leak"]) == {NAMES["discriminator"]}
-    return "\n\n".join([*out, SAID["inside" if only_d else a.verdict] + ("" if a.verdict != "cannot tell" else f": fewer than {FEW} patients on one side." if few else ": the two groups differ in more than membership.")])
+    return "\n\n".join([*out, SAID["inside" if only_d else a.verdict]
+                        + ("" if a.verdict != "cannot tell" else f": fewer than {FEW} patients on one side." if few
+                           else ": the two groups differ in more than membership.")])
 
 Audit.words = property(audit_words)
-Audit.summary = property(lambda a: f"not audited: {a.why}" if a.why else f"{a.verdict}; strongest attack AUROC {a.table.auc[a.table.attack != NAMES['blind']].max():.2f}")
+Audit.summary = property(lambda a: f"not audited: {a.why}" if a.why
+                         else f"{a.verdict}; strongest attack AUROC {a.table.auc[a.table.attack != NAMES['blind']].max():.2f}")
 
 # %% ../../nbs/lib/48b_gans.privacy.ipynb #f36318b7
 def _checked(members, held_out, views): # Pixels with equally many views, patients
     who = [np.asarray(s.table.patient_id, dtype=object) for s in (members, held_out)]
     both = sorted(set(who[0]) & set(who[1]), key=str)
-    if both: raise LeakError(f"{len(both)} patient(s) are both members and held out", "audit", "hold out whole patients")
+    if both:
+        raise LeakError(f"{len(both)} patient(s) are both members and held out", "audit", "hold out whole patients")
     hashes = [set(s.table.pixel_hash.dropna()) if "pixel_hash" in s.table else set() for s in (members, held_out)]
-    if same := {h for h in hashes[0] & hashes[1] if not str(h).startswith("constant")}: raise LeakError(f"{len(same)} patch(es) of equal pixels on both sides", "audit", "remove doubles")
-    if min(len(set(w)) for w in who) < 2: raise DataError(f"{len(set(who[0]))} member and {len(set(who[1]))} held-out patients", "audit", "at least two of each are needed")
+    if same := {h for h in hashes[0] & hashes[1] if not str(h).startswith("constant")}:
+        raise LeakError(f"{len(same)} patch(es) of equal pixels on both sides", "audit", "remove doubles")
+    if min(len(set(w)) for w in who) < 2:
+        raise DataError(f"{len(set(who[0]))} member and {len(set(who[1]))} held-out patients", "audit",
+                        "at least two of each are needed")
     px = [np.asarray(s.pixels) if s.pixels.ndim == 4 else np.asarray(s.pixels)[:,None] for s in (members, held_out)]
-    if px[0].shape[2:] != px[1].shape[2:]: raise DataError(f"members are {px[0].shape[2:]}, held-out patches {px[1].shape[2:]}", "audit", "cut both at one size")
+    if px[0].shape[2:] != px[1].shape[2:]:
+        raise DataError(f"members are {px[0].shape[2:]}, held-out patches {px[1].shape[2:]}", "audit",
+                        "cut both at one size")
     v = min(views, *(p.shape[1] for p in px))
     return [p[:,:v] for p in px], who, v
 
@@ -274,13 +300,15 @@ def _drawn(source, n, seed, device, patients): # Samples and D's range; does the
         card = read_json(f/"generator.json")
         if "members" not in card: continue
         lost, seen = set(map(str,patients[0])) - set(seen_patients(card, patients[0])), seen_patients(card, patients[1])
-        if lost or seen: raise LeakError(f"its card says it saw {len(seen)} of the held-out patients and not {len(lost)} of the members", f, "give the patients it was trained on as members")
+        if lost or seen:
+            raise LeakError(f"its card says it saw {len(seen)} of the held-out patients and not {len(lost)} of the members", f, "give the patients it was trained on as members")
     return sample_generator(folders, n, seed=seed, device=device)[0], tuple(card.get("value_range", (-1.,1.)))
 
 def _row(name, a, control, verdict, members, held, n_fake):
     lo, hi = np.quantile(control, [.025,.975]) if control is not None else (np.nan, np.nan)
     mid = float(np.mean(control)) if control is not None else np.nan
-    return dict(zip(COLUMNS, (NAMES.get(name, f"nearest sample in {name}, calibrated"), a.auc, a.lo, a.hi, a.tpr, a.tpr_lo, a.tpr_hi, a.fpr, a.fpr_hi, mid, float(lo), float(hi),
+    return dict(zip(COLUMNS, (NAMES.get(name, f"nearest sample in {name}, calibrated"), a.auc, a.lo, a.hi, a.tpr,
+                              a.tpr_lo, a.tpr_hi, a.fpr, a.fpr_hi, mid, float(lo), float(hi),
                               len(members), len(held), len(set(members)), len(set(held)), n_fake, verdict)))
 
 def _space(name, fake, px, who, seed, device, n_pairs):
@@ -289,10 +317,13 @@ def _space(name, fake, px, who, seed, device, n_pairs):
     fm, mm, hm = patch_distances((fake, *v0), px[0], extractor=e, device=device)
     fh, mh, hh = patch_distances((fake, *v0), px[1], extractor=e, device=device)
     score = nearness((fm, fh), np.block([[mm, mh], [hm, hh]]), np.concatenate(who))
-    report = memory_report(fake, v0[0], v0[1], extractor=e, seed=seed, held_groups=who[1], distances=(fm, hm, fh, hh)) if min(len(fake), *map(len, px)) >= 4 else pd.DataFrame()
+    report = memory_report(fake, v0[0], v0[1], extractor=e, seed=seed, held_groups=who[1],
+                           distances=(fm, hm, fh, hh)) if min(len(fake), *map(len, px)) >= 4 else pd.DataFrame()
     own = np.where(who[1][:,None] == who[1][None], np.inf, hh).min(1)
     t = pd.DataFrame(dict(space=name, fake=np.arange(len(fake)), distance_train=fm.min(1), distance_held=fh.min(1)))
-    t["ratio"], t["held_1pct"] = t.distance_train/np.maximum(t.distance_held, 1e-9), float(np.quantile(hm.min(1)/np.maximum(own, 1e-9), .01))
+    t["ratio"], t["held_1pct"] = t.distance_train/np.maximum(t.distance_held,
+                                                             1e-9), float(np.quantile(hm.min(1)/np.maximum(own, 1e-9),
+                                                                     .01))
     return score, report, t.sort_values(["ratio","fake"]).head(n_pairs).reset_index(drop=True)
 
 def audit(
@@ -318,16 +349,20 @@ def audit(
     scores, memory, near = {}, [], []
     if discriminator is not None:
         D = load_discriminator(discriminator, device=device) if isinstance(discriminator, (str,Path)) else discriminator
-        scores["discriminator"] = np.concatenate([discriminator_scores(D, p, views=v, value_range=value_range, device=device) for p in px])
+        scores["discriminator"] = np.concatenate([discriminator_scores(D, p, views=v, value_range=value_range,
+                device=device) for p in px])
     for name in extractors:
         scores[name], m, t = _space(name, fake, px, who, seed, device, pairs)
         memory.append(m)
         near.append(t)
     rows = []
     for name,s in scores.items():
-        a, control = attack_scores(y, s, all_who, seed=seed, boots=boots), member_control(s[y==1], who[0], outsiders=k[1], seed=seed)
-        rows.append(_row(name, a, control, judge_attack(a, np.quantile(control, .975), patients=k, biased=biased), *who, len(fake) if name != "discriminator" else 0))
+        a, control = attack_scores(y, s, all_who, seed=seed, boots=boots), member_control(s[y==1], who[0],
+                outsiders=k[1], seed=seed)
+        rows.append(_row(name, a, control, judge_attack(a, np.quantile(control, .975), patients=k, biased=biased), *who,
+                         len(fake) if name != "discriminator" else 0))
     none = Attack(b.auc, b.lo, b.hi, *[np.nan]*5)
     rows.append(_row("blind", none, None, "biased split" if biased else "fair split", *who, 0))
     near = pd.concat(near, ignore_index=True)
-    return Audit(pd.DataFrame(rows, columns=list(COLUMNS)), pd.concat(memory, ignore_index=True), near, fake[near.drop_duplicates("fake").fake.to_numpy()[:pairs]])
+    return Audit(pd.DataFrame(rows, columns=list(COLUMNS)), pd.concat(memory, ignore_index=True), near,
+                 fake[near.drop_duplicates("fake").fake.to_numpy()[:pairs]])

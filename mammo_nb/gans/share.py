@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes, save as save_bytes
 from torch import Tensor
 
-from ..core import DataError, ParameterError, RunError, WeightsError, file_hash, hash_of, read_json, rng, seed_of, write_json, write_whole
+from ..core import (DataError, ParameterError, RunError, WeightsError, file_hash, hash_of, read_json, rng,
+                           seed_of, write_json, write_whole)
 from ..data.pixels import torch_area_resize
 from .blocks import Generator, build_generator, n_params
 
@@ -44,7 +45,9 @@ def seen_patients(
     patients, # Patient ids to look for
 ) -> list: # Those the generator was trained on, sorted
     "Which of these patients a generator has seen."
-    if "members" not in card: raise DataError("this card does not say who trained it", "generator.json", "ask its makers, or keep it out of measurements")
+    if "members" not in card:
+        raise DataError("this card does not say who trained it", "generator.json",
+                        "ask its makers, or keep it out of measurements")
     members = set(card["members"])
     return sorted(p for p in {str(p) for p in patients} if hash_of(p) in members)
 
@@ -59,11 +62,15 @@ def save_generator(
 ) -> Path: # The folder
     "Write a generator whole: weights as safetensors, the rest as JSON."
     folder = Path(folder)
-    state = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k,v in G.state_dict().items()}
+    state = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+             for k,v in G.state_dict().items()}
     bad = [k for k,v in state.items() if not torch.isfinite(v).all()]
-    if bad: raise WeightsError(f"{bad[0]} holds values that are not finite", folder, "this training broke down; use an earlier snapshot")
+    if bad:
+        raise WeightsError(f"{bad[0]} holds values that are not finite", folder,
+                           "this training broke down; use an earlier snapshot")
     with write_whole(folder/"G.safetensors") as tmp: tmp.write_bytes(save_bytes(state))
-    info = {"value_range": [-1., 1.], **(card or {}), "format": FORMAT, "config": G.config, "size": G.size, "parameters": n_params(G),
+    info = {"value_range": [-1., 1.], **(card or {}), "format": FORMAT, "config": G.config, "size": G.size,
+            "parameters": n_params(G),
             "sha256": file_hash(folder/"G.safetensors")}
     write_json(folder/"generator.json", info)
     return folder
@@ -73,10 +80,12 @@ def _tensors(folder, info):
     path = folder/"G.safetensors"
     if not path.exists():
         foreign = sorted(p.name for p in folder.iterdir() if p.suffix in (".pt", ".pth", ".pkl", ".bin", ".ckpt"))
-        raise WeightsError(f"holds {foreign[0]}, which can carry code" if foreign else "G.safetensors is missing", folder, "ask for the weights as safetensors")
+        raise WeightsError(f"holds {foreign[0]}, which can carry code" if foreign else "G.safetensors is missing",
+                           folder, "ask for the weights as safetensors")
     data = path.read_bytes()
     try: state = load_bytes(data)
-    except (SafetensorError, ValueError, KeyError) as e: raise WeightsError(f"cut off, or no safetensors file ({e})", path, "fetch it again") from e
+    except (SafetensorError, ValueError, KeyError) as e:
+        raise WeightsError(f"cut off, or no safetensors file ({e})", path, "fetch it again") from e
     if "sha256" in info and file_hash(path) != info["sha256"]:
         raise WeightsError("these are not the weights generator.json was written for", path, "fetch both files again")
     return state
@@ -84,19 +93,26 @@ def _tensors(folder, info):
 def _fits(state, want, path):
     show = lambda t: "×".join(map(str, t.shape)) or "one number"
     for k in sorted({*state, *want}):
-        if k not in want: raise WeightsError(f"has a tensor '{k}' ({show(state[k])}) the network does not have", path, "check `config` in generator.json")
-        if k not in state: raise WeightsError(f"lacks the tensor '{k}' ({show(want[k])})", path, "check `config` in generator.json")
+        if k not in want:
+            raise WeightsError(f"has a tensor '{k}' ({show(state[k])}) the network does not have", path,
+                               "check `config` in generator.json")
+        if k not in state:
+            raise WeightsError(f"lacks the tensor '{k}' ({show(want[k])})", path, "check `config` in generator.json")
         if state[k].shape != want[k].shape:
-            raise WeightsError(f"'{k}' is {show(state[k])}, the network needs {show(want[k])}", path, "check `config` in generator.json")
-        if not torch.isfinite(state[k]).all(): raise WeightsError(f"'{k}' holds values that are not finite", path, "use another snapshot")
+            raise WeightsError(f"'{k}' is {show(state[k])}, the network needs {show(want[k])}", path,
+                               "check `config` in generator.json")
+        if not torch.isfinite(state[k]).all():
+            raise WeightsError(f"'{k}' holds values that are not finite", path, "use another snapshot")
 
 def _info(folder): # generator.json, whoever of us wrote it
-    if not (folder/"generator.json").exists(): raise WeightsError("no generator.json here", folder, "point at a snapshot folder, e.g. snapshots/epoch-00500")
+    if not (folder/"generator.json").exists():
+        raise WeightsError("no generator.json here", folder, "point at a snapshot folder, e.g. snapshots/epoch-00500")
     try: info = read_json(folder/"generator.json")
     except RunError as e: raise WeightsError("generator.json cannot be read", folder, "fetch it again") from e
     if not isinstance(info, dict) or not isinstance(info.get("config"), dict):
         raise WeightsError("generator.json does not say how to build the network", folder, "`config` is missing")
-    return {"value_range": [-1., 1.], "stream": folder.name or folder.resolve().name, **(info.get("card") or {}), **info}
+    return {"value_range": [-1., 1.], "stream": folder.name or folder.resolve().name, **(info.get("card") or {}),
+            **info}
 
 def load_generator(
     folder:Path, # With G.safetensors and generator.json
@@ -139,11 +155,15 @@ def draw(
 ) -> np.ndarray: # uint8 `(n,s,s)`
     "Patches number `first`, `first`+1, … of a seed; a copy of a generator under another name draws the same ones."
     stream, device, out = G.card["stream"], next(G.parameters()).device, []
-    if G.config["kind"] == "context": raise ParameterError("paints into patches and draws none of its own", "generator", "use gans.paint.synthesize with base patches")
-    if label is not None and not 0 <= label < G.config.get("classes", 0): raise ParameterError(f"{label} is no class of this generator", "label", f"it has {G.config.get('classes', 0)}")
+    if G.config["kind"] == "context":
+        raise ParameterError("paints into patches and draws none of its own", "generator",
+                             "use gans.paint.synthesize with base patches")
+    if label is not None and not 0 <= label < G.config.get("classes", 0):
+        raise ParameterError(f"{label} is no class of this generator", "label", f"it has {G.config.get('classes', 0)}")
     if hasattr(G, "sample"): # a pyramid has a noise for each scale and draws by itself
         x = G.sample(first+n, seed=seed_of(seed, "sample", stream))[first:]
-        if size: x = output_to_uint8(torch_area_resize(torch.from_numpy(x)[:,None].float(), size)[:,0], value_range=(0, 255))
+        if size:
+            x = output_to_uint8(torch_area_resize(torch.from_numpy(x)[:,None].float(), size)[:,0], value_range=(0, 255))
         return x
     latents = [z[first:] for z in G.latents(first+n, rng(seed, "sample", stream))]
     if label is not None: latents[1] = torch.full_like(latents[1], label)
@@ -165,14 +185,17 @@ def sample_generator(
 ) -> tuple: # (uint8 `(n,s,s)`, table: generator, snapshot, epoch, number, patients_hash)
     "Synthetic patches spread evenly over snapshots, Szafranowska 2022 part 2.3.1, and which snapshot made which."
     folders = [Path(f) for f in ([folders] if isinstance(folders, (str, Path)) else folders)]
-    if not folders or n < 1: raise ParameterError(f"cannot draw {n} patches from {len(folders)} generators", "sample_generator")
-    if len({f.name for f in folders}) < len(folders): raise ParameterError("two snapshots have the same folder name", "folders", "sample them one by one")
+    if not folders or n < 1:
+        raise ParameterError(f"cannot draw {n} patches from {len(folders)} generators", "sample_generator")
+    if len({f.name for f in folders}) < len(folders):
+        raise ParameterError("two snapshots have the same folder name", "folders", "sample them one by one")
     parts, rows = [], []
     for f,k in zip(folders, spread_counts(n, len(folders))):
         if not k: continue
         G = load_generator(f, device=device)
         x, card = draw(G, k, seed=seed, bs=bs, size=size), G.card
         parts.append(x)
-        told = dict(generator=generator_id(card), snapshot=f.name, epoch=card.get("training", {}).get("epoch"), patients_hash=card.get("patients_hash"))
+        told = dict(generator=generator_id(card), snapshot=f.name, epoch=card.get("training", {}).get("epoch"),
+                    patients_hash=card.get("patients_hash"))
         rows += [{**told, "number": i} for i in range(k)]
     return np.concatenate(parts), pd.DataFrame(rows)

@@ -31,7 +31,8 @@ def piece_gradient(
     g = torch.ones_like(x)
     for m,x,y in reversed(passed):
         if isinstance(m, nn.Conv2d):
-            g = torch.ops.aten.convolution_backward(g, x, m.weight, None, m.stride, m.padding, m.dilation, False, [0, 0], m.groups, [True, False, False])[0]
+            how = (m.stride, m.padding, m.dilation, False, [0, 0], m.groups)
+            g, *_ = torch.ops.aten.convolution_backward(g, x, m.weight, None, *how, [True, False, False])
         elif isinstance(m, nn.LeakyReLU): g = torch.ops.aten.leaky_relu_backward(g, y, m.negative_slope, True)
     return g
 
@@ -63,27 +64,17 @@ class WGANGP(ConvGAN):
     penalty:float = 10.       # Lambda of eq. 2
     epochs:int = 10_000       # Masses; 2700 for all lesions
     snapshots:str = "last"    # The last generator only
-    ahead:bool = False        # The patches of all critic steps between two generator steps are made in one call, see below
+    ahead:bool = False        # Patches of all critic steps of a round are made in one call, see below
 
     def pattern(self, game): return game.phase if self.ahead else game.g_turn
     def extra(self, game): return {"fakes": game.fakes} if self.ahead else {}
-
-# %% ../../nbs/lib/44_gans.wgangp.ipynb #cd4f4390
-@patch
-def step_d(self:WGANGP, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake, penalty
-    "One step of the critic, Szafranowska 2022 eq. 2."
-    with torch.no_grad(): fake = self.fakes(game, len(real))
-    on_real, on_fake = game.D(real), game.D(fake)
-    with game.precise(): gp = penalty_of(game.D, real, fake, game.rng["mix"])
-    loss = wasserstein_d(on_real, on_fake) + self.penalty*gp
-    game.descend("d", loss)
-    return {"loss_d": loss.detach(), "d_real": on_real.detach().mean(), "d_fake": on_fake.detach().mean(), "penalty": gp.detach()}
 
 # %% ../../nbs/lib/44_gans.wgangp.ipynb #7f954b31
 @patch
 def start_epoch(self:WGANGP, game:Game, epoch:int) -> None:
     "A place for the patches of all critic steps."
-    if self.ahead and not hasattr(game, "fakes"): game.fakes = torch.zeros(self.g_every, self.batch, 1, self.size, self.size, device=game.device)
+    if not self.ahead or hasattr(game, "fakes"): return
+    game.fakes = torch.zeros(self.g_every, self.batch, 1, self.size, self.size, device=game.device)
 
 # %% ../../nbs/lib/44_gans.wgangp.ipynb #53ae9bd1
 @patch
@@ -92,6 +83,18 @@ def fakes(self:WGANGP, game:Game, n:int) -> Tensor: # `(n,1,s,s)`
     if not self.ahead: return game.G(game.z(n))
     if game.phase == 0: game.fakes.copy_(game.G(game.z(self.g_every*self.batch)).view_as(game.fakes))
     return game.fakes[game.phase, :n]
+
+# %% ../../nbs/lib/44_gans.wgangp.ipynb #6d95bdd2
+@patch
+def step_d(self:WGANGP, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake, penalty
+    "One step of the critic, Szafranowska 2022 eq. 2."
+    with torch.no_grad(): fake = self.fakes(game, len(real))
+    on_real, on_fake = game.D(real), game.D(fake)
+    with game.precise(): gp = penalty_of(game.D, real, fake, game.rng["mix"])
+    loss = wasserstein_d(on_real, on_fake) + self.penalty*gp
+    game.descend("d", loss)
+    told = dict(loss_d=loss, d_real=on_real.detach().mean(), d_fake=on_fake.detach().mean(), penalty=gp)
+    return {k: v.detach() for k,v in told.items()}
 
 # %% ../../nbs/lib/44_gans.wgangp.ipynb #984cae24
 @patch

@@ -84,6 +84,10 @@ class Extractor:
         "Name, length, size and resize rule in words."
         return f"{self.name} ({self.dim}-d, {self.size} px, {self.rule}, {self.hash[:8]})"
 
+    def key(self) -> str: # For the keys of stages: all but the network itself, which the hash stands for
+        "What makes features comparable."
+        return f"{self.name} {self.size} {self.rule} {self.hash}"
+
 # %% ../../nbs/lib/30_metrics.features.ipynb #55ffbe79
 def _check_patches(x, what):
     if getattr(x, "ndim", 0) != 3 or x.dtype != np.uint8:
