@@ -178,6 +178,7 @@ RESULT_COLUMNS = ["paper", "run", "seed", "data", "preset", "protocol", "scope",
 @patch
 def results(self:Run, frame:pd.DataFrame) -> pd.DataFrame:
     "Write results.csv, each row with the run it comes from, and give it back."
+    if "protocol" in frame: frame = frame.assign(protocol=frame.protocol.replace("", self.params.protocol))
     usual = dict(protocol=self.params.protocol, split="test")
     mine = dict(paper=self.paper, run=self.dir.name, seed=self.params.seed, data=self.data, preset=self.params.preset)
     frame = frame.assign(**mine, **{k: v for k, v in usual.items() if k not in frame})
@@ -360,6 +361,7 @@ def do(self:Run,
     for k in jobs:
         if k not in todo: self._stage_done(jobs[k], folders[k], 0.)
     share = cores() if os.environ.get("MAMMO_NB_WORKERS") else len(todo)
+    if any(getattr(jobs[k].fn, "__module__", "") == "__main__" for k in todo): share = 1  # other processes cannot import it
     workers = min(len(todo), workers or (cores() if self.device.type == "cpu" else 1), share)
     steps = self._each(jobs, folders, todo, workers)
     for k, seconds in progress(steps, label, total=len(todo)) if label else steps:

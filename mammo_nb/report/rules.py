@@ -6,7 +6,7 @@
 __all__ = ['SIDES', 'KINDS', 'CELL', 'VERDICTS', 'TRAININGS', 'Claim', 'claims', 'claim', 'fixed_rules', 'contrasts', 'of_metric',
            'strata_needed', 'published_value', 'judge', 'family', 'published_verdicts']
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #d3e4090d
+# %% ../../nbs/lib/61a_report.rules.ipynb #0ba2b231
 import itertools
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ from scipy import stats
 
 from ..core import DataError, ParameterError, hash_of, nearest, read_json
 from ..metrics.trainings import could_have_known
-from .tables import PUBLISHED, published
+from .tables import paper_record, published, published_folders
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #9ccc3d86
+# %% ../../nbs/lib/61a_report.rules.ipynb #8bc10b0c
 SIDES = {">": "above", "<": "below", "no more": "not above", "no less": "not below", "same": "no different"}
 KINDS = ("mean", "every", "most")
 
@@ -43,31 +43,32 @@ class Claim:
     untested:str = "" # Why no run can test it
     note:str = "" # What to know about it
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #6a60fbb4
+# %% ../../nbs/lib/61a_report.rules.ipynb #bd041943
 def claims(
     paper:str=None, # One paper; None = all
 ) -> list: # `Claim`s in the order of the papers
     "The claims of one paper or of all."
-    out = [Claim(**c) for c in read_json(PUBLISHED/"claims.json")]
+    folders = published_folders() if paper is None else [paper_record(paper)["folder"]]
+    out = [Claim(**c) for folder in folders for c in read_json(folder/"claims.json")]
     known = list(dict.fromkeys(c.paper for c in out))
     if paper not in (None, *known): raise ParameterError(f"no claims of '{paper}'", "claims", nearest(paper, known))
     return [c for c in out if paper in (None, c.paper)]
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #3bedfb2e
+# %% ../../nbs/lib/61a_report.rules.ipynb #07e81d53
 def claim(id:str) -> Claim:
     "One claim by its id."
     by = {c.id:c for c in claims()}
     if id not in by: raise ParameterError(f"unknown claim '{id}'", "claim", nearest(id, list(by)))
     return by[id]
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #7cc7014d
+# %% ../../nbs/lib/61a_report.rules.ipynb #c2d264a8
 def fixed_rules(
     paper:str=None, # One paper; None = all
 ) -> str: # Changes with any rule, margin or cell of its claims
     "The fingerprint of the claims: a page that carries it shows that no rule was bent after the run."
     return hash_of([{k:v for k,v in vars(c).items() if k not in ("text","where","note","reason")} for c in claims(paper)])
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #76909944
+# %% ../../nbs/lib/61a_report.rules.ipynb #582d6f57
 CELL = ["scope", "model", "arm", "regime"] # What names a cell of a claim
 
 def _stratum(claim, s, at): # Coefficients of one stratum, and are all its cells there?
@@ -95,7 +96,7 @@ def contrasts(
     used = [" · ".join(v for v in s.values() if v) for s,_,whole in found if whole]
     return np.array(rows).reshape(len(rows), len(cells)), used, len(strata)
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #1cef22fa
+# %% ../../nbs/lib/61a_report.rules.ipynb #2caf35f4
 def of_metric(claim, frame):
     "Rows of a tidy frame that belong to the claim's paper, metric and positive class."
     f = frame[(frame.metric==claim.metric)]
@@ -128,7 +129,7 @@ def published_value(
     value = ranked[strata_needed(claim, len(v))-1]
     return dict(value=float(value if claim.side in ("<","no more") else -value), holds=int(ok.sum()), of=of)
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #274d023a
+# %% ../../nbs/lib/61a_report.rules.ipynb #7655f32f
 VERDICTS = ("holds", "holds, negligible", "no notable gain", "no notable loss", "opposite", "cannot tell")
 
 def judge(
@@ -148,7 +149,7 @@ def judge(
     if hi<m: return "no notable gain" if claim.side==">" else "no notable loss"
     return "cannot tell"
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #9bca9982
+# %% ../../nbs/lib/61a_report.rules.ipynb #3e606aec
 def family(
     p, # `(claims,2)`: p of the claimed side, p of the other side; NaN = not run
 ) -> np.ndarray: # Adjusted, same shape
@@ -163,7 +164,7 @@ def family(
         done.append(c)
     return out
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #b33e2fb6
+# %% ../../nbs/lib/61a_report.rules.ipynb #f551a4ea
 TRAININGS = {"00_annotation_shift": 3, "04_sharing": 3} # Trainings behind a published mean with its sd
 
 def _known(claim, f, n): # Interval and smallest effect of each row of coefficients
