@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['constant_answers', 'at_shares', 'at_threshold']
 
-# %% ../../nbs/lib/39a_metrics.baselines.ipynb #dc7b7433
+# %% ../../nbs/lib/39a_metrics.baselines.ipynb #a58a3528
 import numpy as np, pandas as pd
 
 from ..core import DataError, ParameterError, nearest
 from .answers import KEYS, RUN, Answers
 from .auc import best_threshold
 
-# %% ../../nbs/lib/39a_metrics.baselines.ipynb #48852b18
+# %% ../../nbs/lib/39a_metrics.baselines.ipynb #4b5d5c56
 def constant_answers(
     answers:Answers, # What tested classifiers said
 ) -> Answers: # Model `constant`, arm `always <class>`, on each of their test sets
@@ -28,7 +28,7 @@ def constant_answers(
                 out.append(new.assign(**{c: float(c==f"p_{name.lower()}") for c in t if c.startswith("p_") and t[c].notna().all()}))
     return Answers(pd.concat(out, ignore_index=True)) if out else answers
 
-# %% ../../nbs/lib/39a_metrics.baselines.ipynb #5ac4c8ab
+# %% ../../nbs/lib/39a_metrics.baselines.ipynb #50f45d79
 def at_shares(
     answers:Answers, # What tested classifiers said
     shares:dict, # Scope -> {class: share of the test set}; classes that are not named share the rest
@@ -45,7 +45,7 @@ def at_shares(
         out.append(t.assign(weight=(share/np.maximum(count, 1)*len(t))[t.y] if told else 1.))
     return Answers(pd.concat(out)[[*answers.frame, "weight"]].sort_index()) if out else answers
 
-# %% ../../nbs/lib/39a_metrics.baselines.ipynb #56caf42b
+# %% ../../nbs/lib/39a_metrics.baselines.ipynb #03b07d65
 def at_threshold(
     answers:Answers, # With the sides `val` and `test`
     *,

@@ -7,7 +7,7 @@ __all__ = ['PICKS', 'STRATA', 'as_answers', 'picked', 'Measured', 'measure', 'po
            'Evidence', 'tests_of', 'effect_on', 'careful', 'combine', 'evidence', 'gains', 'decide', 'why', 'size_told',
            'verdict_table', 'verdicts', 'joined']
 
-# %% ../../nbs/lib/62_report.claims.ipynb #2e0dcc9b
+# %% ../../nbs/lib/62_report.claims.ipynb #e64abbef
 from dataclasses import dataclass, replace
 
 import numpy as np, pandas as pd
@@ -22,7 +22,7 @@ from .rules import (CELL, KINDS, SIDES, TRAININGS, VERDICTS, Claim, claim, claim
     judge, of_metric, published_value, published_verdicts, strata_needed)
 from .tables import paper_record, published
 
-# %% ../../nbs/lib/62_report.claims.ipynb #260d47a4
+# %% ../../nbs/lib/62_report.claims.ipynb #b242a00b
 def as_answers(
     cells:list, # One dict a cell: scope, model, arm, regime, y, p, patients; rank, replicate where they differ
 ) -> Answers:
@@ -35,7 +35,7 @@ def as_answers(
         out[key] = said(patches, c["y"], c["p"], c.get("rank"))
     return Answers.of(out, fewest=0)
 
-# %% ../../nbs/lib/62_report.claims.ipynb #3a8f5259
+# %% ../../nbs/lib/62_report.claims.ipynb #c8ce9ed2
 PICKS = {"_average": "mean", "_best_val": "val", "_best": "test"} # Ending of an arm -> its mean, or the side its best is chosen on
 
 def picked(
@@ -46,7 +46,7 @@ def picked(
         if arm.endswith(ending): return arm.removesuffix(ending), how
     return arm, "mean"
 
-# %% ../../nbs/lib/62_report.claims.ipynb #1cf91703
+# %% ../../nbs/lib/62_report.claims.ipynb #5ca37ede
 @dataclass(frozen=True)
 class Measured:
     "A metric of every training of every cell, see `metrics.trainings.Trainings`."
@@ -105,7 +105,7 @@ def _by_fold(values, cells, units): # One column a cell and run: the mean over f
     held = np.ones((2, K, len(names)), bool)
     return Measured(Trainings(each.mean(0), jack, held, names, runs, ("",)*len(names), True), names, runs)
 
-# %% ../../nbs/lib/62_report.claims.ipynb #cb5cd18e
+# %% ../../nbs/lib/62_report.claims.ipynb #df242eeb
 class Bench:
     "Answers with all that claims ask of them; each metric is computed once."
     def __init__(
@@ -150,7 +150,7 @@ def _learnt(bench, cell, claim):
             if known.lo > .5: return True
     return False
 
-# %% ../../nbs/lib/62_report.claims.ipynb #6ad31e89
+# %% ../../nbs/lib/62_report.claims.ipynb #660a3e2b
 @dataclass
 class Evidence:
     "What our runs say about one claim."
@@ -186,7 +186,7 @@ def tests_of(
     if claim.side=="same": return max(above(-m), below(m)), *[min(above(m), below(-m))]*2
     return above(-m), below(-m), below(-m)
 
-# %% ../../nbs/lib/62_report.claims.ipynb #4cbc4917
+# %% ../../nbs/lib/62_report.claims.ipynb #532c4854
 def effect_on(
     bench:Bench, # Answers
     claim:Claim, # Its metric, positive class and base
@@ -223,7 +223,7 @@ def _with_best(bench, claim, m, w, cell, pick): # One column more a run: the bes
         m = Measured(t, (*m.cells, name), (*m.runs, run))
     return m, np.r_[w, np.zeros(len(m.cells)-len(w))]
 
-# %% ../../nbs/lib/62_report.claims.ipynb #ed971df7
+# %% ../../nbs/lib/62_report.claims.ipynb #83cabcc4
 def careful(
     effect, # metrics.trainings.Effect
     level:float=.95, # Of the interval
@@ -235,7 +235,7 @@ def careful(
     q = stats.t.ppf((1+level)/2, most)
     return replace(interval_of(effect, level=2*stats.t.cdf(q, known.df)-1), df=float(most))
 
-# %% ../../nbs/lib/62_report.claims.ipynb #51dd0af3
+# %% ../../nbs/lib/62_report.claims.ipynb #69fc0257
 def combine(
     claim:Claim, # Its kind, side and margin
     effects:list, # One a stratum, from `effect_on`
@@ -284,7 +284,7 @@ def evidence(
     part = kw["used"] < dict(mean=of/2, most=of, every=0)[claim.kind]
     return replace(e, unsure=STRATA.format(kw["used"], of)) if part else e
 
-# %% ../../nbs/lib/62_report.claims.ipynb #56c9966e
+# %% ../../nbs/lib/62_report.claims.ipynb #0119a85c
 def _published_gain(paper, metric, positive, key, arm, baseline):
     f = published(paper)
     f = f[(f.metric==metric) & ~f.table.isin(["statements","f1_gains","appendix"])]
@@ -316,7 +316,7 @@ def gains(
     cols = ["scope","model","regime","arm","value","lo","hi","se","p","p_holm","published","n_patients","trainings"]
     return pd.DataFrame(out, columns=[c for c in cols if c!="p_holm"]).assign(p_holm=lambda d: holm(d.p))[cols]
 
-# %% ../../nbs/lib/62_report.claims.ipynb #d91091d8
+# %% ../../nbs/lib/62_report.claims.ipynb #b55ac5f4
 def decide(
     claim:Claim, # What is claimed
     e:Evidence, # What our runs say
@@ -352,7 +352,7 @@ def why(
     said = reasons.get(verdict.removeprefix("provisional: "), f"any effect is smaller than {claim.margin:g}")
     return said + (", in the one training there is" if e.conditional else "")
 
-# %% ../../nbs/lib/62_report.claims.ipynb #7dbf5dc6
+# %% ../../nbs/lib/62_report.claims.ipynb #21152c71
 def size_told(
     claim:Claim, # What is claimed
     e:Evidence, # What our runs say
@@ -366,7 +366,7 @@ def size_told(
     lo, hi = (np.nan, np.nan) if not np.isfinite(sd) else prediction_interval(theirs, sd/np.sqrt(TRAININGS[claim.paper]), e.se)
     return dict(size="inside" if e.lo<=theirs<=e.hi else "outside", expected_lo=lo, expected_hi=hi)
 
-# %% ../../nbs/lib/62_report.claims.ipynb #e8e2ec32
+# %% ../../nbs/lib/62_report.claims.ipynb #e9342dc9
 def verdict_table(
     claims:list, # `Claim`s of one paper: the family
     evidence:dict, # Claim id -> `Evidence`; absent = not run
@@ -395,7 +395,7 @@ def _whole(claim, e): # Evidence with its tests, where only an interval is known
     p, other, opposite = tests_of(claim, e.estimate, se, np.inf)
     return replace(e, se=se, p=p, other=other, opposite=opposite)
 
-# %% ../../nbs/lib/62_report.claims.ipynb #292bfddb
+# %% ../../nbs/lib/62_report.claims.ipynb #82d11340
 def verdicts(
     paper:str, # e.g. `04_sharing`
     answers:Answers, # What the tested classifiers said, of one run or several joined (see `joined`); empty or None = not run
@@ -415,7 +415,7 @@ def verdicts(
         found = {c.id: evidence(c, bench) for c in claims(paper)}
     return verdict_table(claims(paper), found, data=data, preset=preset, protocol=protocol)
 
-# %% ../../nbs/lib/62_report.claims.ipynb #e980b656
+# %% ../../nbs/lib/62_report.claims.ipynb #c4113b06
 def joined(
     runs:list, # (Answers, seeds of the run as a dict: seed, split, gan), one a run
 ) -> Answers: # With a column a seed
