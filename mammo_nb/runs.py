@@ -182,6 +182,7 @@ def results(self:Run, frame:pd.DataFrame) -> pd.DataFrame:
     usual = dict(protocol=self.params.protocol, split="test")
     mine = dict(paper=self.paper, run=self.dir.name, seed=self.params.seed, data=self.data, preset=self.params.preset)
     frame = frame.assign(**mine, **{k: v for k, v in usual.items() if k not in frame})
+    frame["protocol"] = frame.protocol.replace("", self.params.protocol)    # a cell without a protocol of its own
     frame = frame[[c for c in RESULT_COLUMNS if c in frame] + [c for c in frame if c not in RESULT_COLUMNS]]
     write_csv(self.dir/"results.csv", frame)
     return frame

@@ -179,3 +179,12 @@ def test_holm_by_its_definition(p):
             if p[i]*(m-rank) > alpha: break
             rejected.add(int(i))
         assert rejected == {i for i in range(m) if adj[i] <= alpha}
+
+def test_interval_holds_the_auroc_of_a_constant_classifier():
+    "A collapsed classifier has AUROC 0.5 whatever the patients; only 0 and 1 take the binomial limit."
+    flat = delong([1]*100 + [0]*100, np.full(200, .5))
+    assert auc_interval(flat) == auc_interval(flat, scale="plain") == (.5, .5)
+    lo, hi = auc_interval(delong([0]*9 + [1]*5, np.arange(14)))
+    assert (lo, hi) == (pytest.approx(.025**.2), 1)
+    lo, hi = auc_interval(delong([1]*9 + [0]*5, np.arange(14)))
+    assert (lo, hi) == (0, pytest.approx(1 - .025**.2))

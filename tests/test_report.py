@@ -1,5 +1,5 @@
 "Published numbers, gathered runs, claims and the HTML report: contracts that no single notebook can hold."
-import html as htmllib, json, re, shutil, subprocess
+import base64, hashlib, html as htmllib, re, shutil, subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -163,6 +163,13 @@ class Page(HTMLParser):
         if tag not in self.VOID: self.open.append(tag)
     def handle_endtag(self, tag): assert self.open.pop() == tag
 
+def allowed(text):
+    "Does the page's content policy allow its own style and script, and nothing else?"
+    policy = htmllib.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1])
+    parts = [re.search(f"<{tag}>(.*?)</{tag}>", text, re.S)[1] for tag in ("style","script")]
+    hashes = ["sha256-" + base64.b64encode(hashlib.sha256(p.encode()).digest()).decode() for p in parts]
+    return policy.startswith("default-src 'none';") and re.findall(r"sha256-[\w+/=]+", policy) == hashes and "unsafe" not in policy
+
 @pytest.fixture(scope="module")
 def page_parts():
     fig, ax = sheet(size=(3,2)); ax.plot([0,1]); ours = summarise(run_of(1))
@@ -173,11 +180,13 @@ def page_parts():
 def test_page_is_offline_accessible_and_labelled(tmp_path, page_parts):
     out = write_report(tmp_path/"report.html", title="T", subtitle="S", banner=banner_for("phantom","demo"), sections=page_parts, meta={"commit":"abc","versions":{"torch":"2"}})
     text = out.read_text(); page = Page(text); names = [t for t,_ in page.tags]
-    assert not {"script","link","iframe","object","embed","base","form"} & set(names)
+    assert not {"link","iframe","object","embed","base","form"} & set(names) and names.count("script") == 1
+    assert allowed(text), "the browser would refuse the page's own style or script"
     for tag, a in page.tags:
         for k in ("src","href","srcset","data","poster","action","background"): assert not re.match(r"\s*(\w+:)?//", a.get(k) or ""), (tag, a)
         assert not any(k.startswith("on") for k in a)
-    style = text[text.index("<style>"):text.index("</style>")]; assert "url(" not in style and "@import" not in style
+    style = text[text.index("<style>"):text.index("</style>")]
+    assert "url(" not in style and "@import" not in style
     assert all(a.get("alt") for t,a in page.tags if t=="img") and names.count("h1") == 1 and names.count("img") == 1
     assert dict(page.tags[0][1])["lang"] == "en" and any(a.get("name")=="viewport" for t,a in page.tags if t=="meta")
     ids = [a["id"] for _,a in page.tags if "id" in a]; assert len(ids) == len(set(ids)) and {a["href"][1:] for t,a in page.tags if t=="a"} <= set(ids)
@@ -193,7 +202,8 @@ def test_nothing_given_to_a_page_becomes_code():
     text = render_report(title=bad, subtitle=bad, banner=bad, meta={bad:bad, "d":{bad:bad}},
                          sections=[Section(bad, bad + "\n\n- " + bad + "\n\n[x](javascript:alert(1)) [y](//evil.example/x)", tables=[frame, Table(frame, bad, bad)], figures=[Picture(fig, bad, bad)], verdicts=v)])
     page = Page(text); names = [t for t,_ in page.tags]
-    assert "script" not in names and names.count("img") == 1 and "49" not in re.sub(r"base64,\S+", "", text)
+    assert names.count("script") == 1 and allowed(text), "no script but the page's own"
+    assert names.count("img") == 1 and "49" not in re.sub(r"base64,\S+", "", text[text.index("</style>"):text.index("<script>")])
     assert not any(k.startswith("on") for _,a in page.tags for k in a) and not any("javascript" in (a.get("href") or "") or (a.get("href") or "").startswith("//") for _,a in page.tags)
     assert text.count("</style>") == 1
 

@@ -206,7 +206,7 @@ def auroc_study(g, P, S):
         for j in range(S):
             z = (1.3 + g.normal(0, .15))*y + ease + mine + g.normal(0, .6, 2*P)
             said = dict(y=y, p=1/(1+np.exp(-z)), patients=who)
-            units.append(said | dict(arm=arm, replicate=str(j), gan=f"g{j}" if arm=="a" else ""))
+            units.append(said | dict(arm=arm, replicate=str(j), gan=f"g{j}"))
     return units
 
 @pytest.mark.parametrize("S, repeats", [(5, 60), *[pytest.param(s, 1000, marks=pytest.mark.slow) for s in (3, 5, 10)]])

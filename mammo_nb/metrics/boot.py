@@ -22,7 +22,9 @@ def patient_codes(
     if patients is None: return np.arange(n), np.arange(n)
     ids = np.asarray(patients, dtype=object)
     if len(ids)!=n: raise DataError(f"{len(ids)} patient ids for {n} patches", "patients")
-    if pd.isna(ids).any(): raise DataError(f"{pd.isna(ids).sum()} of {n} patches have no patient id", "patients", "intervals over patients need one each")
+    if pd.isna(ids).any():
+        raise DataError(f"{pd.isna(ids).sum()} of {n} patches have no patient id", "patients",
+                        "intervals over patients need one each")
     codes, known = pd.factorize(ids.astype(str), sort=True)
     return codes, known
 
@@ -62,6 +64,11 @@ def _auprc(w, y, order, starts):
     return (pos*tp/np.maximum(tp + np.cumsum(neg, 1), 1e-300)).sum(1)/tp[:,-1]
 
 # %% ../../nbs/lib/35_metrics.boot.ipynb #b5df11ed
+_RULES = dict(accuracy=lambda tp,fp,fn,tn: (tp+tn)/(tp+fp+fn+tn), f1=lambda tp,fp,fn,tn: 2*tp/(2*tp+fp+fn),
+              precision=lambda tp,fp,fn,tn: np.where(tp+fp>0, tp/np.maximum(tp+fp,1e-300), 0.),
+              recall=lambda tp,fp,fn,tn: tp/(tp+fn),
+              balanced_accuracy=lambda tp,fp,fn,tn: (tp/(tp+fn) + tn/(tn+fp))/2)
+
 def weighted_metric(
     name:str, # accuracy, balanced_accuracy, f1, precision, recall, auroc or auprc
     y:np.ndarray, # Targets as bool
@@ -74,8 +81,8 @@ def weighted_metric(
 ): # Function from weights `(b,n)` to `(b,)`; NaN where a class got no weight
     "The metric as a function of patch weights, equal to scikit-learn's `sample_weight`."
     if base is not None:
-        f, base = weighted_metric(name, y, p, positive=positive, names=names, threshold=threshold), np.asarray(base, float)
-        return lambda w: f(w*base)
+        plain, base = weighted_metric(name, y, p, positive=positive, names=names, threshold=threshold), np.asarray(base, float)
+        return lambda w: plain(w*base)
     pos, score = as_positive(y, p, positive, names)
     called = (p > threshold) == (positive==names[1])
     if name in ("auroc","auprc"):
@@ -83,11 +90,9 @@ def weighted_metric(
         f = _auroc if name=="auroc" else _auprc
         return lambda w: f(w, pos, order, starts)
     T = np.stack([pos&called, ~pos&called, pos&~called, ~pos&~called], 1).astype(float)
-    rules = dict(accuracy=lambda tp,fp,fn,tn: (tp+tn)/(tp+fp+fn+tn), f1=lambda tp,fp,fn,tn: 2*tp/(2*tp+fp+fn),
-                 precision=lambda tp,fp,fn,tn: np.where(tp+fp>0, tp/np.maximum(tp+fp,1e-300), 0.), recall=lambda tp,fp,fn,tn: tp/(tp+fn),
-                 balanced_accuracy=lambda tp,fp,fn,tn: (tp/(tp+fn) + tn/(tn+fp))/2)
-    if name not in rules: raise ParameterError(f"unknown metric '{name}'", "bootstrap", nearest(name, [*rules,"auroc","auprc"]))
-    return lambda w: rules[name](*(w@T).T)
+    if name not in _RULES:
+        raise ParameterError(f"unknown metric '{name}'", "bootstrap", nearest(name, [*_RULES,"auroc","auprc"]))
+    return lambda w: _RULES[name](*(w@T).T)
 
 # %% ../../nbs/lib/35_metrics.boot.ipynb #267d7c55
 def _quantile_z(level, n):
@@ -95,9 +100,15 @@ def _quantile_z(level, n):
     return np.sqrt(n/(n-1))*stats.t.ppf((1+level)/2, n-1) if n>1 else np.inf
 
 def _bca_end(s, z0, a):
-    "Share of the draws below one end of the interval. Where the correction has its pole (few patients, wide quantiles) the end is the last draw, never beyond the pole on the other side."
+    "Share of the draws below one end of the interval; at the correction's pole (few patients) it is the last draw."
     if not np.isfinite(s) or 1 - a*(z0+s) <= 0: return float(s>0)
     return stats.norm.cdf(z0 + (z0+s)/(1 - a*(z0+s)))
+
+def _skew(jack):
+    "Acceleration of BCa from the jackknife."
+    u = jack.mean() - jack if len(jack) else np.zeros(1)
+    ss = (u**2).sum()
+    return (u**3).sum()/(6*ss**1.5) if ss>1e-24 else 0.
 
 def bca(
     value:float, # Statistic of the data
@@ -107,13 +118,11 @@ def bca(
     n:int, # Patients in the rarer class
     level:float=.95, # Of the interval
 ) -> dict: # lo, hi, se, p (two-sided, against 0)
-    "Bias-corrected and accelerated interval (Efron 1987), widened for few patients (Hesterberg 2015), and the p it implies."
+    "Bias-corrected and accelerated interval (Efron 1987), widened for few patients (Hesterberg 2015), and its p."
     below = lambda at: ((draws < at-1e-12).sum() + .5*(np.abs(draws-at) <= 1e-12).sum())/len(draws)
     edge = .5/len(draws)
     z_of = lambda q: stats.norm.ppf(np.clip(q, edge, 1-edge))
-    u = jack.mean() - jack if len(jack) else np.zeros(1)
-    ss = (u**2).sum()
-    a, z0, se = ((u**3).sum()/(6*ss**1.5) if ss>1e-24 else 0.), z_of(below(value)), float(draws.std(ddof=1))
+    a, z0, se = _skew(jack), z_of(below(value)), float(draws.std(ddof=1))
     z = _quantile_z(level, n)
     ends = [_bca_end(s, z0, a) for s in (-z,z)]
     tail = len(draws)*(1-level)/2 >= 5                                  # are there draws so far out?
@@ -124,41 +133,6 @@ def bca(
     return dict(lo=float(lo), hi=float(hi), se=se, p=float(min(p,1)))
 
 # %% ../../nbs/lib/35_metrics.boot.ipynb #5e7ab7ca
-def boot_contrasts(
-    cells:list, # One dict a cell: `y`, `p`, `patients` (None: every patch its own patient), and `rank` where AUROC and AUPRC order by another score
-    C, # Coefficients, `(q, len(cells))` or `(len(cells),)`
-    *,
-    metric:str, # Metric of every cell
-    positive:str=NAMES[1], # Positive class
-    names:tuple=NAMES, # Class names
-    threshold:float=.5, # For accuracy, F1 and the like
-    n_boot:int=2000, # Resamples
-    level:float=.95, # Of the interval; 1-.05/q for q claims at once
-    seed:int=0, # Seed of the resamples
-) -> pd.DataFrame: # q rows: value, lo, hi, se, p, n_patients, n_boot (resamples in which every class was there)
-    "Weighted sums of cells with intervals and two-sided p (`bca`), resampling patients jointly over all cells."
-    C = np.atleast_2d(np.asarray(C, float))
-    if C.shape[1]!=len(cells): raise ParameterError(f"{C.shape[1]} coefficients for {len(cells)} cells", "boot_contrasts")
-    if not (C!=0).any(1).all(): raise ParameterError("a contrast without cells", "boot_contrasts")
-    used = np.flatnonzero((C!=0).any(0))
-    C = C[:,used]
-    ys, ps = zip(*(check_scores(cells[i]["y"], _score(cells[i], metric), names=names, what=metric) for i in used))
-    kw = dict(positive=positive, names=names, threshold=threshold)
-    fs = [weighted_metric(metric, y, p, base=cells[i].get("weights"), **kw) for i,y,p in zip(used,ys,ps)]
-    parts, k = _joint_patients([cells[i].get("patients") for i in used], [len(y) for y in ys])
-    value = C @ np.array([f(np.ones((1,len(y))))[0] for f,y in zip(fs,ys)])
-    draws = _values(fs, parts, k, n_boot=n_boot, rng=rng(seed,"bootstrap",metric))@C.T
-    jack = (_values(fs, parts, k) if k<=1000 else np.zeros((0,len(used))))@C.T      # beyond 1000 patients the skew is negligible
-    union = lambda on, cls=None: len(np.unique(np.concatenate([c if cls is None else c[y==cls] for y,c,i in zip(ys,parts,on) if i])))
-    rows = []
-    for v,d,j,c in zip(value, draws.T, jack.T, C):
-        d, j, on = d[np.isfinite(d)], j[np.isfinite(j)], c!=0
-        if len(d) < .5*n_boot: raise DataError(f"only {len(d)} of {n_boot} resamples held both classes", "bootstrap", "the test set has too few patients of one class for an interval")
-        r = bca(float(v), d, j, n=min(union(on,True), union(on,False)), level=level)
-        r |= {k:float(np.clip(r[k], c[c<0].sum(), c[c>0].sum())) for k in ("lo","hi")}   # every metric lies in [0,1]
-        rows.append(dict(value=float(v), **r, n_boot=len(d), n_patients=union(on)))
-    return pd.DataFrame(rows)
-
 def _score(cell, metric):
     "The score a metric looks at: the authors' code ranks by something else than it thresholds."
     return cell["rank"] if metric in ("auroc","auprc") and cell.get("rank") is not None else cell["p"]
@@ -173,15 +147,74 @@ def _joint_patients(who, sizes):
     return np.split(codes, np.cumsum(sizes)[:-1]), len(known)
 
 def _values(fs, parts, k, *, n_boot=0, rng=None):
-    "Each cell in each of n_boot resamples, or with each patient left out in turn; `(rows,cells)`, in blocks that fit the cache."
+    "Each cell in each of n_boot resamples, or with each patient left out in turn; `(rows,cells)`, in small blocks."
     rows = n_boot or k
     block, out = max(1, int(2e6/max(k, *map(len, parts)))), []
     with np.errstate(invalid="ignore", divide="ignore"):
         for start in range(0, rows, block):
             stop = min(start+block, rows)
-            w = patient_weights(k, n_boot=stop-start, rng=rng).astype(float) if n_boot else 1. - (np.arange(start,stop)[:,None] == np.arange(k))
+            if n_boot: w = patient_weights(k, n_boot=stop-start, rng=rng).astype(float)
+            else: w = 1. - (np.arange(start,stop)[:,None] == np.arange(k))
             out.append(np.stack([f(w[:,c]) for f,c in zip(fs,parts)], 1))
     return np.concatenate(out)
+
+# %% ../../nbs/lib/35_metrics.boot.ipynb #e893758e
+def _used_cells(cells, C):
+    "The cells that a contrast uses, and the coefficients over them."
+    C = np.atleast_2d(np.asarray(C, float))
+    if C.shape[1]!=len(cells):
+        raise ParameterError(f"{C.shape[1]} coefficients for {len(cells)} cells", "boot_contrasts")
+    if not (C!=0).any(1).all(): raise ParameterError("a contrast without cells", "boot_contrasts")
+    used = np.flatnonzero((C!=0).any(0))
+    return [cells[i] for i in used], C[:,used]
+
+def _patients_of(ys, parts, c):
+    "Patients in the cells of a contrast, and those of the rarer class."
+    here = [(y,part) for y,part,weight in zip(ys, parts, c) if weight!=0]
+    count = lambda of: len(np.unique(np.concatenate([of(y,part) for y,part in here])))
+    return count(lambda y,part: part), min(count(lambda y,part: part[y]), count(lambda y,part: part[~y]))
+
+def _contrast_row(value, draws, jack, c, *, patients, level):
+    "One row of `boot_contrasts`; every metric lies in [0,1], so that a contrast has its range."
+    enough, (known, rarer) = np.isfinite(draws), patients
+    if enough.sum() < .5*len(draws):
+        raise DataError(f"only {enough.sum()} of {len(draws)} resamples held both classes", "bootstrap",
+                        "the test set has too few patients of one class for an interval")
+    r = bca(float(value), draws[enough], jack[np.isfinite(jack)], n=rarer, level=level)
+    r |= {k:float(np.clip(r[k], c[c<0].sum(), c[c>0].sum())) for k in ("lo","hi")}
+    return dict(value=float(value), **r, n_boot=int(enough.sum()), n_patients=known)
+
+# %% ../../nbs/lib/35_metrics.boot.ipynb #58cec96f
+def boot_contrasts(
+    cells:list, # One dict a cell: `y`, `p`, `patients` (None: each patch its own); `rank` of AUROC, `weights` if any
+    C, # Coefficients, `(q, len(cells))` or `(len(cells),)`
+    *,
+    metric:str, # Metric of every cell
+    n_boot:int=2000, # Resamples
+    level:float=.95, # Of the interval; 1-.05/q for q claims at once
+    seed:int=0, # Seed of the resamples
+    **seen, # `positive`, `names`, `threshold` of `weighted_metric`
+) -> pd.DataFrame: # q rows: value, lo, hi, se, p, n_patients, n_boot (resamples in which every class was there)
+    "Weighted sums of cells with intervals and two-sided p (`bca`), resampling patients jointly over all cells."
+    cells, C = _used_cells(cells, C)
+    names = seen.get("names", NAMES)
+    ys, ps = zip(*(check_scores(c["y"], _score(c, metric), names=names, what=metric) for c in cells))
+    fs = [weighted_metric(metric, y, p, base=c.get("weights"), **seen) for c,y,p in zip(cells,ys,ps)]
+    parts, k = _joint_patients([c.get("patients") for c in cells], [len(y) for y in ys])
+    value = C @ np.array([f(np.ones((1,len(y))))[0] for f,y in zip(fs,ys)])
+    draws = _values(fs, parts, k, n_boot=n_boot, rng=rng(seed,"bootstrap",metric))@C.T
+    jack = (_values(fs, parts, k) if k<=1000 else np.zeros((0,len(cells))))@C.T     # beyond, skew is negligible
+    return pd.DataFrame([_contrast_row(v, d, j, c, patients=_patients_of(ys, parts, c), level=level)
+                         for v,d,j,c in zip(value, draws.T, jack.T, C)])
+
+# %% ../../nbs/lib/35_metrics.boot.ipynb #23d2d0a9
+def _by_metric(cells, C, metrics, positive, how):
+    "One row of `boot_contrasts` a metric."
+    rows = [boot_contrasts(cells, C, metric=m, positive=positive, **how) for m in metrics]
+    out = pd.concat(rows, ignore_index=True)
+    out.insert(0, "metric", list(metrics))
+    out.insert(1, "positive", positive)
+    return out.assign(n=len(np.asarray(cells[0]["y"])))
 
 # %% ../../nbs/lib/35_metrics.boot.ipynb #e0270239
 def boot_scores(
@@ -191,18 +224,10 @@ def boot_scores(
     patients=None, # Patient of each patch
     metrics:tuple=METRICS, # Which metrics
     positive:str=NAMES[1], # Positive class
-    names:tuple=NAMES, # Class names
-    threshold:float=.5, # For accuracy, F1 and the like
-    n_boot:int=2000, # Resamples
-    level:float=.95, # Of the interval
-    seed:int=0, # Seed of the resamples
+    **how, # `names`, `threshold`, `n_boot`, `level`, `seed` of `boot_contrasts`
 ) -> pd.DataFrame: # One row a metric: metric, positive, value, lo, hi, se, n, n_patients, n_boot
     "Value and patient-bootstrap interval (`bca`) of each metric of one classifier."
-    kw = dict(positive=positive, names=names, threshold=threshold, n_boot=n_boot, level=level, seed=seed)
-    out = pd.concat([boot_contrasts([dict(y=y,p=p,patients=patients)], [1], metric=m, **kw) for m in metrics], ignore_index=True)
-    out.insert(0, "metric", list(metrics))
-    out.insert(1, "positive", positive)
-    return out.drop(columns="p").assign(n=len(np.asarray(y)))
+    return _by_metric([dict(y=y,p=p,patients=patients)], [1], metrics, positive, how).drop(columns="p")
 
 # %% ../../nbs/lib/35_metrics.boot.ipynb #5dfbc31a
 def boot_diff(
@@ -213,20 +238,12 @@ def boot_diff(
     patients=None, # Patient of each patch
     metrics:tuple=METRICS, # Which metrics
     positive:str=NAMES[1], # Positive class
-    names:tuple=NAMES, # Class names
-    threshold:float=.5, # For accuracy, F1 and the like
-    n_boot:int=2000, # Resamples
-    level:float=.95, # Of the interval
-    seed:int=0, # Seed of the resamples
+    **how, # `names`, `threshold`, `n_boot`, `level`, `seed` of `boot_contrasts`
 ) -> pd.DataFrame: # One row a metric: metric, positive, value (a - b), lo, hi, se, p, n, n_patients
     "Paired patient-bootstrap (`bca`) of the difference a - b on the same test set."
-    kw = dict(positive=positive, names=names, threshold=threshold, n_boot=n_boot, level=level, seed=seed)
-    cells = [dict(y=y,p=a,patients=patients), dict(y=y,p=b,patients=patients)]
-    if len(np.asarray(a))!=len(np.asarray(b)): raise DataError(f"{len(a)} and {len(b)} scores cannot be paired", "boot_diff", "score both classifiers on the same patches")
-    out = pd.concat([boot_contrasts(cells, [1,-1], metric=m, **kw) for m in metrics], ignore_index=True)
-    out.insert(0, "metric", list(metrics))
-    out.insert(1, "positive", positive)
-    return out.assign(n=len(np.asarray(y)))
+    if len(np.asarray(a))!=len(np.asarray(b)):
+        raise DataError(f"{len(a)} and {len(b)} scores cannot be paired", "boot_diff", "score both on the same patches")
+    return _by_metric([dict(y=y,p=q,patients=patients) for q in (a,b)], [1,-1], metrics, positive, how)
 
 # %% ../../nbs/lib/35_metrics.boot.ipynb #e7fccc92
 def over_seeds(
@@ -255,12 +272,13 @@ def paired_seeds(
     a, b = np.asarray(a, float), np.asarray(b, float)
     if len(a)!=len(b): raise DataError(f"{len(a)} and {len(b)} seeds cannot be paired", "paired_seeds")
     d = over_seeds(a-b, level=level)
-    p = np.nan if d["n"]<2 else float(a.mean()==b.mean()) if d["sd"]==0 else 2*stats.t.sf(abs(d["mean"])/(d["sd"]/np.sqrt(d["n"])), d["n"]-1)
+    n, sd, p = d["n"], d["sd"], np.nan
+    if n>1: p = float(a.mean()==b.mean()) if sd==0 else 2*stats.t.sf(abs(d["mean"])/(sd/np.sqrt(n)), n-1)
     return dict(d, p=float(p), **prob_better(a, b, level=level))
 
 # %% ../../nbs/lib/35_metrics.boot.ipynb #cbebb70a
 def prob_better(a, b, *, level:float=.95) -> dict: # better, better_lo, better_hi
-    "P(a > b) over paired runs (Bouthillier 2021), ties one half, with Wilson's score interval; the arguments are those of `paired_seeds`."
+    "P(a > b) over paired runs (Bouthillier 2021), ties one half, Wilson's score interval; arguments as `paired_seeds`."
     a, b = np.asarray(a, float), np.asarray(b, float)
     n = len(a)
     q, z2 = float(((a>b) + .5*(a==b)).mean()), stats.norm.ppf((1+level)/2)**2

@@ -41,6 +41,13 @@ class DeLong:
     clustered:bool # Were patients given?
 
 # %% ../../nbs/lib/34_metrics.delong.ipynb #7eee5441
+def _patient_sums(y, S, codes, K):
+    "AUROC of each model, and each patient's sum of centred placements of lesions and of healthy patches, `(k,K)`."
+    V = [placements(y, s) for s in S]
+    auc = np.array([v.mean() for v,_ in V])
+    add = lambda rows, who: np.stack([np.bincount(codes[who], weights=v, minlength=K) for v in rows])
+    return auc, add([v - a for (v,_),a in zip(V,auc)], y), add([v - a for (_,v),a in zip(V,auc)], ~y)
+
 def delong(
     y, # Targets 0 or 1, `(n,)`
     S, # Scores of class 1, `(n,)` of one model or `(k,n)` of k models
@@ -54,13 +61,12 @@ def delong(
     for s in S: y, _ = check_scores(y0, s, names=names, what="auc")
     codes, known = patient_codes(patients, len(y))
     K = len(known)
-    V = [placements(y, s) for s in S]
-    auc = np.array([v.mean() for v,_ in V])
+    auc, X, Y = _patient_sums(y, S, codes, K)
     m, n = int(y.sum()), int((~y).sum())
-    add = lambda rows, who: np.stack([np.bincount(codes[who], weights=v, minlength=K) for v in rows])
-    X, Y = add([v - a for (v,_),a in zip(V,auc)], y), add([v - a for (_,v),a in zip(V,auc)], ~y)
     kp, kn = len(np.unique(codes[y])), len(np.unique(codes[~y]))
-    if min(kp, kn) < 2: raise DataError(f"the variance of an AUROC needs two patients of each class, got {kp} with {names[1]} and {kn} with {names[0]}", "delong")
+    if min(kp, kn) < 2:
+        raise DataError("the variance of an AUROC needs two patients of each class, "
+                        f"got {kp} with {names[1]} and {kn} with {names[0]}", "delong")
     cross = X@Y.T
     cov = kp/(kp-1)*(X@X.T)/m**2 + kn/(kn-1)*(Y@Y.T)/n**2 + K/(K-1)*(cross+cross.T)/(m*n)
     return DeLong(auc, cov, m, n, K, kp, kn, patients is not None)
@@ -68,8 +74,13 @@ def delong(
 # %% ../../nbs/lib/34_metrics.delong.ipynb #e8334173
 def _df(d, dist):
     "Degrees of freedom of intervals and tests."
-    if dist not in ("t","normal"): raise ParameterError(f"unknown distribution '{dist}'", "delong", nearest(dist, ["t","normal"]))
+    if dist not in ("t","normal"):
+        raise ParameterError(f"unknown distribution '{dist}'", "delong", nearest(dist, ["t","normal"]))
     return min(d.k_pos, d.k_neg)-1 if dist=="t" else np.inf
+
+def _without_variance(a, edge):
+    "Interval of an AUROC that no patient moves: binomial limit at 0 and 1, else itself."
+    return (float(edge), 1.) if a>1-1e-12 else (0., 1-float(edge)) if a<1e-12 else (a, a)
 
 def auc_interval(
     d:DeLong, # From `delong`
@@ -80,16 +91,15 @@ def auc_interval(
     dist:str="t", # `t` with the patients of the rarer class, or `normal`
 ) -> tuple: # lo, hi
     "Confidence interval of one AUROC."
-    if scale not in ("logit","plain"): raise ParameterError(f"unknown scale '{scale}'", "auc_interval", nearest(scale, ["logit","plain"]))
+    if scale not in ("logit","plain"):
+        raise ParameterError(f"unknown scale '{scale}'", "auc_interval", nearest(scale, ["logit","plain"]))
     a, se, z = d.auc[i], np.sqrt(max(d.cov[i,i],0)), stats.t.ppf((1+level)/2, _df(d, dist))
-    if se<1e-12:
-        edge = float(((1-level)/2)**(1/min(d.k_pos, d.k_neg)))
-        return (edge, 1.) if a>.5 else (0., 1-edge)
+    if se<1e-12: return _without_variance(float(a), ((1-level)/2)**(1/min(d.k_pos, d.k_neg)))
     if scale=="plain" or a in (0.,1.): return float(max(a-z*se,0)), float(min(a+z*se,1))
     l, h = np.log(a/(1-a)) + np.array([-1,1])*z*se/(a*(1-a))
     return float(1/(1+np.exp(-l))), float(1/(1+np.exp(-h)))
 
-# %% ../../nbs/lib/34_metrics.delong.ipynb #3a73526d
+# %% ../../nbs/lib/34_metrics.delong.ipynb #239b05a3
 def paired_test(
     y, # Targets 0 or 1
     a, # Scores of the first model
@@ -108,8 +118,10 @@ def paired_test(
     z = diff/se if se else 0. if abs(diff)<1e-12 else np.nan
     df = _df(d, dist)
     q = stats.t.ppf((1+level)/2, df)*se if se or abs(diff)<1e-12 else np.nan
-    return dict(auc_a=float(d.auc[0]), auc_b=float(d.auc[1]), diff=diff, lo=float(diff-q), hi=float(diff+q), se=float(se), z=float(z), p=float(2*stats.t.sf(abs(z), df)),
-                test="DeLong" + (", patients as clusters (Obuchowski)" if d.clustered else ""), n=d.n_pos+d.n_neg, n_patients=d.n_patients)
+    test = "DeLong" + (", patients as clusters (Obuchowski)" if d.clustered else "")
+    return dict(auc_a=float(d.auc[0]), auc_b=float(d.auc[1]), diff=diff, lo=float(diff-q), hi=float(diff+q),
+                se=float(se), z=float(z), p=float(2*stats.t.sf(abs(z), df)),
+                test=test, n=d.n_pos+d.n_neg, n_patients=d.n_patients)
 
 # %% ../../nbs/lib/34_metrics.delong.ipynb #ad9bc585
 def joint_test(

@@ -62,7 +62,8 @@ def resize(
     rule:str = "clean", # One of RESIZE_RULES
 ) -> Tensor: # float32 `(b, size, size)`
     "Patches at the size of an extractor, by a rule that has a name."
-    if rule not in RESIZE_RULES: raise ParameterError(f"unknown resize rule '{rule}'", "resize", nearest(rule, RESIZE_RULES))
+    if rule not in RESIZE_RULES:
+        raise ParameterError(f"unknown resize rule '{rule}'", "resize", nearest(rule, RESIZE_RULES))
     x, (h, w) = x.float(), x.shape[-2:]
     if (h, w) == (size, size): return x
     if rule == "bilinear": return F.interpolate(x[:,None], size=(size,size), mode="bilinear", align_corners=False)[:,0]
@@ -91,7 +92,8 @@ class Extractor:
 # %% ../../nbs/lib/30_metrics.features.ipynb #55ffbe79
 def _check_patches(x, what):
     if getattr(x, "ndim", 0) != 3 or x.dtype != np.uint8:
-        raise DataError(f"{what} must be uint8 patches (n, h, w), got {getattr(x,'dtype',type(x).__name__)} {tuple(getattr(x,'shape',()))}", "features",
+        kind, shape = getattr(x, "dtype", type(x).__name__), tuple(getattr(x, "shape", ()))
+        raise DataError(f"{what} must be uint8 patches (n, h, w), got {kind} {shape}", "features",
                         "convert to grey levels 0 to 255 first; a PatchSet has them as pixels[:, 0]")
     if not len(x): raise DataError(f"{what} is empty", "features", "give at least two patches")
 
@@ -105,9 +107,9 @@ def features(
     "Features of all patches, in order; rows do not depend on their neighbours in the batch."
     _check_patches(pixels, "pixels")
     if isinstance(extractor.net, nn.Module): extractor.net.to(device)
+    sized = lambda x: resize(torch.from_numpy(np.array(x)).to(device), extractor.size, rule=extractor.rule)
     with torch.inference_mode():
-        out = [extractor.net(resize(torch.from_numpy(np.array(pixels[i:i+bs])).to(device), extractor.size, rule=extractor.rule)).double().cpu()
-               for i in range(0, len(pixels), bs)]
+        out = [extractor.net(sized(pixels[i:i+bs])).double().cpu() for i in range(0, len(pixels), bs)]
     return torch.cat(out).numpy()
 
 # %% ../../nbs/lib/30_metrics.features.ipynb #7bc0f9c6
@@ -121,7 +123,7 @@ def _pixels(rule, **_):
 
 # %% ../../nbs/lib/30_metrics.features.ipynb #c941bd10
 def _sha_normal(shape, name):
-    "Near-normal numbers from SHA-256 in counter mode: the mean of 8 uniform bytes, standardised; equal everywhere, for ever."
+    "Near-normal numbers from SHA-256 in counter mode, equal everywhere: the mean of 8 uniform bytes, standardised."
     n = int(np.prod(shape))*8
     raw = b"".join(hashlib.sha256(f"mammo_nb/{name}/{i}".encode()).digest() for i in range(-(-n//32)))
     u = np.frombuffer(raw[:n], np.uint8).reshape(-1, 8).astype(np.float64)
@@ -171,13 +173,17 @@ class Inception(nn.Module):
         super().__init__()
         try: from torch_fidelity import feature_extractor_inceptionv3 as tfi
         except ImportError as e:
-            raise WeightsError("the package torch-fidelity is not installed", "extractor='inception'", "pip install torch-fidelity, or ask for extractor='embedded', which needs no package and no file") from e
+            fix = "pip install torch-fidelity, or ask for extractor='embedded', which needs no package and no file"
+            raise WeightsError("the package torch-fidelity is not installed", "extractor='inception'", fix) from e
         A,B,C,D,conv = tfi.InceptionA, tfi.InceptionB, tfi.InceptionC, tfi.InceptionD, tfi.BasicConv2d
         self.layers = nn.Sequential(OrderedDict(
-            Conv2d_1a_3x3=conv(3,32,kernel_size=3,stride=2), Conv2d_2a_3x3=conv(32,32,kernel_size=3), Conv2d_2b_3x3=conv(32,64,kernel_size=3,padding=1),
-            MaxPool_1=nn.MaxPool2d(3,2), Conv2d_3b_1x1=conv(64,80,kernel_size=1), Conv2d_4a_3x3=conv(80,192,kernel_size=3), MaxPool_2=nn.MaxPool2d(3,2),
-            Mixed_5b=A(192,pool_features=32), Mixed_5c=A(256,pool_features=64), Mixed_5d=A(288,pool_features=64), Mixed_6a=B(288),
-            Mixed_6b=C(768,channels_7x7=128), Mixed_6c=C(768,channels_7x7=160), Mixed_6d=C(768,channels_7x7=160), Mixed_6e=C(768,channels_7x7=192),
+            Conv2d_1a_3x3=conv(3,32,kernel_size=3,stride=2), Conv2d_2a_3x3=conv(32,32,kernel_size=3),
+            Conv2d_2b_3x3=conv(32,64,kernel_size=3,padding=1), MaxPool_1=nn.MaxPool2d(3,2),
+            Conv2d_3b_1x1=conv(64,80,kernel_size=1), Conv2d_4a_3x3=conv(80,192,kernel_size=3),
+            MaxPool_2=nn.MaxPool2d(3,2),
+            Mixed_5b=A(192,pool_features=32), Mixed_5c=A(256,pool_features=64), Mixed_5d=A(288,pool_features=64),
+            Mixed_6a=B(288), Mixed_6b=C(768,channels_7x7=128), Mixed_6c=C(768,channels_7x7=160),
+            Mixed_6d=C(768,channels_7x7=160), Mixed_6e=C(768,channels_7x7=192),
             Mixed_7a=D(768), Mixed_7b=tfi.InceptionE_1(1280), Mixed_7c=tfi.InceptionE_2(2048)))
 
     def forward(self, x):
@@ -188,21 +194,24 @@ class Inception(nn.Module):
 def find_inception(
     weights:str = "", # File or folder; empty = torch's hub cache, then this package's cache
 ) -> Path: # The weights file
-    "Where the Inception weights are; absent ones are an error that says which file to put where. Nothing is downloaded."
+    "Where the Inception weights are; absent ones are an error that says what to put where. Nothing is downloaded."
     hub = Path(torch.hub.get_dir())/"checkpoints"
     places = [Path(weights).expanduser()] if weights else [hub, cache_dir("weights")]
     names = (*INCEPTION_FILES, "inception-2015-12-05.safetensors")
-    found = [q for p in places for q in ([p] if p.is_file() else [p/n for n in names]) if q.is_file()]
-    if found: return found[0]
+    for p in places:
+        found = [q for q in ([p] if p.is_file() else [p/n for n in names]) if q.is_file()]
+        if found: return found[0]
+    into = places[0] if not weights or places[0].is_dir() else hub
     raise WeightsError("FID's Inception weights are not there", " or ".join(map(str, places)),
-        f"fetch {INCEPTION_URL} on a machine with a network and put it into {places[0] if not weights or places[0].is_dir() else hub}, "
-        "or ask for extractor='embedded', which needs no file")
+                       f"fetch {INCEPTION_URL} on a machine with a network and put it into {into}, "
+                       "or ask for extractor='embedded', which needs no file")
 
 # %% ../../nbs/lib/30_metrics.features.ipynb #7906b2cf
 def _read_inception(path):
     if path.suffix == ".safetensors":
         try: return load_file(path)
-        except Exception as e: raise WeightsError(f"not a whole safetensors file ({type(e).__name__})", path, "copy it again") from e
+        except Exception as e:
+            raise WeightsError(f"not a whole safetensors file ({type(e).__name__})", path, "copy it again") from e
     sha = file_hash(path)
     if not sha.startswith(INCEPTION_SHA):
         raise WeightsError(f"not the published Inception file: SHA-256 is {sha[:8]}…, published {INCEPTION_SHA}…", path,
@@ -216,35 +225,40 @@ def load_inception(
     state, net = _read_inception(Path(path)), Inception()
     own = net.layers.state_dict()
     state = {k:v for k,v in state.items() if not k.startswith(("fc.","AuxLogits."))}
+    fix = "see find_inception for the right file"
     for k,v in own.items():
         if k.endswith("num_batches_tracked"):
             state.setdefault(k, v)
             continue
-        if k not in state: raise WeightsError(f"'{k}' is missing: not Inception's weights", path, "see find_inception for the right file")
-        if state[k].shape != v.shape: raise WeightsError(f"'{k}' is {tuple(state[k].shape)}, Inception has {tuple(v.shape)}", path, "see find_inception for the right file")
+        if k not in state: raise WeightsError(f"'{k}' is missing: not Inception's weights", path, fix)
+        if state[k].shape != v.shape:
+            raise WeightsError(f"'{k}' is {tuple(state[k].shape)}, Inception has {tuple(v.shape)}", path, fix)
     net.layers.load_state_dict({k:state[k] for k in own})
     return net.eval().requires_grad_(False)
 
 def _inception(rule, weights="", **_):
     path = find_inception(weights)
-    return Extractor("inception", 2048, 299, rule, hash_of("inception", file_hash(path), 299, rule), load_inception(path))
+    key = hash_of("inception", file_hash(path), 299, rule)
+    return Extractor("inception", 2048, 299, rule, key, load_inception(path))
 
 # %% ../../nbs/lib/30_metrics.features.ipynb #355e1c50
 EXTRACTORS = {"inception":_inception, "embedded":_embedded, "pixels":_pixels}
 
 @lru_cache(8)
 def make_extractor(
-    name:str = "embedded", # `inception`, `embedded`, `pixels`, or `auto` (inception where its weights are, else embedded)
+    name:str = "embedded", # `inception`, `embedded`, `pixels`, or `auto` (inception where its file is, else embedded)
     *,
     weights:str = "", # Inception's weights: file or folder; empty = torch's hub cache
     rule:str = "clean", # Resize rule, see RESIZE_RULES
 ) -> Extractor:
     "The extractor of that name, with its weights checked."
-    if rule not in RESIZE_RULES: raise ParameterError(f"unknown resize rule '{rule}'", "rule", nearest(rule, RESIZE_RULES))
+    if rule not in RESIZE_RULES:
+        raise ParameterError(f"unknown resize rule '{rule}'", "rule", nearest(rule, RESIZE_RULES))
     if name == "auto":
         try:
             find_inception(weights)
             name = "inception"
         except WeightsError: name = "embedded"
-    if name not in EXTRACTORS: raise ParameterError(f"unknown extractor '{name}'", "extractor", nearest(name, [*EXTRACTORS, "auto"]))
+    if name not in EXTRACTORS:
+        raise ParameterError(f"unknown extractor '{name}'", "extractor", nearest(name, [*EXTRACTORS, "auto"]))
     return EXTRACTORS[name](rule=rule, weights=weights)

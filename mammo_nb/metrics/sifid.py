@@ -33,10 +33,12 @@ def read_published(
     path = Path(path)
     if path.suffix == ".safetensors":
         try: return load_file(path)
-        except (SafetensorError, OSError) as e: raise WeightsError(f"not a whole safetensors file ({type(e).__name__})", path, "copy it again") from e
+        except (SafetensorError, OSError) as e:
+            raise WeightsError(f"not a whole safetensors file ({type(e).__name__})", path, "copy it again") from e
     told, sha = path.stem.rsplit("-", 1)[-1], file_hash(path)
     if len(told) < 8 or not sha.startswith(told):
-        raise WeightsError(f"its SHA-256 begins {sha[:8]}, its name says {told[:16]}", path, "copy it again, or convert your own weights to safetensors")
+        raise WeightsError(f"its SHA-256 begins {sha[:8]}, its name says {told[:16]}", path,
+                           "copy it again, or convert your own weights to safetensors")
     return torch.load(path, map_location="cpu", weights_only=True)      # hash checked, tensors only
 
 # %% ../../nbs/lib/32_metrics.sifid.ipynb #0ebf6c8d
@@ -53,7 +55,8 @@ def find_published(
     for p in places:
         for q in ([p] if p.is_file() else [p/n for n in names]):
             if q.is_file(): return q
-    raise WeightsError(f"{what} not found", " or ".join(map(str, places)), f"put {names[0]} there (torchvision downloads it into its cache on a machine with a network)" + (f", or {or_else}" if or_else else ""))
+    fix = f"put {names[0]} there (torchvision downloads it into its cache on a machine with a network)"
+    raise WeightsError(f"{what} not found", " or ".join(map(str, places)), fix + (f", or {or_else}" if or_else else ""))
 
 # %% ../../nbs/lib/32_metrics.sifid.ipynb #5f79bb29
 TORCHVISION_INCEPTION = ("inception_v3_google-0cc3c7bd.pth", "inception_v3_google-1a9a5a14.pth")
@@ -95,39 +98,42 @@ class EmbeddedStem(nn.Module):
         mean = F.avg_pool2d(x[:,:,3:-3,3:-3], 3, 2)
         return torch.cat([mean[:,:,1:-1,1:-1], y[:,:,1:-1,1:-1], z], 1)
 
-# %% ../../nbs/lib/32_metrics.sifid.ipynb #8bd86d9a
+# %% ../../nbs/lib/32_metrics.sifid.ipynb #f7fb0dd6
 def _stem(path):
     net = InceptionStem()
     own, state = net.state_dict(), read_published(path)
     for k,v in own.items():
         if k.endswith("num_batches_tracked"): state[k] = v
         elif k not in state or state[k].shape != v.shape:
-            raise WeightsError(f"'{k}' is {tuple(state[k].shape) if k in state else 'missing'}, Inception has {tuple(v.shape)}", path, "these are other weights")
+            got = tuple(state[k].shape) if k in state else "missing"
+            raise WeightsError(f"'{k}' is {got}, Inception has {tuple(v.shape)}", path, "these are other weights")
     net.load_state_dict({k: state[k] for k in own})
     return net
 
+def _first_there(files, weights):
+    "The first of the named weights that lies somewhere, else the extractor without a file."
+    for name,names in files.items():
+        try: return find_published(names, weights) and name
+        except WeightsError: pass
+    return "embedded"
+
 @lru_cache(4)
 def place_extractor(
-    name:str="auto", # `torchvision` (as the paper's authors), `inception` (FID's weights), `embedded`, or `auto`: the first that is there
+    name:str="auto", # `torchvision` (as the authors), `inception` (FID's), `embedded`, or `auto`: the first there
     *,
     weights:str="", # File or folder of weights; empty = torch's hub cache
 ) -> PlaceExtractor:
     "The extractor of that name; absent weights are an error, and `auto` says by its name what it took."
     files = {"torchvision": TORCHVISION_INCEPTION, "inception": (*INCEPTION_FILES, "inception-2015-12-05.safetensors")}
-    if name == "auto":
-        for k,names in files.items():
-            try:
-                find_published(names, weights)
-                name = k
-                break
-            except WeightsError: pass
-        else: name = "embedded"
-    if name not in (*files, "embedded"): raise ParameterError(f"unknown extractor '{name}'", "extractor", nearest(name, [*files, "embedded", "auto"]))
+    if name == "auto": name = _first_there(files, weights)
+    if name not in (*files, "embedded"):
+        raise ParameterError(f"unknown extractor '{name}'", "extractor", nearest(name, [*files, "embedded", "auto"]))
     if name == "embedded":
         net = EmbeddedStem()
         dim, key = 33, hash_of(name, net.w1, net.w2)
     else:
-        path = find_published(files[name], weights, what=f"Inception weights ({name})", or_else="ask for extractor='embedded'")
+        what = f"Inception weights ({name})"
+        path = find_published(files[name], weights, what=what, or_else="ask for extractor='embedded'")
         net, dim, key = _stem(path), 64, hash_of(name, file_hash(path))
     return PlaceExtractor(name, dim, key, net.eval().requires_grad_(False))
 
@@ -141,8 +147,11 @@ def places(
 ) -> list: # One float64 array `(places, dim)` an image
     "Features at each place of each image."
     pixels = np.asarray(pixels)
-    if pixels.ndim != 3 or pixels.dtype != np.uint8: raise DataError(f"{pixels.dtype} of shape {pixels.shape}", "places", "give uint8 (n,h,w)")
-    if min(pixels.shape[1:]) < 24: raise DataError(f"{pixels.shape[1]}x{pixels.shape[2]} px has too few places", "SiFID", "use images of 24 px or more")
+    if pixels.ndim != 3 or pixels.dtype != np.uint8:
+        raise DataError(f"{pixels.dtype} of shape {pixels.shape}", "places", "give uint8 (n,h,w)")
+    if min(pixels.shape[1:]) < 24:
+        raise DataError(f"{pixels.shape[1]}x{pixels.shape[2]} px has too few places", "SiFID",
+                        "use images of 24 px or more")
     net, out = extractor.net.to(device), []
     with torch.inference_mode():
         for i in range(0, len(pixels), bs):
@@ -176,6 +185,7 @@ def sifid_row(
     real = np.asarray(real)
     flips = np.stack([real[::-1], real[:,::-1], real[::-1,::-1]])
     noise = rng(seed, "sifid noise").integers(0, 256, (n_noise, *real.shape), dtype=np.uint8)
-    at = {k: sifid(real, v, extractor=extractor, device=device) for k,v in (("sifid",fakes), ("floor",flips), ("noise",noise))}
+    asked = dict(sifid=fakes, floor=flips, noise=noise)
+    at = {k: sifid(real, v, extractor=extractor, device=device) for k,v in asked.items()}
     out = {f"{k}_{s}": float(getattr(np, f)(v)) for k,v in at.items() for s,f in (("mean","mean"),("sd","std"))}
     return out | {"n": len(fakes), "extractor": extractor.name, "extractor_hash": extractor.hash[:8]}

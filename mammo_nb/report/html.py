@@ -22,9 +22,9 @@ import numpy as np
 import pandas as pd
 
 from ..core import ParameterError, RunError, write_text
-from .figures import figure_bytes
 from .rules import group_of, tally_of
 from .tables import beside, cell_ours, lay_out, paper_record, printed, to_html
+from ..runs import figure_bytes
 
 # %% ../../nbs/lib/63_report.html.ipynb #9bcec490
 class Html(str):
@@ -204,7 +204,7 @@ border-radius:3px;overflow-wrap:anywhere}
 nav{background:var(--tint);border:1px solid var(--line);border-radius:6px;padding:.7rem 1.1rem;margin:1.2rem 0}
 nav b{font-size:.8rem;letter-spacing:.05em;text-transform:uppercase;color:var(--soft)}
 nav ol{columns:2 16rem;margin:.3rem 0 0;padding-left:1.3rem;max-width:none}
-nav a{text-decoration:none}nav a:hover{text-decoration:underline}
+nav li{margin:0;break-inside:avoid}nav a{text-decoration:none}nav a:hover{text-decoration:underline}
 footer{margin-top:3rem;padding-top:1rem;padding-bottom:3rem;border-top:1px solid var(--line);font-size:.84rem;
 color:var(--soft)}footer h2{border:0;margin:.4rem 0;padding:0;font-size:1rem;color:var(--ink)}
 dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.15rem 1rem;margin:.4rem 0}
@@ -218,7 +218,7 @@ table{border-collapse:collapse;font-size:.84rem;line-height:1.35;width:100%}
 caption{caption-side:top;text-align:left;font-weight:600;padding:.6rem .7rem;font-size:.92rem}
 th,td{padding:.34rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{background:var(--tint);font-weight:600;vertical-align:bottom}tbody th{font-weight:500;white-space:nowrap}
-tbody tr:last-child td{border-bottom:0}td{white-space:nowrap}th[role=button]{cursor:pointer}
+tbody tr:last-child td{border-bottom:0}td{white-space:nowrap}th[tabindex]{cursor:pointer}
 th[aria-sort=ascending]::after{content:" ▲"}th[aria-sort=descending]::after{content:" ▼"}
 .beside th,.beside td{padding-left:.42rem;padding-right:.42rem}.beside td span{display:block}
 .pub{color:var(--soft);font-size:.92em}.our{font-weight:650}.ci{color:var(--soft);font-size:.86em}
@@ -270,7 +270,7 @@ for (const table of document.querySelectorAll('table')) {
       body.append(...[...body.rows].sort((a, b) => down * order(value(a, k), value(b, k))));
     };
     head.tabIndex = 0;
-    head.setAttribute('role', 'button');
+    head.title = 'Sort';
     head.addEventListener('click', sort);
     head.addEventListener('keydown', e => { if (e.key == 'Enter') sort(); });
   });
