@@ -81,8 +81,8 @@ def weighted_metric(
 ): # Function from weights `(b,n)` to `(b,)`; NaN where a class got no weight
     "The metric as a function of patch weights, equal to scikit-learn's `sample_weight`."
     if base is not None:
-        plain, base = weighted_metric(name, y, p, positive=positive, names=names, threshold=threshold), np.asarray(base, float)
-        return lambda w: plain(w*base)
+        plain = weighted_metric(name, y, p, positive=positive, names=names, threshold=threshold)
+        return lambda w: plain(w*np.asarray(base, float))
     pos, score = as_positive(y, p, positive, names)
     called = (p > threshold) == (positive==names[1])
     if name in ("auroc","auprc"):

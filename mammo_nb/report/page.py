@@ -303,7 +303,7 @@ def seeds_words(
     runs:list, # Of RunFolder
 ) -> str:
     "What the intervals of a page stand on."
-    if len(runs)==1: return "one run gives an interval over test patients only, and where it trained once its verdicts are provisional"
+    if len(runs)==1: return "one run that trained once gives an interval over test patients only, and provisional verdicts"
     return f"intervals are over test patients and over {len(runs)} seeds ({', '.join(str(r.seed) for r in runs)})"
 
 # %% ../../nbs/lib/65_report.page.ipynb #099363e8

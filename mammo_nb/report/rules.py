@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'KINDS', 'CELL', 'VERDICTS', 'GROUPS', 'TRAININGS', 'Claim', 'claims', 'claim', 'fixed_rules', 'contrasts',
-           'of_metric', 'strata_needed', 'published_value', 'judge', 'group_of', 'tally_of', 'family',
-           'published_verdicts']
+           'of_metric', 'strata_needed', 'on_claimed_side', 'published_value', 'judge', 'group_of', 'tally_of',
+           'family', 'published_verdicts']
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #7b3b1abd
+# %% ../../nbs/lib/61a_report.rules.ipynb #e4fd5aca
 import itertools
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from ..core import DataError, ParameterError, hash_of, nearest, read_json
 from ..metrics.trainings import could_have_known
 from .tables import paper_record, published, published_folders
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #28b1db9c
+# %% ../../nbs/lib/61a_report.rules.ipynb #e30772cd
 SIDES = {">": "above", "<": "below", "no more": "not above", "no less": "not below", "same": "no different"}
 KINDS = ("mean", "every", "most")
 
@@ -44,7 +44,7 @@ class Claim:
     untested:str = "" # Why no run can test it
     note:str = "" # What to know about it
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #4827e26e
+# %% ../../nbs/lib/61a_report.rules.ipynb #dc6ab51c
 def claims(
     paper:str=None, # One paper; None = all
 ) -> list: # `Claim`s in the order of the papers
@@ -55,21 +55,22 @@ def claims(
     if paper not in (None, *known): raise ParameterError(f"no claims of '{paper}'", "claims", nearest(paper, known))
     return [c for c in out if paper in (None, c.paper)]
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #dfa30c39
+# %% ../../nbs/lib/61a_report.rules.ipynb #0e42b4ed
 def claim(id:str) -> Claim:
     "One claim by its id."
     by = {c.id:c for c in claims()}
     if id not in by: raise ParameterError(f"unknown claim '{id}'", "claim", nearest(id, list(by)))
     return by[id]
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #d8008a6a
+# %% ../../nbs/lib/61a_report.rules.ipynb #fcb692f7
 def fixed_rules(
     paper:str=None, # One paper; None = all
 ) -> str: # Changes with any rule, margin or cell of its claims
     "The fingerprint of the claims: a page that carries it shows that no rule was bent after the run."
-    return hash_of([{k:v for k,v in vars(c).items() if k not in ("text","where","note","reason")} for c in claims(paper)])
+    words = ("text","where","note","reason")
+    return hash_of([{k:v for k,v in vars(c).items() if k not in words} for c in claims(paper)])
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #915ec57e
+# %% ../../nbs/lib/61a_report.rules.ipynb #d50bbded
 CELL = ["scope", "model", "arm", "regime"] # What names a cell of a claim
 
 def _stratum(claim, s, at): # Coefficients of one stratum, and are all its cells there?
@@ -97,7 +98,7 @@ def contrasts(
     used = [" · ".join(v for v in s.values() if v) for s,_,whole in found if whole]
     return np.array(rows).reshape(len(rows), len(cells)), used, len(strata)
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #02c57418
+# %% ../../nbs/lib/61a_report.rules.ipynb #f2857067
 def of_metric(claim, frame):
     "Rows of a tidy frame that belong to the claim's paper, metric and positive class."
     f = frame[(frame.metric==claim.metric)]
@@ -105,7 +106,7 @@ def of_metric(claim, frame):
     if "table" in f and "seed" not in f: f = f[~f.table.isin(["statements","f1_gains","appendix"])]
     two = not set(f.positive.fillna("")) - {"", "healthy", "lesion", "benign", "malignant"}
     f = f if claim.metric=="accuracy" or (claim.metric=="auroc" and two) else f[f.positive==claim.positive]
-    same = [*CELL, "value", *(["seed"] if "seed" in f else [])]                  # accuracy is listed once a positive class
+    same = [*CELL, "value", *(["seed"] if "seed" in f else [])]                  # accuracy is there once a class
     return f[~f.assign(value=f.value.round(9))[same].duplicated()].reset_index(drop=True)
 
 def strata_needed(
@@ -114,6 +115,11 @@ def strata_needed(
 ) -> int: # So many of them must be on the claimed side
     "One of one for a mean, all for `every`, more than half for `most`."
     return dict(mean=1, every=k, most=k//2+1)[claim.kind]
+
+def on_claimed_side(claim:Claim, v:np.ndarray) -> np.ndarray: # v: effects; bool
+    "Which effects are as the claim says."
+    m = claim.margin
+    return {">":v>1e-9, "<":v<-1e-9, "no more":v<m, "no less":v>-m, "same":abs(v)<m}[claim.side]
 
 def published_value(
     claim:Claim, # What is claimed
@@ -124,13 +130,13 @@ def published_value(
     C, used, of = contrasts(claim, f)
     if not len(used): return dict(value=claim.published if claim.published is not None else np.nan, holds=None, of=of)
     v = C@f.value.values - claim.base
-    ok = {">":v>1e-9, "<":v<-1e-9, "no more":v<claim.margin, "no less":v>-claim.margin, "same":abs(v)<claim.margin}[claim.side]
+    ok = on_claimed_side(claim, v)
     v = np.array([v.mean()]) if claim.kind=="mean" else v
     ranked = np.sort(v if claim.side in ("<","no more") else -v)
     value = ranked[strata_needed(claim, len(v))-1]
     return dict(value=float(value if claim.side in ("<","no more") else -value), holds=int(ok.sum()), of=of)
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #c485004c
+# %% ../../nbs/lib/61a_report.rules.ipynb #9abfade6
 VERDICTS = ("holds", "holds, negligible", "no notable gain", "no notable loss", "opposite", "cannot tell")
 
 def judge(
@@ -150,7 +156,7 @@ def judge(
     if hi<m: return "no notable gain" if claim.side==">" else "no notable loss"
     return "cannot tell"
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #14a8d6f1
+# %% ../../nbs/lib/61a_report.rules.ipynb #74982aeb
 GROUPS = ("holds", "refuted", "provisional", "cannot tell") # What a reader counts
 
 def group_of(
@@ -167,7 +173,7 @@ def tally_of(
     piles = [group_of(v) for v in verdicts]
     return {g: piles.count(g) for g in GROUPS}
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #f4f5b62a
+# %% ../../nbs/lib/61a_report.rules.ipynb #6b5e1d96
 def family(
     p, # `(claims,2)`: p of the claimed side, p of the other side; NaN = not run
 ) -> np.ndarray: # Adjusted, same shape
@@ -182,7 +188,7 @@ def family(
         done.append(c)
     return out
 
-# %% ../../nbs/lib/61a_report.rules.ipynb #daab16e0
+# %% ../../nbs/lib/61a_report.rules.ipynb #6419cedd
 TRAININGS = {"00_annotation_shift": 3, "04_sharing": 3} # Trainings behind a published mean with its sd
 
 def _known(claim, f, n): # Interval and smallest effect of each row of coefficients
@@ -206,5 +212,6 @@ def published_verdicts(
         up = c.side not in ("<","no more")
         ranked = sorted(known, key=lambda k: (k[0].lo if up else -k[0].hi), reverse=True)
         i, smallest = ranked[strata_needed(c, len(known))-1]
-        out.append(dict(id=c.id, value=i.value, lo=i.lo, hi=i.hi, verdict=judge(c, i.value, i.lo, i.hi), smallest=smallest))
+        verdict = judge(c, i.value, i.lo, i.hi)
+        out.append(dict(id=c.id, value=i.value, lo=i.lo, hi=i.hi, verdict=verdict, smallest=smallest))
     return pd.DataFrame(out, columns=["id","value","lo","hi","verdict","smallest"])
