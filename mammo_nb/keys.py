@@ -185,7 +185,11 @@ def code_key(
     seen = [v for v in fn.__globals__.values() if callable(v) or inspect.ismodule(v)]
     used = {str(getattr(v, "__name__" if inspect.ismodule(v) else "__module__", "")) for v in seen}
     modules = {m for m in used if m.startswith("mammo_nb.") and package_file(m)}
-    return hash_of(sys.version_info[:2], libraries(), inspect.getsource(fn), closure(modules))
+    return hash_of(sys.version_info[:2], libraries(), _text_of(fn), closure(modules))
+
+def _text_of(fn):
+    try: return inspect.getsource(fn)
+    except OSError: return [fn.__code__.co_code.hex(), str(fn.__code__.co_names), str(fn.__code__.co_consts)] # typed into `python -c`
 
 # %% ../nbs/lib/12_keys.ipynb #7e58db49
 def package_key() -> str: # 16 hex digits

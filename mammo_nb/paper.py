@@ -41,6 +41,7 @@ class Paper:
     knobs:dict = field(default_factory=dict) # Parameter -> field of the sizes; 0 or "" leaves it as the preset says
     stages:tuple = () # Groups that `only` may name
     settle:Callable = None # `settle(params, settled)` -> Settled: what the paper decides itself
+    title:str = "" # Of its page; empty: as its record in published/index.json
 
 # %% ../nbs/lib/14_paper.ipynb #96c93eab
 def protocol_of(
@@ -111,6 +112,7 @@ def start(
     resolved = {k: asdict(getattr(settled, k)) for k in ("setup", "protocol", "seeds")} | dict(cells=len(settled.grid))
     parts = {f.name: getattr(settled, f.name) for f in fields(settled)}
     run = Run(params, paper=paper.name, resolved=resolved, **parts)
+    if paper.title: run.note(title=paper.title)
     print(f"{paper.name}: {params.preset} size, protocol {params.protocol}, seed {params.seed}, {len(run.grid)} cells, "
           f"{run.device}, into {run.dir}")
     return run

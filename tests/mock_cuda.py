@@ -7,6 +7,7 @@ behave as always; `Tensor.device` reads the mark, and a dispatch mode looks at e
 - a capture runs nothing: what was there before is put back after it, what it allocated is filled with NaN. It refuses to wait for the device, to copy from or
   to the host, and to draw from generators that are not registered; a failed one leaves its generators unusable. CPU scalars and Python numbers are frozen;
 - a replay runs the recorded operators on the recorded memory and no Python; it fails when nobody but the graph holds memory it read (freed on a GPU).
+- a norm without weight has no gradient of the weight or the shift to ask for.
 What it cannot show: numbers of CUDA kernels, kernels that CUDA lacks or that differ (cuDNN), the order of streams, memory, time. Autocast is the CPU's bfloat16.
 Operators' C++ shortcuts that make a CPU tensor in backward count as made on the device.
 """
@@ -162,6 +163,11 @@ def graph(cuda_graph, pool=None, stream=None, **kw):
 
 # ---- the machine
 
+def weightless(func, args, kwargs):
+    "Is a norm's way back asked for gradients of a weight or shift it was not given? CUDA makes both as the weight is made, the CPU does not mind."
+    given = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
+    return "weight" in given and given["weight"] is None and any(given.get("output_mask", ())[1:])
+
 class Machine(TorchDispatchMode):
     "Looks at every operator: where its tensors are, whether it waits, what it draws."
     now = None
@@ -177,7 +183,9 @@ class Machine(TorchDispatchMode):
         place = self.place(func, name, ins, args, kwargs)
         if place == GPU or any(map(is_marked, ins)):
             adds = name.lstrip("_").startswith("index_put") and (args[3] if len(args) > 3 else kwargs.get("accumulate", False))
-            self.ops[func.__name__ + adds*" accumulate"] += 1; self.check_wait(func, name, ins, args, place)
+            self.ops[func.__name__ + adds*" accumulate"] += 1
+            self.check_wait(func, name, ins, args, place)
+            if weightless(func, args, kwargs): raise RuntimeError(f"tensor does not have a device ({func.__name__}: no weight)")
         if self.graph: self.graph.touch(ins)
         out, at = self.drawn(func, args, kwargs, place)
         if place == GPU: [mark(t) for t in tensors(out)]

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and not p.name.startswith(("_",".")))
 PAPERS = [p for p in NOTEBOOKS if p.parent.name == "nbs" and re.match(r"0[0-4]_|92_", p.name)]
-LIBRARY = [p for p in NOTEBOOKS if p.parent.name == "lib"]
+LIBRARY = [p for p in NOTEBOOKS if p.parent.name in ("lib", "papers")]
 COMMON = {"seed":"int","preset":"str","protocol":"str","data_dir":"str","run_dir":"str","device":"str","only":"str"}
 NETWORKS = {"mode":"str"}      # papers that train networks choose their arithmetic
 name = lambda p: p.stem
@@ -40,12 +40,31 @@ def test_paper_has_one_typed_parameters_cell(nb):
     found = pm.inspect_notebook(nb)
     assert set(found) == set(types) and found["preset"]["default"] == '"demo"' and found["seed"]["default"] == "0"
     after = next(c for c in n.cells[n.cells.index(cells[0])+1:] if c.cell_type == "code")
-    assert "check_params(globals()" in after.source, "the first cell after the parameters checks them"
+    assert re.search(r"check_params\(globals\(\)|start\(\w+\.PAPER, globals\(\)\)", after.source), "the first cell after the parameters checks them"
 
 @pytest.mark.parametrize("nb", PAPERS, ids=name)
 def test_paper_exports_nothing_and_has_no_outputs(nb):
     for c in read(nb).cells:
         if c.cell_type == "code": assert not c.outputs and "#| export" not in c.source and "nbdev_export(" not in c.source
+
+@pytest.mark.parametrize("nb", PAPERS, ids=name)
+def test_paper_reads_as_a_page(nb):
+    "At most four lines of code a cell, of at most 120 characters; a heading for the paper's own tables and figures."
+    cells = read(nb).cells
+    for c in cells:
+        if c.cell_type != "code" or "parameters" in c.metadata.get("tags", []): continue
+        lines = [l for l in c.source.splitlines() if l.strip() and not re.match(r"(from|import) |    \S.*import|#", l)]
+        assert len(lines) <= 4, f"{len(lines)} lines: {lines[0]}"
+        assert all(len(l) <= 120 for l in c.source.splitlines()), c.source
+    heads = [l for c in cells if c.cell_type == "markdown" for l in c.source.splitlines() if l.startswith("## ")]
+    assert any(re.search(r"Table|Figure", h) for h in heads), "no heading names a table or a figure of the paper"
+
+@pytest.mark.parametrize("nb", LIBRARY, ids=name)
+def test_outputs_show_no_place_of_this_machine(nb):
+    for c in read(nb).cells:
+        for o in c.get("outputs", []):
+            text = str(o.get("text", "")) + str({k: v for k, v in o.get("data", {}).items() if k.startswith("text")})
+            assert not re.search(r"/root/|/work/|/home/\w+/|/tmp/|0x[0-9a-f]{8}", text), c.source[:80]
 
 def test_names_are_unique():
     stems = [p.name for p in NOTEBOOKS]; assert len(stems) == len(set(stems))

@@ -45,7 +45,7 @@ def test_square_stays_in_and_keeps_the_lesion(case, margin, min_side):
 def test_jitter_stays_in_and_keeps_the_lesion(case, seed, margin, spread, shift):
     rows, cols, b = case
     assume(max(b.w, b.h) <= min(rows, cols))
-    c = boxes.jitter_square(b, rng=rng(seed, "test"), rows=rows, cols=cols, margin=margin, min_side=16, zoom=(.2, spread), shift=shift)
+    c = boxes.jitter_square(b, rng=rng(seed, "test"), rows=rows, cols=cols, margin=margin, min_side=16, jitter=boxes.Jitter(zoom=(.2, spread), shift=shift))
     assert inside(c, rows, cols) and c.w == c.h and c.holds(b)
 
 @FAST

@@ -1,14 +1,20 @@
 "The privacy audit: a copying generator is caught, one that never saw the data is not accused, a discriminator that learnt by heart gives itself away, patients count and not patches."
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from mammo_nb.core import DataError, LeakError, WeightsError, hash_of, read_json, rng
+from mammo_nb.data.patches import PatchSet, patch_table
+from mammo_nb.gans.fit import generator_folders, take_generator
 from mammo_nb.metrics.features import texture_patches
 from mammo_nb.gans.privacy import (FEW, NAMES, Audit, attack_scores, audit, discriminator_scores, load_discriminator, looks, member_control, nearness, no_audit, tpr_at)
+from mammo_nb.papers import sharing as paper
+from mammo_nb.params import Params
+from mammo_nb.runs import Run
 
 def women(k, seed, patches=2, size=32):
     "Patches of k patients; several of one patient are one texture, shifted and noisy."
@@ -122,26 +128,23 @@ def test_few_patients_and_bad_input(tmp_path):
     (tmp_path/"checkpoint-00010000.json").write_text('{"identity": {"recipe": {"name": "NoSuchGAN"}, "seed": 0}}')
     with pytest.raises((WeightsError, DataError)): load_discriminator(tmp_path)
 
-class Stages:
-    "The part of a Run that paper 04's audit needs."
-    def __init__(self, d): self.dir, self.device, self.log = d, torch.device("cpu"), None
-    def stages(self, jobs, label=""):
-        out = []
-        for j in jobs: (f := self.dir/j["name"]).mkdir(parents=True, exist_ok=True); j["fn"](f); out.append(f)
-        return out
+def as_set(ps):
+    "The same patches as a patch set."
+    return PatchSet(ps.pixels, patch_table(ps.table.assign(patch_id=[f"x{i}" for i in range(len(ps.table))])))
 
-def test_paper_04_takes_a_generator_that_was_handed_over_and_audits_its_own(tmp_path, learnt, monkeypatch):
-    from mammo_nb.papers import sharing as paper
+def test_paper_04_takes_a_generator_that_was_handed_over_and_audits_its_own(tmp_path, learnt):
     members, t = learnt
-    (stage := tmp_path/"taken").mkdir()
-    paper.take_generator(stage, str(t.snapshots[-1]), ["a:1","a:2"])
-    assert [f.name for f in paper.generator_folders(stage)] == [t.snapshots[-1].name] and "none of 2 patients" in read_json(stage/"origin.json")["unseen"]
-    with pytest.raises(LeakError): paper.take_generator(tmp_path/"seen", str(t.snapshots[-1]), ["a:1", members.table.patient_id[0]])
-    (trained := tmp_path/"trained").mkdir(); (trained/"gan").symlink_to(t.folder)
-    held = women(12, 12, size=16)
-    monkeypatch.setattr(paper, "cut_lesions", lambda h, scope, R, sizes: {16: held}); monkeypatch.setattr(paper, "set_key", lambda ps: "key")
-    R = SimpleNamespace(given={"c":"x"}, seeds=dict(gan=0), setup=SimpleNamespace(size=16, audit=32, boots=50))
-    audits = paper.audit_all(Stages(tmp_path/"run"), R, {("bcdr_dcgan","masses"):trained, ("optimam_dcgan","masses"):stage}, {"b":object(), "c":"it was trained elsewhere"}, {"masses":{16: members}}, None)
-    assert audits["bcdr_dcgan","masses"].verdict == "leak" and "trained elsewhere" in audits["optimam_dcgan","masses"].words
-    assert (tmp_path/"run"/"audits"/"bcdr_dcgan-masses"/"audit.json").is_file()
-    assert set(paper.audit_table(audits).generator) == {"bcdr_dcgan","optimam_dcgan"}
+    stage, trained = tmp_path/"taken", tmp_path/"trained"
+    take_generator(stage, path=t.snapshots[-1], patients=["a:1", "a:2"])
+    assert [f.name for f in generator_folders(stage)] == [t.snapshots[-1].name] and "none of 2 patients" in read_json(stage/"origin.json")["unseen"]
+    with pytest.raises(LeakError): take_generator(tmp_path/"seen", path=t.snapshots[-1], patients=["a:1", members.table.patient_id[0]])
+    shutil.copytree(t.folder, trained/"gan")
+    params = Params(seed=0, preset="demo", protocol="paper", data_dir="", run_dir=str(tmp_path/"run"), device="cpu", mode="exact", only="")
+    run = Run(params, paper=paper.PAPER.name, setup=replace(paper.DEMO, size=16, audit=32, boots=50), protocol=paper.Protocol())
+    ours, theirs = ("bcdr_dcgan", "masses"), ("optimam_dcgan", "masses")
+    cuts, held = paper.Cuts({}, {("b", "masses"): {16: as_set(members)}}), {ours: as_set(women(12, 12, size=16)), theirs: "it was trained elsewhere"}
+    done = run.do(paper.audits(run, cuts, {ours: trained, theirs: stage}, held), workers=1)
+    paper.keep_audits(run, done)
+    table = paper.audit_table(done, held).set_index("generator")
+    assert list(done) == [ours] and "leak" in set(table.verdict["bcdr_dcgan"]) and "trained elsewhere" in table.verdict["optimam_dcgan"]
+    assert (run.dir/"audits"/"bcdr_dcgan-masses"/"audit.json").is_file()

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mammo_nb.core import rng, torch_rng
 from mammo_nb.gans.singan import (SinGANFit, SinGANG, SinGANRecipe, StepAdam, fit_singans, g_steps, init_, make, SinGAND, resize, to_tanh)
+
+from mock_cuda import mock_cuda, weightless
 
 TINY = SinGANRecipe(steps=6, min_size=14, width=4, max_width=8)
 
@@ -121,6 +124,33 @@ def test_many_models_in_one_call_equal_one_by_one(tmp_path):
         assert np.allclose(a.amps, b.amps, rtol=1e-3)
         far = np.abs(a.sample(2, seed=0).astype(int) - b.sample(2, seed=0))
         assert far.mean() < 1.5 and far.max() <= 8                     # Adam's first steps have full size whatever the gradient, so rounding grows
+
+class Asked(TorchDispatchMode):
+    "Operators that are asked for the gradient of a weight they do not have: CUDA's kernels fail there, the CPU's do not."
+    def __init__(self):
+        super().__init__()
+        self.seen, self.found = 0, []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += "batch_norm_backward" in func.__name__
+        if weightless(func, args, kwargs or {}): self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+def test_no_kernel_is_asked_for_the_gradient_of_a_missing_weight():
+    fit = SinGANFit(to_tanh(patches(2)), keys=["a", "b"], recipe=TINY, seed=0, merge_width=4)
+    with Asked() as asked:
+        fit.begin()
+        fit.advance()
+    assert asked.seen > 20 and asked.found == []
+    x, stat = torch.randn(2,3,4,4), torch.ones(3)
+    backward = lambda mask: torch.ops.aten.native_batch_norm_backward(x, x, None, None, None, stat, stat, True, 1e-5, mask)
+    with Asked() as asked:
+        backward([True]*3)
+        backward([True,False,False])
+    assert len(asked.found) == 1                                  # the planted one
+    with mock_cuda():
+        x, stat = x.cuda(), stat.cuda()
+        with pytest.raises(RuntimeError, match="does not have a device"): backward([True]*3)
+        backward([True,False,False])
 
 # ---- stop and go on ----
 class Stop(Exception): pass

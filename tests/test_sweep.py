@@ -7,9 +7,9 @@ import pandas as pd
 import psutil
 import pytest
 
-from mammo_nb.core import MammoError
+from mammo_nb.core import MammoError, ParameterError
 from mammo_nb.report.tables import read_results, summarise
-from mammo_nb.sweep import Submitit, dask_cluster, executor_of, read_sweep
+from mammo_nb.sweep import Submitit, dask_cluster, executor_of, main, read_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = '''seed:int = 0 # Seed
@@ -33,14 +33,14 @@ def said(*words): # what really was done, kills or no kills
     with open(os.environ["TINY_LEDGER"], "a") as f: f.write(" ".join(map(str, words)) + "\\n")
 def data(folder):
     said("data", "all"); time.sleep(1); write_json(folder/"x.json", rng(0, "data").normal(size=5).tolist())
-def fit(folder):
+def fit(folder, base, seed, rate, steps):
     f = folder/"state.json"; i, x = read_json(f) if f.exists() else (0, 0.)
-    for i in range(i+1, P.steps+1):
+    for i in range(i+1, steps+1):
         while i > 8 and os.path.exists(os.environ["TINY_LEDGER"] + ".hold"): time.sleep(.05)     # a test wants to meet it at work
         x += rate*float(rng(seed, "step", i).normal()); said("step", run.dir.name, i, os.getpid()); time.sleep(.4); write_json(f, [i, x])
 
-base = run.stage("data", data, inputs={}, group="data", shared=True)
-done = run.stage("fit", fit, inputs=dict(base=base, seed=seed, rate=rate, steps=steps), group="fit")
+base = run.do({0: run.job(data, name="data", group="data", shared=True)})[0]
+done = run.do({0: run.job(fit, name="fit", group="fit", base=base, seed=seed, rate=rate, steps=steps)})[0]
 value = read_json(done/"state.json")[1] + sum(read_json(base/"x.json"))
 run.results(pd.DataFrame([dict(paper=run.paper, run=run.dir.name, seed=seed, data="phantom", preset=preset, protocol=protocol, scope="", model="m", arm="a", regime="", metric="auroc", positive="",
     value=value, lo=value-1, hi=value+1, n=9, n_patients=5, split="test")]))
@@ -135,16 +135,17 @@ def test_sweep_killed_whole_then_asked_again(tmp_path):
 
 STAGE = '''
 import os, signal, sys, time
-from types import SimpleNamespace
 from mammo_nb.core import read_json, write_json
+from mammo_nb.params import Params
 from mammo_nb.runs import Run
 def count(folder):
     f = folder/"n.json"; start = read_json(f) if f.exists() else 0
     for i in range(start+1, 7):
         open(os.environ["TINY_LEDGER"], "a").write(f"{sys.argv[2]} {i}\\n"); time.sleep(.3); write_json(f, i)
         if i == 3 and sys.argv[2] == "first": os.kill(os.getpid(), signal.SIGKILL)
-P = SimpleNamespace(seed=1, preset="demo", protocol="paper", data_dir="", run_dir=sys.argv[1], device="cpu", mode="exact", only="")
-Run(P, paper="90_stage").stage("count", count, inputs={}, group="data", shared=True)
+P = Params(seed=1, preset="demo", protocol="paper", data_dir="", run_dir=sys.argv[1], device="cpu", mode="exact", only="")
+run = Run(P, paper="90_stage")
+run.do({0: run.job(count, name="count", group="data", shared=True)})
 '''
 
 def test_second_run_waits_for_a_shared_stage_and_takes_over_from_a_killed_first(tmp_path):
@@ -161,6 +162,25 @@ def test_sample_sweeps_can_be_planned():
 def test_wrong_sweep_file_ends_with_one_line(tmp_path):
     p = start(sweep_file(tmp_path, "rows:\n  - {notebook: 90_tiny, parameters: {rat: 2}}\n")); said, _ = p.communicate(timeout=60)
     assert p.returncode == 2 and "did you mean 'rate'" in said and "Traceback" not in said and not (tmp_path/"out").exists()
+
+@pytest.mark.parametrize("text,said", [
+    (b'rows:\n  - {notebook: 04_sharing, seeds: "9-0"}\n', "are no seeds"),
+    (b'rows:\n  - {notebook: 04_sharing, seeds: "0-99999999"}\n', "are no seeds"),
+    (b"name: \xe4\nrows:\n  - {notebook: 04_sharing}\n", "is not UTF-8"),
+    (b"rows:\n  - notebook: 00_annotation_shift\n    parameters: {patients: 6}\n    parameters: {patients: 9}\n", "'parameters' stands twice"),
+    (b"rows:\n  - {notebook: 04_sharing, seeds: [4294967296]}\n", "4294967296 is not possible"),
+    (b"rows:\n  - {notebook: 04_sharing, parameters: {preset: demmo}}\n", "did you mean 'demo'"),
+    (b"rows:\n  - {notebook: 04_sharing, grid: {protocol: [papr]}}\n", "did you mean 'paper'"),
+    (b"name: ..\nrows:\n  - {notebook: 04_sharing}\n", "is no name"),
+    (b"name: [a]\nrows:\n  - {notebook: 04_sharing}\n", "name: \\['a'\\] is no str"),
+    (b"rows:\n  - {notebook: 04_sharing, parameters: [1]}\n", "is no dict"),
+    (b"rows:\n  - {notebook: 04_sharing, seeds: 0-9, parameters: {seed: 1}}\n", "seed stands twice"),
+    (b"rows:\n  - {notebook: 04_sharing, seeds: 0-9999}\n  - {notebook: 04_sharing, seeds: 10000-10009}\n", "more than 10,000 runs"),
+    (b"a\x00b", "no YAML"), (b"- 1\n", "a sweep is a mapping"), (b"", "a sweep is a mapping"), (b"1: 2\n", "1 is no name")])
+def test_what_cannot_be_meant_is_refused_before_anything_runs(tmp_path, text, said):
+    (tmp_path/"s.yaml").write_bytes(text)
+    with pytest.raises(ParameterError, match=said): read_sweep(tmp_path/"s.yaml", folder=str(tmp_path/"out"))
+    assert main([str(tmp_path/"s.yaml"), "--dry-run"]) == 2 and not (tmp_path/"out").exists()
 
 @pytest.mark.slow
 def test_dask_rows_survive_the_loss_of_a_worker(tmp_path):

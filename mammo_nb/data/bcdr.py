@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from ..core import DataError
-from .pixels import read_header
-from .table import Ledger, box_iou, find_files, inside, label_of, make_data, number_of, outline_box, read_table, view_of, word
+from .pixels import header_or_skip
+from .table import (BOX, Ledger, box_iou, find_files, inside, label_of, make_data, number_of, outline_box,
+    read_table, view_of, word)
 
 # %% ../../nbs/lib/24_data.bcdr.ipynb #6a2fe8b4
 _BCDR_NAME = re.compile(r"(?:.*[/_])?img_(\d+)_(\d+)(?:_(\d+))?_([LR])(CC|O|MLO)\.tiff?", re.I)
@@ -46,8 +46,9 @@ def bcdr_type(
 ) -> str: # Lesion type
     "Lesion type of the 0/1 flags; a nodule comes before calcifications, these before a distortion."
     on = lambda *cols: any(number_of(row.get("mammography_"+c))==1 for c in cols)
-    return "mass" if on("nodule") else "calcification" if on("calcification","microcalcification") else \
-           "distortion" if on("architectural_distortion","stroma_distortion") else "other"
+    if on("nodule"): return "mass"
+    if on("calcification","microcalcification"): return "calcification"
+    return "distortion" if on("architectural_distortion","stroma_distortion") else "other"
 
 # %% ../../nbs/lib/24_data.bcdr.ipynb #793744f3
 def bcdr_tables(
@@ -60,53 +61,27 @@ def bcdr_tables(
         if m: found.setdefault(m[1].upper(), {}).setdefault(m[2].lower(), p)
     return {s: found[s] for s in sorted(found, key=lambda s: (BCDR_SUBSETS.index(s) if s in BCDR_SUBSETS else 99, s))}
 
+# %% ../../nbs/lib/24_data.bcdr.ipynb #e660bb77
 def _locate(folder, cell, by_name):
     p = inside(folder, word(cell))
     if p is not None and p.is_file(): return p
     return by_name.get(Path(word(cell).replace("\\","/")).name.casefold())
 
-def _bcdr_image(subset, cell, path, row, by_id, ledger):
+def _bcdr_image(subset, path, row, by_id, ledger):
     "The image row of a file, made at its first mention; None when the file is unusable."
-    name = bcdr_name(path.name)
+    name, i = bcdr_name(path.name), f"bcdr:{subset}/{path.stem}"
     if not name:
         ledger.skip(path, "file name is not img_<patient>_<study>_<series>_<view>.tif")
         return None
-    i = f"bcdr:{subset}/{path.stem}"
     if i in by_id: return by_id[i]
-    try: head = read_header(path)
-    except DataError as e:
-        ledger.skip(path, e.what)
-        by_id[i] = None
-        return None
-    film = subset.startswith("F")
-    by_id[i] = dict(image_id=i, subset=subset, patient_id=f"bcdr:{name['patient']}", study_id=name["study"], path=str(path.resolve()),
-        laterality=name["side"], view=name["view"], rows=head["rows"], cols=head["cols"],
-        bits=head["bits"], spacing_mm=np.nan, density=number_of(row.get("density"),1,4), birads=np.nan, age=number_of(row.get("age"),0,120),
-        official_split=np.nan, device="film" if film else "digital",
+    by_id[i] = head = header_or_skip(path, ledger)
+    if head: by_id[i] = dict({k: head[k] for k in ("rows","cols","bits")}, image_id=i, subset=subset,
+        patient_id=f"bcdr:{name['patient']}", study_id=name["study"], path=str(path.resolve()), laterality=name["side"],
+        view=name["view"], spacing_mm=np.nan, density=number_of(row.get("density"),1,4), birads=np.nan,
+        age=number_of(row.get("age"),0,120), official_split=np.nan,
+        device="film" if subset.startswith("F") else "digital",
         quirks=["no series in the file name"] if not name["series"] else [], _series=name["series"])
     return by_id[i]
-
-def _bcdr_subset(subset, tables, ledger):
-    folder = next(iter(tables.values())).parent
-    by_name = {p.name.casefold(): p for p in reversed(find_files(folder, ".tif", ".tiff"))}
-    by_id, lesions, named = {}, [], set()
-    frames = [(kind, tables[kind], read_table(tables[kind], need=OUTLINE_COLUMNS if kind=="outlines" else IMG_COLUMNS)) for kind in ("img","outlines") if kind in tables]
-    for kind,table,df in frames:
-        for _,row in df.iterrows():
-            path = _locate(folder, row["image_filename"], by_name)
-            if path is None:
-                ledger.skip(table, f"image file {word(row['image_filename'])[:120]!r} is not on disk")
-                continue
-            named.add(path)
-            im = _bcdr_image(subset, row["image_filename"], path, row, by_id, ledger)
-            if im is None:
-                ledger.skip(table, f"row of the unusable image {path.name}")
-                continue
-            if np.isnan(im["density"]): im["density"] = number_of(row.get("density"),1,4)
-            if kind=="outlines": lesions.append(_bcdr_lesion(im, row, path, table, ledger))
-    spare = [p for p in by_name.values() if bcdr_name(p.name) and p not in named]
-    if spare: ledger.note(folder, "pictures on disk that no table names", len(spare))
-    return [im for im in by_id.values() if im], [l for l in lesions if l]
 
 def _bcdr_lesion(im, row, path, table, ledger):
     points = bcdr_outline(row["lw_x_points"], row["lw_y_points"])
@@ -114,31 +89,65 @@ def _bcdr_lesion(im, row, path, table, ledger):
     im["_marked"] = True
     if box is None:
         ledger.skip(table, f"outline of {path.name} has no points inside the image")
-        return None
-    label = label_of(row["classification"])
-    if label=="unknown": ledger.note(table, f"classification {row['classification'][:40]!r} read as unknown")
+        return []
+    said = row["classification"]
+    if label_of(said)=="unknown": ledger.note(table, f"classification {said[:40]!r} read as unknown")
     lesion_id = re.sub(r"[^\w.-]", "_", word(row["lesion_id"]))[:40]
     mask = path.with_name(f"{path.stem}_mask_id_{lesion_id}.tif")
-    return dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=lesion_id, polygon=points,
-        mask_path=str(mask.resolve()) if mask.is_file() else None,
-        lesion_type=bcdr_type(row), label=label, label_source="biopsy", label_raw=row["classification"], quirks=list(im["quirks"]),
-        _segmentation=word(row.get("segmentation_id")))
+    return [dict(zip(BOX, box), image_id=im["image_id"], lesion_id=lesion_id, polygon=points,
+        lesion_type=bcdr_type(row),
+        mask_path=str(mask.resolve()) if mask.is_file() else None, label=label_of(said), label_source="biopsy",
+        label_raw=said, quirks=list(im["quirks"]), image_file=im["image_id"])]
+
+# %% ../../nbs/lib/24_data.bcdr.ipynb #5025e5ae
+def _bcdr_rows(tables):
+    "(kind, table, row) of the rows of both tables of a sub-set."
+    need = dict(img=IMG_COLUMNS, outlines=OUTLINE_COLUMNS)
+    frames = [(kind, tables[kind], read_table(tables[kind], need=need[kind])) for kind in need if kind in tables]
+    return [(kind, table, row) for kind,table,df in frames for _,row in df.iterrows()]
+
+def _bcdr_subset(subset, tables, ledger):
+    folder = next(iter(tables.values())).parent
+    by_name = {p.name.casefold(): p for p in reversed(find_files(folder, ".tif", ".tiff"))}
+    by_id, lesions, named = {}, [], set()
+    for kind,table,row in _bcdr_rows(tables):
+        path = _locate(folder, row["image_filename"], by_name)
+        if path is None:
+            ledger.skip(table, f"image file {word(row['image_filename'])[:120]!r} is not on disk")
+            continue
+        named.add(path)
+        im = _bcdr_image(subset, path, row, by_id, ledger)
+        if im is None:
+            ledger.skip(table, f"row of the unusable image {path.name}")
+            continue
+        if np.isnan(im["density"]): im["density"] = number_of(row.get("density"),1,4)
+        if kind=="outlines": lesions += _bcdr_lesion(im, row, path, table, ledger)
+    spare = [p for p in by_name.values() if bcdr_name(p.name) and p not in named]
+    if spare: ledger.note(folder, "pictures on disk that no table names", len(spare))
+    return [im for im in by_id.values() if im], lesions
 
 # %% ../../nbs/lib/24_data.bcdr.ipynb #a82c9855
 def _merge_images(images, ledger):
+    "Images that are copies of one in an earlier sub-set become that one: (kept, id -> id that stands for it)."
     kept, alias = {}, {}
     for im in images:
-        key = (im["device"], im["patient_id"], im["study_id"], im["laterality"], im["view"], im["rows"], im["cols"])
-        twin = next((k for k in kept.get(key,[]) if k["subset"]!=im["subset"] and ("" in (k["_series"],im["_series"]) or k["_series"]==im["_series"])), None)
+        same = kept.setdefault(tuple(im[k]
+            for k in ("device","patient_id","study_id","laterality","view","rows","cols")), [])
+        series = lambda k: "" in (k["_series"],im["_series"]) or k["_series"]==im["_series"]
+        twin = next((k for k in same if k["subset"]!=im["subset"] and series(k)), None)
+        alias[im["image_id"]] = (twin or im)["image_id"]
         if twin is None:
-            kept.setdefault(key,[]).append(im)
-            alias[im["image_id"]] = im["image_id"]
+            same.append(im)
             continue
-        alias[im["image_id"]] = twin["image_id"]
         twin["quirks"] = twin["quirks"] + [f"also in {im['subset']}"]
         twin["_marked"] = twin.get("_marked",False) or im.get("_marked",False)
         ledger.note(im["path"], f"same image as in sub-set {twin['subset']}, counted once")
     return [im for ims in kept.values() for im in ims], alias
+
+# %% ../../nbs/lib/24_data.bcdr.ipynb #d901e02a
+def _same_lesion(a, b):
+    if a["lesion_id"]==b["lesion_id"] and a["image_file"]==b["image_file"]: return True
+    return box_iou([a[k] for k in BOX], [b[k] for k in BOX])>.5
 
 def merge_lesions(
     lesions:list, # Dicts with box, label, lesion_id; in order of precedence
@@ -147,12 +156,10 @@ def merge_lesions(
     where:object, # Image they lie on
 ) -> list: # Kept lesions
     "One lesion a place: of boxes that share more than half the first is kept, and none when their classes differ."
-    groups = []
+    groups, out = [], []
     for l in lesions:
-        b = tuple(l[k] for k in ("x0","y0","x1","y1"))
-        g = next((g for g in groups if any(box_iou(b, tuple(o[k] for k in ("x0","y0","x1","y1")))>.5 or (o["lesion_id"]==l["lesion_id"] and o["image_file"]==l["image_file"]) for o in g)), None)
-        groups.append([l]) if g is None else g.append(l)
-    out = []
+        group = next((g for g in groups if any(_same_lesion(l, o) for o in g)), None)
+        groups.append([l]) if group is None else group.append(l)
     for g in groups:
         if len({l["label"] for l in g} - {"unknown"})>1:
             ledger.skip(where, "lesion has opposite classes in two segmentations, left out", len(g))
@@ -162,6 +169,25 @@ def merge_lesions(
     return out
 
 # %% ../../nbs/lib/24_data.bcdr.ipynb #ef0a3c4a
+def _distinct_ids(lesions):
+    "Lesions of one image with the same id and different places get a letter."
+    seen, out = {}, []
+    for l in lesions:
+        key = (l["image_id"], l["lesion_id"])
+        n = seen[key] = seen.get(key,-1)+1
+        letter = chr(96+min(n,26)) + (str(n) if n>26 else "") if n else ""
+        out.append(dict(l, lesion_id=l["lesion_id"]+letter))
+    return out
+
+def _mark_normal(images):
+    breast = lambda im: (im["patient_id"], im["laterality"])
+    marked = {breast(im) for im in images if im.get("_marked")}
+    for im in images:
+        im["has_lesion"] = bool(im.pop("_marked", False))
+        im["normal"] = not im["has_lesion"] and (im["subset"].startswith("DN") or breast(im) not in marked)
+        del im["_series"]
+
+# %% ../../nbs/lib/24_data.bcdr.ipynb #3b70478d
 def read_bcdr(
     root:Path, # Folder that holds the sub-sets, at any depth
     *,
@@ -172,33 +198,22 @@ def read_bcdr(
     "BCDR as `MammoData`: overlapping sub-sets merged, one row a lesion and view."
     tables, led = bcdr_tables(root), Ledger("bcdr", strict)
     if subsets is not None: tables = {s:t for s,t in tables.items() if s in {x.upper() for x in subsets}}
-    if not tables: raise DataError("BCDR: no bcdr_<sub-set>_img.csv or bcdr_<sub-set>_outlines.csv" + (f" of {', '.join(subsets)}" if subsets else ""), root, "point data_dir at the folder that holds BCDR-F01_dataset or its sisters")
+    if not tables:
+        of = f" of {', '.join(subsets)}" if subsets else ""
+        raise DataError(f"BCDR: no bcdr_<sub-set>_img.csv or bcdr_<sub-set>_outlines.csv{of}", root,
+            "point data_dir at the folder that holds BCDR-F01_dataset or its sisters")
     images, lesions = [], []
     for subset,t in tables.items():
         im, le = _bcdr_subset(subset, t, led)
         images += im
-        lesions += [dict(l, image_file=l["image_id"]) for l in le]
+        lesions += le
     images, alias = _merge_images(images, led)
     kept = []
     for im in images:
         here = [dict(l, image_id=im["image_id"]) for l in lesions if alias[l["image_id"]]==im["image_id"]]
         kept += merge_lesions(here, ledger=led, where=im["path"])
-    kept = _distinct_ids(kept)
-    marked = {im["image_id"] for im in images if im.get("_marked")}
-    breasts = {(im["patient_id"],im["laterality"]) for im in images if im["image_id"] in marked}
-    for im in images:
-        im["has_lesion"] = im["image_id"] in marked
-        im["normal"] = not im["has_lesion"] and (im["subset"].startswith("DN") or (im["patient_id"],im["laterality"]) not in breasts)
-    if not images: raise DataError("BCDR: tables found, and no readable image", root, "; ".join(led.frame().reason.head(3)) or "check the download")
+    _mark_normal(images)
+    if not images:
+        raise DataError("BCDR: tables found, and no readable image", root, led.main_reasons() or "check the download")
     led.warn()
-    drop = lambda d: {k:v for k,v in d.items() if not k.startswith("_") and k!="image_file"}
-    return make_data("bcdr", [drop(im) for im in images], [drop(l) for l in kept], ledger=led, scaling=scaling)
-
-def _distinct_ids(lesions):
-    "Lesions of one image with the same id and different places get a letter."
-    seen, out = {}, []
-    for l in lesions:
-        key = (l["image_id"], l["lesion_id"])
-        n = seen[key] = seen.get(key,-1)+1
-        out.append(dict(l, lesion_id=l["lesion_id"] if n==0 else f"{l['lesion_id']}{chr(96+min(n,26))}" + (str(n) if n>26 else "")))
-    return out
+    return make_data("bcdr", images, _distinct_ids(kept), ledger=led, scaling=scaling)

@@ -16,15 +16,16 @@ import pandas as pd
 from scipy import ndimage
 
 from ..core import DataError, ParameterError, cache_dir, hash_of, read_json, write_json
-from .pixels import read_header, read_image
+from .pixels import header_or_skip, read_image
 from .folder import patch_frame
-from .table import Ledger, find_files, label_of, make_data, number_of, read_table, side_of, view_of, word
+from mammo_nb.data.table import (BOX, Ledger, find_files, label_of, make_data, number_of, read_table, side_of, view_of,
+    word)
 
 # %% ../../nbs/lib/25_data.cbis.ipynb #c3d0ab90
 _TABLE = re.compile(r"(mass|calc)_case_description_(train|test)_set\.csv", re.I)
-
-CBIS_COLUMNS = ("patient_id","left or right breast","image view","abnormality id","abnormality type","assessment","pathology","image file path",
-    "cropped image file path","ROI mask file path")
+_PATHS = dict(full="image file path", crop="cropped image file path", mask="ROI mask file path")
+CBIS_COLUMNS = ("patient_id","left or right breast","image view","abnormality id","abnormality type","assessment",
+    "pathology",*_PATHS.values())
 
 def parse_cbis_path(
     text:str, # Path cell
@@ -34,52 +35,59 @@ def parse_cbis_path(
     return tuple(parts[:3]) if len(parts)==4 and not set(parts) & {".",".."} else None
 
 # %% ../../nbs/lib/25_data.cbis.ipynb #43a12611
+def _read_cbis_table(path, ledger):
+    "Rows of one table whose three paths can be read, with what the paths say."
+    kind, split = (w.lower() for w in _TABLE.fullmatch(path.name).groups())
+    df = read_table(path, need=CBIS_COLUMNS).rename(columns={"breast density":"breast_density"})
+    parsed = pd.DataFrame({k: df[c].map(parse_cbis_path) for k,c in _PATHS.items()})
+    good = parsed.notna().all(axis=1)
+    for i in df.index[~good]:
+        ledger.skip(path, f"line {i+2}: a path does not have the four parts folder/study/series/file")
+    part = lambda which, k: parsed[which][good].map(lambda t: t[k])
+    return df[good].assign(kind=kind, split=split, table=str(path), folder=part("full",0), full=part("full",2),
+        lesion_folder=part("crop",0), crop=part("crop",2), mask=part("mask",2))
+
 def read_cbis_tables(
     root:Path, # Folder that holds the four tables, at any depth
     *,
     ledger:Ledger=None, # Takes rows whose paths cannot be read
 ) -> pd.DataFrame: # One row an abnormality and view, words as in TCIA, series parsed
     "All rows of the description tables that are there."
-    ledger, out = ledger or Ledger("cbis"), []
-    for path in find_files(root, ".csv"):
-        m = _TABLE.fullmatch(path.name)
-        if not m: continue
-        df = read_table(path, need=CBIS_COLUMNS)
-        df = df.rename(columns={"breast density":"breast_density"})
-        kind, split = m[1].lower(), m[2].lower()
-        full, crop, mask = (df[c].map(parse_cbis_path) for c in ("image file path","cropped image file path","ROI mask file path"))
-        good = full.notna() & crop.notna() & mask.notna()
-        for i in df.index[~good]: ledger.skip(path, f"line {i+2}: a path does not have the four parts folder/study/series/file")
-        part = lambda s, k: s[good].map(lambda t: t[k])
-        out.append(df[good].assign(kind=kind, split=split, table=str(path), folder=part(full,0), full=part(full,2), lesion_folder=part(crop,0),
-            crop=part(crop,2), mask=part(mask,2)))
-    if not out: raise DataError("CBIS-DDSM: no mass_case_description_train_set.csv or its sisters", root,
-            "point data_dir at the folder that holds the tables and the images")
-    t = pd.concat(out, ignore_index=True).drop_duplicates(["kind","split","full","abnormality id","mask"], ignore_index=True)
-    return t.sort_values(["kind","split","full","abnormality id"], kind="stable", ignore_index=True)
+    ledger = ledger or Ledger("cbis")
+    found = [_read_cbis_table(p, ledger) for p in find_files(root, ".csv") if _TABLE.fullmatch(p.name)]
+    if not found: raise DataError("CBIS-DDSM: no mass_case_description_train_set.csv or its sisters", root,
+        "point data_dir at the folder that holds the tables and the images")
+    order = ["kind","split","full","abnormality id"]
+    t = pd.concat(found, ignore_index=True).drop_duplicates([*order,"mask"], ignore_index=True)
+    return t.sort_values(order, kind="stable", ignore_index=True)
 
 # %% ../../nbs/lib/25_data.cbis.ipynb #f301e941
 _UID = re.compile(r"\d+(?:\.\d+){2,}")
+
+def _by_metadata(root, by_folder):
+    "{series uid: paths} as the retriever's metadata.csv says."
+    known = {f.relative_to(root).as_posix().casefold(): f for f in by_folder}
+    out = {}
+    for meta in (p for p in find_files(root, ".csv") if p.name.casefold()=="metadata.csv"):
+        try: df = read_table(meta, need=("Series UID","File Location"))
+        except DataError: continue
+        for uid,loc in zip(df["Series UID"], df["File Location"]):
+            loc = loc.replace("\\","/").lstrip("./").casefold()
+            hit = known.get(loc) or next((f for k,f in known.items() if loc and k.endswith("/"+loc)), None)
+            if hit: out.setdefault(uid, by_folder[hit])
+    return out
 
 def index_series(
     root:Path, # Folder that holds the images, at any depth
 ) -> tuple: # ({series uid: paths}, {(patient folder, last five digits): paths})
     "Image files by series, in every known folder form."
     by_uid, by_tail, by_folder = {}, {}, {}
-    for p in find_files(root, ".dcm", ".jpg", ".jpeg", ".png"):
-        by_folder.setdefault(p.parent, []).append(p)
+    for p in find_files(root, ".dcm", ".jpg", ".jpeg", ".png"): by_folder.setdefault(p.parent, []).append(p)
     for folder,files in by_folder.items():
+        tail = (folder.parent.parent.name, folder.name[-5:])
         if _UID.fullmatch(folder.name): by_uid.setdefault(folder.name, []).extend(files)
-        elif re.search(r"-(\d{5})$", folder.name): by_tail.setdefault((folder.parent.parent.name, folder.name[-5:]), []).extend(files)
-    for meta in (p for p in find_files(root, ".csv") if p.name.casefold()=="metadata.csv"):
-        try: df = read_table(meta, need=("Series UID","File Location"))
-        except DataError: continue
-        known = {f.relative_to(root).as_posix().casefold(): f for f in by_folder}
-        for uid,loc in zip(df["Series UID"], df["File Location"]):
-            loc = loc.replace("\\","/").lstrip("./").casefold()
-            hit = known.get(loc) or next((f for k,f in known.items() if loc and k.endswith("/"+loc)), None)
-            if hit: by_uid.setdefault(uid, by_folder[hit])
-    return by_uid, by_tail
+        elif re.search(r"-(\d{5})$", folder.name): by_tail.setdefault(tail, []).extend(files)
+    return {**_by_metadata(root, by_folder), **by_uid}, by_tail
 
 # %% ../../nbs/lib/25_data.cbis.ipynb #0a2511f0
 def files_of(
@@ -104,26 +112,29 @@ def tell_mask_from_crop(
     return mask, min(crops, key=lambda t: (t[0],str(t[1])))[1] if crops else None
 
 # %% ../../nbs/lib/25_data.cbis.ipynb #2bbdfc91
+def _coarse_parts(on):
+    "Parts of a mask after closing gaps on cells of about 4 by 4 pixels: number of the part of each pixel, how many."
+    rows, cols = (np.arange(s)*((s+3)//4)//s for s in on.shape)
+    starts = [np.flatnonzero(np.diff(i, prepend=-1)) for i in (rows,cols)]
+    small = np.logical_or.reduceat(np.logical_or.reduceat(on, starts[0], axis=0), starts[1], axis=1)
+    closed = ndimage.binary_closing(np.pad(small,9), np.ones((9,9)))[9:-9,9:-9]
+    part, n = ndimage.label(closed, np.ones((3,3)))
+    return np.where(on, part[np.ix_(rows,cols)], 0), n
+
 def mask_boxes(
     mask:np.ndarray, # Grey or binary mask
     *,
     smallest:float=.1, # Parts below this share of the largest are specks
 ) -> list: # Boxes `(x0,y0,x1,y1)` in mask pixels, largest part first
     "Boxes of the parts of a mask, after closing gaps."
-    on = mask > (127 if mask.max()<=255 else mask.max()/2) if mask.max()>1 else mask>0
+    top = mask.max()
+    on = mask > (0 if top<=1 else 127 if top<=255 else top/2)
     if not on.any(): return []
-    ys, xs = np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
-    y0,y1,x0,x1 = ys[0], ys[-1]+1, xs[0], xs[-1]+1
-    sub = on[y0:y1,x0:x1]
-    rows, cols = (np.arange(s)*((s+3)//4)//s for s in sub.shape)    # every pixel has a cell of about 4 by 4
-    starts = [np.flatnonzero(np.diff(i, prepend=-1)) for i in (rows,cols)]
-    small = np.logical_or.reduceat(np.logical_or.reduceat(sub, starts[0], axis=0), starts[1], axis=1)
-    part, n = ndimage.label(ndimage.binary_closing(np.pad(small,9), np.ones((9,9)))[9:-9,9:-9], np.ones((3,3)))
-    whole = np.where(sub, part[np.ix_(rows,cols)], 0)
-    area = np.bincount(whole.ravel(), minlength=n+1)[1:]
+    (y0,y1), (x0,x1) = (np.flatnonzero(on.any(axis))[[0,-1]]+(0,1) for axis in (1,0))
+    whole, n = _coarse_parts(on[y0:y1,x0:x1])
+    area, at = np.bincount(whole.ravel(), minlength=n+1)[1:], ndimage.find_objects(whole, max_label=n)
     keep = [k for k in np.argsort(-area, kind="stable") if area[k]>=smallest*area.max() and area[k]>0]
-    at = ndimage.find_objects(whole, max_label=n)
-    return [(int(x0+at[k][1].start), int(y0+at[k][0].start), int(x0+at[k][1].stop), int(y0+at[k][0].stop)) for k in keep]
+    return [(int(x0+sx.start), int(y0+sy.start), int(x0+sx.stop), int(y0+sy.stop)) for sy,sx in (at[k] for k in keep)]
 
 # %% ../../nbs/lib/25_data.cbis.ipynb #e6e50854
 def _boxes_of(path):
@@ -141,50 +152,81 @@ def all_mask_boxes(
     stat = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(set(paths))]
     file = cache_dir("cbis")/f"boxes_{hash_of(stat, 1)}.json"
     if not file.is_file():
-        with ThreadPoolExecutor(workers) as pool: found = list(pool.map(lambda s: _boxes_of(Path(s[0])), stat))
-        write_json(file, [[s[0],b] for s,b in zip(stat,found)])
-    return {p: b for p,b in read_json(file)}
+        with ThreadPoolExecutor(workers) as pool: found = list(pool.map(_boxes_of, [Path(p) for p,*_ in stat]))
+        write_json(file, [[p,b] for (p,*_),b in zip(stat,found)])
+    return dict(read_json(file))
 
 # %% ../../nbs/lib/25_data.cbis.ipynb #9cf7a4a4
-def _cbis_type(r):
-    if r["kind"]=="calc": return "calcification"
-    shape = word(r.get("mass shape")).upper().split("-")
-    return "distortion" if shape==["ARCHITECTURAL_DISTORTION"] else "asymmetry" if set(shape) <= {"ASYMMETRIC_BREAST_TISSUE","FOCAL_ASYMMETRIC_DENSITY"} else "mass"
+_ASYMMETRY = {"ASYMMETRIC_BREAST_TISSUE","FOCAL_ASYMMETRIC_DENSITY"}
 
-def _headers(paths, ledger):
-    out = []
-    for p in paths:
-        try: out.append((p, read_header(p)))
-        except DataError as e: ledger.skip(p, e.what)
-    return out
+def _cbis_type(r):
+    shape = word(r.get("mass shape")).upper().split("-")
+    if r["kind"]=="calc": return "calcification"
+    if shape==["ARCHITECTURAL_DISTORTION"]: return "distortion"
+    return "asymmetry" if set(shape) <= _ASYMMETRY else "mass"
+
+def _headers(paths, ledger): return [(p,h) for p in paths if (h:=header_or_skip(p, ledger))]
+
+def _cbis_image(r, heads, quirks):
+    "The image row of a table row; of several files of its series the largest is the mammogram."
+    path, h = max(heads, key=lambda t: (t[1]["rows"]*t[1]["cols"], str(t[0])))
+    return dict(image_id=f"cbis:{r['full']}", subset=r["kind"], patient_id=f"cbis:{r['patient_id']}", study_id=np.nan,
+        path=str(path.resolve()), laterality=side_of(r["left or right breast"]), view=view_of(r["image view"]),
+        rows=h["rows"], cols=h["cols"], bits=h["allocated"], spacing_mm=np.nan,
+        density=number_of(r.get("breast_density"),1,4), birads=r["assessment"] or np.nan, age=np.nan,
+        official_split=r["split"], device="film", quirks=quirks, has_lesion=True)
 
 def _cbis_plan(table, index, ledger):
     "Image rows and, for each table row, its mask and crop files."
-    images, plan = {}, []
-    both = table.groupby("patient_id").split.nunique()
-    twice = table.groupby(["patient_id","left or right breast","image view"]).kind.nunique()
+    images, plan, view = {}, [], ["patient_id","left or right breast","image view"]
+    splits, kinds = table.groupby("patient_id").split.nunique(), table.groupby(view).kind.nunique()
     for _,r in table.iterrows():
-        i = f"cbis:{r['full']}"
-        if i not in images:
+        if r["full"] not in images:
             heads = _headers(files_of(index, r["folder"], r["full"]), ledger)
-            if not heads:
-                images[i] = None
-                ledger.skip(r["folder"], "full mammogram is not on disk or unreadable")
-            else:
-                path, h = max(heads, key=lambda t: (t[1]["rows"]*t[1]["cols"], str(t[0])))
-                quirks = (["official split differs between mass and calc"] if both[r["patient_id"]]>1 else []) + (["same view also in the other table"] if twice[r["patient_id"],r["left or right breast"],r["image view"]]>1 else [])
-                images[i] = dict(image_id=i, subset=r["kind"], patient_id=f"cbis:{r['patient_id']}", study_id=np.nan, path=str(path.resolve()),
-                    laterality=side_of(r["left or right breast"]), view=view_of(r["image view"]),
-                    rows=h["rows"], cols=h["cols"], bits=h["allocated"], spacing_mm=np.nan, density=number_of(r.get("breast_density"),1,4),
-                    birads=r["assessment"] or np.nan, age=np.nan, official_split=r["split"], device="film",
-                    quirks=quirks, has_lesion=True)
-        if images[i] is None:
+            if not heads: ledger.skip(r["folder"], "full mammogram is not on disk or unreadable")
+            quirks = ["official split differs between mass and calc"]*int(splits[r["patient_id"]]>1)
+            quirks += ["same view also in the other table"]*int(kinds[tuple(r[view])]>1)
+            images[r["full"]] = _cbis_image(r, heads, quirks) if heads else None
+        im = images[r["full"]]
+        if im is None:
             ledger.skip(r["lesion_folder"], "lesion of a mammogram that is not there")
             continue
         files = {p for s in {r["crop"],r["mask"]} for p in files_of(index, r["lesion_folder"], s)}
-        mask, crop = tell_mask_from_crop(_headers(sorted(files), ledger), images[i])
-        plan.append((r, images[i], mask, crop))
-    return {i:im for i,im in images.items() if im}, plan
+        plan.append((r, im, *tell_mask_from_crop(_headers(sorted(files), ledger), im)))
+    return [im for im in images.values() if im], plan
+
+# %% ../../nbs/lib/25_data.cbis.ipynb #5bdca332
+def _orphans(table, index, root, ledger):
+    "Series on disk that no table row names: a table is missing or damaged."
+    named, tails = set(table.full) | set(table.crop) | set(table["mask"]), set()
+    for folder,series in (("folder","full"),("lesion_folder","crop"),("lesion_folder","mask")):
+        tails |= {(f,s[-5:]) for f,s in zip(table[folder],table[series])}
+    n = len(set(index[0])-named) + len(set(index[1])-tails)
+    if n: ledger.note(root, "series on disk that no table names", n)
+
+def _cbis_rows(base, im, mask, found, parts, ledger):
+    "Lesion rows of one mask: a box of each part that is wanted, in pixels of the mammogram."
+    if "error" in found or not found["boxes"]:
+        ledger.skip(mask, found.get("error", "mask is empty"))
+        return []
+    (mh,mw), quirks, boxes = found["shape"], list(im["quirks"]), found["boxes"]
+    sy, sx = im["rows"]/mh, im["cols"]/mw
+    if (sy,sx)!=(1,1):
+        quirks.append("mask of another size")
+        aspect = " (aspect differs)" if abs(sy/sx-1)>.01 else ""
+        ledger.note(mask, "mask has another size than its mammogram, scaled"+aspect)
+    if len(boxes)>1:
+        quirks.append(f"mask has {len(boxes)} parts")
+        ledger.note(mask, "mask has several parts" + (", largest taken" if parts=="largest" else ""))
+    out = []
+    for k,(x0,y0,x1,y1) in enumerate(boxes[:1] if parts=="largest" else boxes):
+        box = (int(x0*sx), int(y0*sy), min(im["cols"],int(np.ceil(x1*sx))), min(im["rows"],int(np.ceil(y1*sy))))
+        name = base["lesion_id"]+(f".{k+1}" if k else "")
+        out.append(dict(base, **dict(zip(BOX, box)), lesion_id=name, quirks=quirks, mask_path=str(mask.resolve())))
+    return out
+
+# %% ../../nbs/lib/25_data.cbis.ipynb #0ceee5b4
+_OF_IMAGE = ("patient_id","density","laterality","view","birads","official_split")
 
 def read_cbis(
     root:Path, # Folder that holds tables and images, at any depth
@@ -196,53 +238,20 @@ def read_cbis(
 ):
     "CBIS-DDSM as `MammoData`: boxes from the masks, pathology per lesion; TCIA's own crops as ready patches."
     if parts not in ("largest","all"): raise ParameterError(f"'{parts}'", "parts", "choose from largest, all")
-    led = Ledger("cbis", strict)
+    led, lesions, crops = Ledger("cbis", strict), [], []
     table, index = read_cbis_tables(root, ledger=led), index_series(root)
     _orphans(table, index, root, led)
-    table = table[table.kind.isin(kinds)]
-    images, plan = _cbis_plan(table, index, led)
+    images, plan = _cbis_plan(table[table.kind.isin(kinds)], index, led)
     if not images: raise DataError("CBIS-DDSM: tables found, and no readable full mammogram", root,
-            "put the image folders (or jpeg/ of the Kaggle copy) below the same folder")
-    boxes, lesions, crops = all_mask_boxes([m for *_,m,_ in plan if m]), [], []
+        "put the image folders (or jpeg/ of the Kaggle copy) below the same folder")
+    boxes = all_mask_boxes([m for *_,m,_ in plan if m])
     for r,im,mask,crop in plan:
-        base = dict(image_id=im["image_id"], lesion_type=_cbis_type(r), label=label_of(r["pathology"]), label_source="pathology", label_raw=r["pathology"])
-        name = f"{r['kind']}{r['abnormality id']}"
-        if crop: crops.append(dict(base, patch_id=f"{im['image_id']}:{name}", lesion_id=name, target=1, dataset="cbis", path=str(crop.resolve()),
-                **{k:im[k] for k in ("patient_id","density","laterality","view","birads","official_split")}))
-        if mask is None:
-            led.skip(r["lesion_folder"], "no mask on disk: lesion has no box")
-            continue
-        found = boxes[str(mask)]
-        if "error" in found:
-            led.skip(mask, found["error"])
-            continue
-        if not found["boxes"]:
-            led.skip(mask, "mask is empty")
-            continue
-        lesions += _cbis_rows(base, name, im, mask, found, parts, led)
+        base = dict(image_id=im["image_id"], lesion_id=f"{r['kind']}{r['abnormality id']}", lesion_type=_cbis_type(r),
+            label=label_of(r["pathology"]), label_source="pathology", label_raw=r["pathology"])
+        if crop: crops.append(dict(base, patch_id=f"{im['image_id']}:{base['lesion_id']}", target=1, dataset="cbis",
+            path=str(crop.resolve()), **{k: im[k] for k in _OF_IMAGE}))
+        if mask is None: led.skip(r["lesion_folder"], "no mask on disk: lesion has no box")
+        else: lesions += _cbis_rows(base, im, mask, boxes[str(mask)], parts, led)
     led.warn()
-    return make_data("cbis", list(images.values()), lesions, ledger=led, scaling=scaling, patches=patch_frame(crops) if crops else None)
-
-def _orphans(table, index, root, ledger):
-    "Series on disk that no table row names: a table is missing or damaged."
-    named = set(table.full) | set(table.crop) | set(table["mask"])
-    tails = {(f,s[-5:]) for cols in (("folder","full"),("lesion_folder","crop"),("lesion_folder","mask")) for f,s in zip(table[cols[0]],table[cols[1]])}
-    n = len(set(index[0])-named) + len(set(index[1])-tails)
-    if n: ledger.note(root, "series on disk that no table names", n)
-
-def _cbis_rows(base, name, im, mask, found, parts, ledger):
-    (mh,mw), quirks = found["shape"], list(im["quirks"])
-    sy, sx = im["rows"]/mh, im["cols"]/mw
-    if (sy,sx)!=(1,1):
-        quirks.append("mask of another size")
-        ledger.note(mask,
-            "mask has another size than its mammogram, scaled" + (" (aspect differs)" if abs(sy/sx-1)>.01 else ""))
-    if len(found["boxes"])>1:
-        quirks.append(f"mask has {len(found['boxes'])} parts")
-        ledger.note(mask,
-            "mask has several parts" + (", largest taken" if parts=="largest" else ""))
-    out = []
-    for k,(x0,y0,x1,y1) in enumerate(found["boxes"][:1 if parts=="largest" else None]):
-        box = (int(np.floor(x0*sx)), int(np.floor(y0*sy)), min(im["cols"],int(np.ceil(x1*sx))), min(im["rows"],int(np.ceil(y1*sy))))
-        out.append(dict(base, lesion_id=name+(f".{k+1}" if k else ""), quirks=quirks, mask_path=str(mask.resolve()), **dict(zip(("x0","y0","x1","y1"), box))))
-    return out
+    patches = patch_frame(crops) if crops else None
+    return make_data("cbis", images, lesions, ledger=led, scaling=scaling, patches=patches)

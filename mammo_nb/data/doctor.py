@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import DataError, MammoError, repo_root
 from .pixels import read_image
-from .readers import READERS, _found, has_cbis_tables
+from .readers import NEEDS, _cut, _found, _read, has_cbis_tables
 from .table import find_files
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #ccdd47ff
@@ -24,7 +24,9 @@ PUBLISHED_COUNTS = dict(
     mias = dict(patients=161, images=322, normal=207, lesions=119),
     cbis_patches = dict(patients=892, patches=1698),
     four_views = dict(patients=1, images=4, normal=4))
-BCDR_PUBLISHED = dict(F01=dict(patients=185), D01=dict(patients=64, lesions=143), D02=dict(lesions=455)) # Segmentations before doubles are merged
+# Segmentations before doubles are merged
+BCDR_PUBLISHED = dict(F01=dict(patients=185), D01=dict(patients=64, lesions=143), D02=dict(lesions=455))
+_COUNTED = ("patients","images","normal","with_lesion","lesions","mass","calcification","benign","malignant","patches")
 
 def count_table(
     layout:str, # Key of `READERS`
@@ -32,46 +34,37 @@ def count_table(
 ) -> pd.DataFrame: # what, found, published (NaN where none is)
     "Found and published counts of a data set."
     have, want = data.summary(), PUBLISHED_COUNTS.get(layout, {})
-    keys = [k for k in ("patients","images","normal","with_lesion","lesions","mass","calcification","benign","malignant","patches") if have[k] or k in want]
-    rows = [(k, have[k], want.get(k)) for k in keys]
-    if layout=="bcdr":
-        for s,im in data.images.groupby("subset"):
-            rows += [(f"{s} {k}", im.patient_id.nunique() if k=="patients" else int((data.lesions.subset==s).sum()), v) for k,
-                v in BCDR_PUBLISHED.get(s,{}).items()]
+    rows = [(k, have[k], want.get(k)) for k in _COUNTED if have[k] or k in want]
+    for s,im in data.images.groupby("subset") if layout=="bcdr" else ():
+        found = dict(patients=im.patient_id.nunique(), lesions=int((data.lesions.subset==s).sum()))
+        rows += [(f"{s} {k}", found[k], v) for k,v in BCDR_PUBLISHED.get(s,{}).items()]
     return pd.DataFrame(rows, columns=["what","found","published"])
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #fb411dba
-def _has(d):
-    patches = d.patches if d.patches is not None else pd.DataFrame(columns=["target","label"])
-    labels = set(d.lesions.label) | set(patches.label)
-    return dict(lesions=len(d.lesions)>0, cut=bool((patches.target==1).any()), healthy=bool(d.images.normal.any() or (patches.target==0).any()),
-        classes={"benign","malignant"} <= labels, boxed_classes={"benign","malignant"} <= set(d.lesions.label))
+def _roles(ill, given):
+    "The option that names the centres, where their names do not say it themselves."
+    if len(ill)==1 or {"inbreast","bcdr","omidb"} <= set(ill): return given
+    return f"{given} -p centres " + shlex.quote(",".join(f"{c}={n}" for c,n in zip("abc", (ill+ill[-1:])[:3])))
+
+def _by_image(sets):
+    "The option for healthy images of one or two women only, who cannot be split."
+    women = {p for d in sets for p in d.images.patient_id[d.images.normal]}
+    return " -p split_by image" if 0<len(women)<3 and not any(_cut(d, 0) for d in sets) else ""
 
 def paper_lines(
     root:Path, # data_dir
     sets:dict, # name -> MammoData
 ) -> dict: # number of the paper -> papermill line, or why not
     "For each paper the line that runs it on this data, or what is missing."
-    has, where = {n:_has(d) for n,d in sets.items()}, shlex.quote(str(root))
-    ill = [n for n,h in has.items() if h["lesions"] or h["cut"]]
-    boxed, healthy = [n for n,h in has.items() if h["lesions"]], any(h["healthy"] for h in has.values())
-    out, no_ill, no_healthy = {}, "needs lesions", "needs images known to be free of lesions (or healthy patches)"
-    labelled = [n for n,h in has.items() if h["boxed_classes"]]
-    pick = lambda names, first: next((n for n in names if n.startswith(first)), names[0]) if names else None
-    out["00"] = f"-p data_dir {where} -p dataset {pick(labelled,'bcdr')}" if labelled else "needs outlined lesions that are called benign and malignant"
-    out["01"] = (no_healthy if not healthy else f"-p data_dir {where}") if boxed else "needs lesions with a box in a whole image"
-    out["02"] = f"-p data_dir {where}" if ill and healthy else no_healthy if ill else no_ill # boxes in images or ready patches
-    masses = [n for n,h in has.items() if h["classes"]]
-    out["03"] = f"-p data_dir {where}" if masses else "needs lesions that are called benign and malignant"
-    women = {p for d in sets.values() for p in d.images.patient_id[d.images.normal]}
-    by_image = " -p split_by image" if 0<len(women)<3 and not any((d.patches.target==0).any() for d in sets.values() if d.patches is not None) else ""
-    if not ill or not healthy: out["04"] = no_healthy if ill else no_ill
-    elif len(ill)==1 or {"inbreast","bcdr","omidb"} <= set(ill): out["04"] = f"-p data_dir {where}{by_image}"
-    else: out["04"] = f"-p data_dir {where}{by_image} -p centres " + shlex.quote(",".join(f"{c}={n}" for c,n in zip("abc", (ill+ill[-1:])[:3])))
-    return out
-
-def _notebook(number):
-    return next((p for p in sorted((repo_root()/"nbs").glob(f"{number}_*.ipynb"))), None)
+    with_need = {need: [n for n,d in sets.items() if has(d)] for need,(_,has) in NEEDS.items()}
+    line, labelled = f"-p data_dir {shlex.quote(str(root))}", with_need["boxed_classes"]
+    first = lambda names: next((n for n in names if n.startswith("bcdr")), names[0])
+    lacks = lambda *needs: next((f"needs {NEEDS[need][0]}" for need in needs if not with_need[need]), "")
+    return {"00": lacks("boxed_classes") or f"{line} -p dataset {first(labelled)}",
+        "01": lacks("boxes","healthy") or line,
+        "02": lacks("lesions","healthy") or line,
+        "03": lacks("classes") or line,
+        "04": lacks("lesions","healthy") or _roles(with_need["lesions"], line+_by_image(sets.values()))}
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #6df673fc
 def decode_some(
@@ -91,6 +84,18 @@ def decode_some(
     return df
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #d887827c
+def _read_all(found, check):
+    "What each set holds, what keeps it from being read, and which of its pictures are broken."
+    sets, errors, broken = {}, {}, {}
+    for name,(layout,p) in found.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                sets[name] = _read(name, layout, p)
+            broken[name] = decode_some(sets[name], check=check)
+        except MammoError as e: errors[name] = str(e)
+    return sets, errors, broken
+
 def examine(
     root:Path, # Any folder
     *,
@@ -98,69 +103,74 @@ def examine(
 ) -> dict: # sets, errors, broken, usable, lines, seen
     "Read whatever lies below a folder and say what is wrong with it."
     root = Path(root)
-    found, sets, errors, broken = _found(root), {}, {}, {}
-    for name,(layout,p) in found.items():
-        extra = {"name":name} if layout in ("folder","four_views","cbis_patches") else {}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                sets[name] = READERS[layout](p, **extra)
-        except MammoError as e:
-            errors[name] = str(e)
-            continue
-        broken[name] = decode_some(sets[name], check=check)
-    good = {n:d for n,d in sets.items() if broken[n].attrs["tried"]>len(broken[n])}
-    seen = Counter(p.suffix.lower() or p.name for p in find_files(root)) if not found else {}
-    return dict(root=root, found=found, sets=sets, errors=errors, broken=broken, usable=bool(good), lines=paper_lines(root, good) if good else {},
-        seen=seen, tables_only=not found and _tables_only(root))
-
-def _tables_only(root):
-    return has_cbis_tables(root, 2)
+    found = _found(root)
+    sets, errors, broken = _read_all(found, check)
+    good = {n: d for n,d in sets.items() if broken[n].attrs["tried"]>len(broken[n])}
+    seen = {} if found else Counter(p.suffix.lower() or p.name for p in find_files(root))
+    return dict(root=root, found=found, sets=sets, errors=errors, broken=broken, usable=bool(good), seen=seen,
+        lines=paper_lines(root, good) if good else {}, tables_only=not found and has_cbis_tables(root, 2))
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #d3966344
 def _reasons(df, root):
     "Reasons with counts, most frequent first, one example each."
-    out = []
-    for (kind,reason),g in sorted(df.groupby(["kind","reason"]), key=lambda t: (t[0][0]!="skipped", -t[1]["count"].sum())):
+    out, most = [], lambda group: (group[0][0]!="skipped", -group[1]["count"].sum())
+    for (kind,reason),g in sorted(df.groupby(["kind","reason"]), key=most):
         file = Path(g.file.iloc[0])
         file = file.relative_to(root) if file.is_relative_to(root) else file
-        out.append(f"    {'missing' if kind=='skipped' else 'note   '} {int(g['count'].sum()):6d} x {reason}   (e.g. {file})")
+        word = "missing" if kind=="skipped" else "note   "
+        out.append(f"    {word} {int(g['count'].sum()):6d} x {reason}   (e.g. {file})")
     return out
+
+def _count_lines(layout, data):
+    for r in count_table(layout, data).itertuples():
+        known = "" if pd.isna(r.published) else f"   published {int(r.published):6d}"
+        yield f"    {r.what:16s}{r.found:8d}{known}" + ("   <- differs" if known and r.found!=r.published else "")
+
+def _set_lines(e, name):
+    "What is said of one data set."
+    layout, p = e["found"][name]
+    out = ["", f"{name}: layout {layout}, in {p}"]
+    if name in e["errors"]: return out + [f"    cannot be read: {e['errors'][name]}"]
+    data, bad = e["sets"][name], e["broken"][name]
+    out += _count_lines(layout, data)
+    out += _reasons(data.skipped, e["root"].resolve()) or ["    nothing left out"]
+    out.append(f"    pixels: {bad.attrs['tried']} decoded, {len(bad)} broken")
+    return out + [f"    broken  {f}: {r}" for f,r in bad.head(20).itertuples(index=False)]
+
+# %% ../../nbs/lib/26b_data.doctor.ipynb #625e82bf
+_NO_IMAGES = ("the tables of CBIS-DDSM are here without its images: put the image folders, or jpeg/ of the Kaggle "
+    "copy, below the same folder")
+
+def _notebook(number): return next(iter(sorted((repo_root()/"nbs").glob(f"{number}_*.ipynb"))), None)
+
+def _nothing_lines(e):
+    seen = ", ".join(f"{n} {s}" for s,n in Counter(e["seen"]).most_common(6)) or "none"
+    return ["", f"no data set of a known layout; files seen: {seen}", *[_NO_IMAGES]*bool(e["tables_only"]),
+        "your own data: write images.csv or patches.csv, see nbs/lib/22a_data.folder.ipynb"]
+
+def _paper_lines(lines):
+    for number,line in sorted(lines.items()):
+        notebook, runs = _notebook(number), line.startswith("-p")
+        if notebook is None: continue
+        yield f"    papermill {notebook.relative_to(repo_root())} out.ipynb {line} -p preset paper" if runs else \
+            f"    {notebook.stem}: {line}"
 
 def report_text(
     e:dict, # From `examine`
 ) -> str:
     "The examination as text for a terminal."
-    out, root = [f"mammo_doctor {e['root']}"], e["root"].resolve()
-    for name,(layout,p) in e["found"].items():
-        out += ["", f"{name}: layout {layout}, in {p}"]
-        if name in e["errors"]:
-            out.append(f"    cannot be read: {e['errors'][name]}")
-            continue
-        data, bad = e["sets"][name], e["broken"][name]
-        t = count_table(layout, data)
-        out += [f"    {r.what:16s}{r.found:8d}" + ("" if pd.isna(r.published) else f"   published {int(r.published):6d}" + ("" if r.found==r.published else "   <- differs")) for r in t.itertuples()]
-        out += _reasons(data.skipped, root) or ["    nothing left out"]
-        out.append(f"    pixels: {bad.attrs['tried']} decoded, {len(bad)} broken")
-        out += [f"    broken  {f}: {r}" for f,r in bad.head(20).itertuples(index=False)]
-    if not e["found"]:
-        out += ["", "no data set of a known layout; files seen: " + (", ".join(f"{n} {s}" for s,n in Counter(e["seen"]).most_common(6)) or "none")]
-        if e["tables_only"]: out.append("the tables of CBIS-DDSM are here without its images: put the image folders, or jpeg/ of the Kaggle copy, below the same folder")
-        out.append("your own data: write images.csv or patches.csv, see nbs/lib/22a_data.folder.ipynb")
-    if e["lines"]:
-        out += ["", "papers this data can run:"]
-        lines = [(n, _notebook(n), l) for n,l in sorted(e["lines"].items())]
-        out += [f"    papermill {nb.relative_to(repo_root())} out.ipynb {l} -p preset paper" if l.startswith("-p") else f"    {nb.stem}: {l}" for n,
-            nb,l in lines if nb is not None]
-    out += ["", "usable" if e["usable"] else "not usable"]
-    return "\n".join(out)
+    out = [f"mammo_doctor {e['root']}", *(line for name in e["found"] for line in _set_lines(e, name))]
+    if not e["found"]: out += _nothing_lines(e)
+    if e["lines"]: out += ["", "papers this data can run:", *_paper_lines(e["lines"])]
+    return "\n".join([*out, "", "usable" if e["usable"] else "not usable"])
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #c6a98329
 def main(
     argv=None, # Arguments, default those of the command line
 ) -> int: # 0 when at least one data set is usable, 1 when none is, 2 for a bad call
     "Console command `mammo_doctor PATH`, or `python -m mammo_nb.data.doctor PATH` where only the sources are."
-    ap = argparse.ArgumentParser(prog="mammo_doctor", description="Say which data sets lie below a folder, what is missing or broken, and which paper they can run.")
+    ap = argparse.ArgumentParser(prog="mammo_doctor",
+        description="Say which data sets lie below a folder, what is missing or broken, and which paper they can run.")
     ap.add_argument("path", help="folder with one or more data sets")
     ap.add_argument("--check", type=int, default=20, help="pictures to decode of each set, 0 = all (default 20)")
     a = ap.parse_args(argv)

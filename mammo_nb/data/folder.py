@@ -14,16 +14,17 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError
-from .pixels import RASTER, read_header
-from .table import (LESION_TYPES, PATCH_COLUMNS, PATCH_EXTRAS, Ledger, find_files, inside, label_of, make_data, number_of, outline_box,
-    read_table, side_of,
-                                 view_of, word)
+from .pixels import RASTER, header_or_skip
+from .table import (BOX, LESION_TYPES, PATCH_COLUMNS, PATCH_EXTRAS, Ledger, find_files, inside, label_of,
+    make_data, number_of, outline_box, read_table, side_of, view_of, word)
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #18bf81f4
 IMAGES_NEED, LESIONS_NEED, PATCHES_NEED = ("image_id","patient_id","path"), ("image_id",), ("path","patient_id")
 _TRUE, _FALSE = ("1","1.0","true","yes","y"), ("0","0.0","false","no","n")
 
-def _name_of(root): return re.sub(r"[^a-z0-9]+", "_", Path(os.path.abspath(root)).name.casefold()).strip("_") or "folder"
+def _name_of(root):
+    name = Path(os.path.abspath(root)).name.casefold()
+    return re.sub(r"[^a-z0-9]+", "_", name).strip("_") or "folder"
 
 def _text(row, key): return word(row.get(key)) or np.nan
 
@@ -37,6 +38,7 @@ def _file(root, row, table, ledger):
         return None
     return path
 
+# %% ../../nbs/lib/22a_data.folder.ipynb #8edfe273
 def parse_polygon(
     text:str, # `x,y x,y x,y`
 ) -> list: # (x, y) points, or None when empty or unreadable
@@ -47,30 +49,38 @@ def parse_polygon(
     return points if len(points)>2 and np.isfinite(points).all() else None
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #aeba916e
+def _why_not(row, path, known):
+    "Why a row of images.csv cannot be used, or an empty text."
+    image = word(row["image_id"])
+    if not image or not word(row["patient_id"]): return f"row of {path.name} has no image_id or no patient_id"
+    return f"image_id {image[:60]!r} occurs again" if image in known else ""
+
+def _image_row(r, head, name, path):
+    "The image row of a row of images.csv; what the file's header knows fills in."
+    spacing = number_of(r.get("spacing_mm"), 1e-4, 5)
+    texts = {k: _text(r,c) for k,c in dict(subset="subset", study_id="study_id", birads="birads",
+        official_split="split",
+        device="device").items()}
+    return dict(texts, image_id=f"{name}:{word(r['image_id'])}", patient_id=f"{name}:{word(r['patient_id'])}",
+        path=str(path),
+        laterality=side_of(r.get("laterality") or head["side"]), view=view_of(r.get("view") or head["view"]),
+        rows=head["rows"], cols=head["cols"], bits=head["bits"],
+        spacing_mm=spacing if spacing>0 else head["spacing_mm"], density=number_of(r.get("density"),1,4),
+        age=number_of(r.get("age"),0,120), quirks=[], _normal=word(r.get("normal")).casefold())
+
 def _folder_images(root, name, ledger):
     table, rows, used = root/"images.csv", {}, set()
     for _,r in read_table(table, need=IMAGES_NEED).iterrows():
-        image = word(r["image_id"])
         path = _file(root, r, table, ledger)
         if path is None: continue
-        if not image or not word(r["patient_id"]):
-            ledger.skip(table, f"row of {path.name} has no image_id or no patient_id")
+        why = _why_not(r, path, rows)
+        if why:
+            ledger.skip(table, why)
             continue
-        if image in rows:
-            ledger.skip(table, f"image_id {image[:60]!r} occurs again")
-            continue
-        try: head = read_header(path)
-        except DataError as e:
-            ledger.skip(path, e.what)
-            continue
-        spacing = number_of(r.get("spacing_mm"), 1e-4, 5)
+        head = header_or_skip(path, ledger)
+        if head is None: continue
         used.add(path)
-        rows[image] = dict(image_id=f"{name}:{image}", subset=_text(r,"subset"), patient_id=f"{name}:{word(r['patient_id'])}",
-            study_id=_text(r,"study_id"), path=str(path), laterality=side_of(r.get("laterality") or head["side"]),
-            view=view_of(r.get("view") or head["view"]), rows=head["rows"], cols=head["cols"], bits=head["bits"],
-            spacing_mm=spacing if spacing>0 else head["spacing_mm"], density=number_of(r.get("density"),1,4),
-            birads=_text(r,"birads"), age=number_of(r.get("age"),0,120), official_split=_text(r,"split"), device=_text(r,"device"), quirks=[],
-            _normal=word(r.get("normal")).casefold())
+        rows[word(r["image_id"])] = _image_row(r, head, name, path)
     if not (root/"patches.csv").is_file(): _spare(root, used, ledger)
     return rows
 
@@ -79,34 +89,46 @@ def _spare(root, used, ledger):
     n = sum(p not in used and "mask" not in p.stem.casefold() for p in find_files(root, ".dcm", *RASTER))
     if n: ledger.note(root, "pictures on disk that images.csv does not name or that could not be used", n)
 
+# %% ../../nbs/lib/22a_data.folder.ipynb #967604a5
+def _lesion_box(r, polygon, size):
+    "Half-open box of a row of lesions.csv, inside the image; None without one."
+    box = [number_of(r.get(c)) for c in BOX]
+    if not np.isfinite(box).all(): return outline_box(polygon, **size) if polygon else None
+    x0,y0,x1,y1 = box
+    return outline_box([(x0,y0), (x1-1,y1-1)], **size) if x0<x1 and y0<y1 else None
+
+def _lesion_words(r, table, ledger):
+    "Type and class of a lesion; words that are not understood are noted."
+    kind, said, label = word(r.get("lesion_type")).casefold(), word(r.get("label")), label_of(r.get("label"))
+    if kind and kind not in LESION_TYPES: ledger.note(table, f"unknown lesion type {kind[:60]!r} read as other")
+    if said and label=="unknown" and said.casefold()!="unknown":
+        ledger.note(table, f"label {said[:60]!r} read as unknown")
+    return dict(lesion_type=kind if kind in LESION_TYPES else "other", label=label, label_raw=said)
+
 def _folder_lesions(root, images, ledger):
     table, out, seen = root/"lesions.csv", [], set()
     for k,r in read_table(table, need=LESIONS_NEED).iterrows():
-        im = images.get(word(r["image_id"]))
+        image = word(r["image_id"])
+        im = images.get(image)
         if im is None:
-            ledger.skip(table, f"lesion on image {word(r['image_id'])[:60]!r}, which is not in images.csv or unreadable")
+            ledger.skip(table, f"lesion on image {image[:60]!r}, which is not in images.csv or unreadable")
             continue
         im["has_lesion"] = True
         polygon = parse_polygon(r.get("polygon"))
-        box = [number_of(r.get(c)) for c in ("x0","y0","x1","y1")]
-        if np.isfinite(box).all(): box = outline_box([box[:2], [box[2]-1,box[3]-1]], rows=im["rows"], cols=im["cols"]) if box[0]<box[2] and box[1]<box[3] else None
-        else: box = outline_box(polygon, rows=im["rows"], cols=im["cols"]) if polygon else None
+        box = _lesion_box(r, polygon, dict(rows=im["rows"], cols=im["cols"]))
         if box is None:
             ledger.skip(table, f"lesion in line {k+2} has no box inside its image")
             continue
-        kind = word(r.get("lesion_type")).casefold()
-        if kind and kind not in LESION_TYPES: ledger.note(table, f"unknown lesion type {kind[:60]!r} read as other")
-        if word(r.get("label")) and label_of(r["label"])=="unknown" and word(r["label"]).casefold()!="unknown": ledger.note(table, f"label {word(r['label'])[:60]!r} read as unknown")
+        words = _lesion_words(r, table, ledger)
         mask = inside(root, word(r.get("mask_path")))
         lesion = word(r.get("lesion_id")) or str(k+1)
         while (im["image_id"],lesion) in seen: lesion += "+"
         seen.add((im["image_id"],lesion))
-        out.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=lesion, polygon=polygon,
-            mask_path=str(mask) if mask and mask.is_file() else None,
-            lesion_type=kind if kind in LESION_TYPES else "other", label=label_of(r.get("label")), label_source=_text(r,"label_source"),
-            label_raw=word(r.get("label"))))
+        out.append(dict(zip(BOX, box), image_id=im["image_id"], lesion_id=lesion, polygon=polygon,
+            mask_path=str(mask) if mask and mask.is_file() else None, label_source=_text(r,"label_source"), **words))
     return out
 
+# %% ../../nbs/lib/22a_data.folder.ipynb #4c25f485
 def _mark_normal(images, lesions_known):
     for im in images.values():
         im.setdefault("has_lesion", False)
@@ -120,45 +142,45 @@ def patch_frame(
 ) -> pd.DataFrame: # Sorted by patch_id
     "Rows of ready patches with all columns; what is not given is unknown."
     df = pd.DataFrame([{"synthetic":False, **r} for r in rows]).reindex(columns=[*PATCH_COLUMNS, *PATCH_EXTRAS])
-    for c in ("density","x0","y0","x1","y1","side_px","background"): df[c] = pd.to_numeric(df[c]).astype(float)
-    for c in ("target",): df[c] = df[c].astype(int)
-    for c in set(df.columns)-{"density","x0","y0","x1","y1","side_px","background","target","synthetic"}: df[c] = df[c].astype(object).where(df[c].notna(), np.nan)
+    numbers = ("density",*BOX,"side_px","background")
+    for c in df.columns:
+        if c in numbers: df[c] = pd.to_numeric(df[c]).astype(float)
+        elif c=="target": df[c] = df[c].astype(int)
+        elif c!="synthetic": df[c] = df[c].astype(object).where(df[c].notna(), np.nan)
     return df.sort_values("patch_id", kind="stable", ignore_index=True)
 
+# %% ../../nbs/lib/22a_data.folder.ipynb #9acd87c1
 def _target(r):
     t, kind = word(r.get("target")).casefold(), word(r.get("lesion_type")).casefold()
     if t in ("healthy","normal","0","tissue") or (not t and kind in ("healthy","normal")): return 0
     if t in ("lesion","1") or (not t and kind): return 1
     return None
 
+def _patch_row(r, name, patch, target, path, kind):
+    return dict(patch_id=f"{name}:{patch}", patient_id=f"{name}:{word(r['patient_id'])}", dataset=name, path=str(path),
+        image_id=f"{name}:{word(r.get('image_id')) or patch}", lesion_id=_text(r,"lesion_id"), target=target,
+        lesion_type=kind if target else "healthy", label=label_of(r.get("label")) if target else "normal",
+        density=number_of(r.get("density"),1,4), laterality=side_of(r.get("laterality")), view=view_of(r.get("view")),
+        birads=_text(r,"birads"), official_split=_text(r,"split"), label_raw=_text(r,"label"))
+
 def _folder_patches(root, name, ledger):
     table, rows, seen = root/"patches.csv", [], set()
     for k,r in read_table(table, need=PATCHES_NEED).iterrows():
         path = _file(root, r, table, ledger)
         if path is None: continue
-        target, patch = _target(r), word(r.get("patch_id")) or word(r["path"])
-        if target is None:
-            ledger.skip(table, f"line {k+2}: neither target (healthy, lesion) nor lesion_type is known")
+        target, kind = _target(r), word(r.get("lesion_type")).casefold()
+        patch = word(r.get("patch_id")) or word(r["path"])
+        why = f"line {k+2}: neither target (healthy, lesion) nor lesion_type is known" if target is None else \
+            f"line {k+2} has no patient_id" if not word(r["patient_id"]) else \
+            f"patch {patch[:60]!r} occurs again" if patch in seen else ""
+        if why:
+            ledger.skip(table, why)
             continue
-        if not word(r["patient_id"]):
-            ledger.skip(table, f"line {k+2} has no patient_id")
-            continue
-        if patch in seen:
-            ledger.skip(table, f"patch {patch[:60]!r} occurs again")
-            continue
-        try: read_header(path)
-        except DataError as e:
-            ledger.skip(path, e.what)
-            continue
+        if header_or_skip(path, ledger) is None: continue
         seen.add(patch)
-        kind = word(r.get("lesion_type")).casefold()
-        if target and kind and kind not in LESION_TYPES: ledger.note(table, f"unknown lesion type {kind[:60]!r} read as other")
-        rows.append(dict(patch_id=f"{name}:{patch}", patient_id=f"{name}:{word(r['patient_id'])}",
-            image_id=f"{name}:{word(r.get('image_id')) or patch}", lesion_id=_text(r,"lesion_id"), target=target,
-            lesion_type=(kind if kind in LESION_TYPES else "other") if target else "healthy", label=label_of(r.get("label")) if target else "normal",
-            density=number_of(r.get("density"),1,4), dataset=name, path=str(path),
-            laterality=side_of(r.get("laterality")), view=view_of(r.get("view")), birads=_text(r,"birads"), official_split=_text(r,"split"),
-            label_raw=_text(r,"label")))
+        if target and kind and kind not in LESION_TYPES:
+            ledger.note(table, f"unknown lesion type {kind[:60]!r} read as other")
+        rows.append(_patch_row(r, name, patch, target, path, kind if kind in LESION_TYPES else "other"))
     return patch_frame(rows) if rows else None
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #c02d945b
@@ -171,24 +193,29 @@ def read_folder(
 ):
     "A plain folder as `MammoData`."
     root = Path(root)
-    name = name or _name_of(root)
+    name, led = name or _name_of(root), Ledger(name or _name_of(root), strict)
     if not root.is_dir(): raise DataError("no such folder", root, "point data_dir at the folder that holds the data")
-    has = {t: (root/f"{t}.csv").is_file() for t in ("images","lesions","patches")}
-    if not has["images"] and not has["patches"]: raise DataError("neither images.csv nor patches.csv", root, "see the layout in nbs/lib/22a_data.folder.ipynb")
-    led = Ledger(name, strict)
-    images = _folder_images(root.resolve(), name, led) if has["images"] else {}
-    lesions = _folder_lesions(root.resolve(), images, led) if has["images"] and has["lesions"] else []
+    has, full = {t: (root/f"{t}.csv").is_file() for t in ("images","lesions","patches")}, root.resolve()
+    if not has["images"] and not has["patches"]:
+        raise DataError("neither images.csv nor patches.csv", root, "see the layout in nbs/lib/22a_data.folder.ipynb")
+    images = _folder_images(full, name, led) if has["images"] else {}
+    lesions = _folder_lesions(full, images, led) if has["images"] and has["lesions"] else []
     _mark_normal(images, has["lesions"])
-    patches = _folder_patches(root.resolve(), name, led) if has["patches"] else None
-    if not images and patches is None: raise DataError("no usable row in its tables", root, "; ".join(led.frame().reason.head(3)))
+    patches = _folder_patches(full, name, led) if has["patches"] else None
+    if not images and patches is None: raise DataError("no usable row in its tables", root, led.main_reasons())
     led.warn()
     return make_data(name, list(images.values()), lesions, ledger=led, scaling=scaling, patches=patches)
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #16bd5f8c
-CBIS_PATCH_COLUMNS = ("file","patient_id","full_series_tail","mass_id","left or right breast","image view","breast_density","assessment","pathology",
-    "official_split","abnormality id")
+CBIS_PATCH_COLUMNS = ("file","patient_id","full_series_tail","mass_id","left or right breast","image view",
+    "breast_density","assessment","pathology","official_split","abnormality id")
 
-FOUR_VIEWS = tuple(f"{s}-{v}.png" for s in "LR" for v in ("CC","MLO"))
+def _cbis_patch(r, name, path):
+    return dict(patch_id=f"cbis:mass{r['mass_id']}", patient_id=f"cbis:{r['patient_id']}", target=1, lesion_type="mass",
+        image_id=f"cbis:{r['full_series_tail']}", lesion_id=r["abnormality id"], label=label_of(r["pathology"]),
+        density=number_of(r["breast_density"],1,4), dataset=name, path=str(path), birads=r["assessment"],
+        laterality=side_of(r["left or right breast"]), view=view_of(r["image view"]),
+        official_split=r["official_split"], label_raw=r["pathology"])
 
 def read_cbis_patches(
     root:Path, # Folder with labels.csv and png/
@@ -199,23 +226,17 @@ def read_cbis_patches(
 ):
     "The CBIS-DDSM masses that were cut to 128 x 128, as ready patches with the labels of the TCIA tables."
     root, rows, led = Path(root).resolve(), [], Ledger(name, strict)
-    for _,r in read_table(root/"labels.csv", need=CBIS_PATCH_COLUMNS).iterrows():
-        path = _file(root, dict(path=r["file"]), root/"labels.csv", led)
-        if path is None: continue
-        try: read_header(path)
-        except DataError as e:
-            led.skip(path, e.what)
-            continue
-        rows.append(dict(patch_id=f"cbis:mass{r['mass_id']}", patient_id=f"cbis:{r['patient_id']}", image_id=f"cbis:{r['full_series_tail']}",
-            lesion_id=r["abnormality id"], target=1, lesion_type="mass",
-            label=label_of(r["pathology"]), density=number_of(r["breast_density"],1,4), dataset=name, path=str(path),
-            laterality=side_of(r["left or right breast"]), view=view_of(r["image view"]),
-            birads=r["assessment"], official_split=r["official_split"], label_raw=r["pathology"]))
-    if not rows: raise DataError("no readable patch", root, "; ".join(led.frame().reason.head(3)) or "check the download")
+    table = root/"labels.csv"
+    for _,r in read_table(table, need=CBIS_PATCH_COLUMNS).iterrows():
+        path = _file(root, dict(path=r["file"]), table, led)
+        if path is not None and header_or_skip(path, led): rows.append(_cbis_patch(r, name, path))
+    if not rows: raise DataError("no readable patch", root, led.main_reasons() or "check the download")
     led.warn()
     return make_data(name, [], [], ledger=led, scaling=scaling, patches=patch_frame(rows))
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #74ebb538
+FOUR_VIEWS = tuple(f"{s}-{v}.png" for s in "LR" for v in ("CC","MLO"))
+
 def read_four_views(
     root:Path, # Folder with L-CC.png, L-MLO.png, R-CC.png, R-MLO.png
     *,
@@ -226,12 +247,12 @@ def read_four_views(
     "One exam of four views without lesion, of one patient."
     root, images, led = Path(root).resolve(), [], Ledger("four views", strict)
     name = name or _name_of(root)
-    for f in FOUR_VIEWS:
-        try: head = read_header(root/f)
-        except DataError as e:
-            led.skip(root/f, e.what)
-            continue
-        images.append(dict(image_id=f"{name}:{f[:-4]}", patient_id=f"{name}:1", path=str(root/f), laterality=f[0], view=f[2:-4], rows=head["rows"],
-            cols=head["cols"], bits=head["bits"], device="digital", normal=True, quirks=["mirrored"] if f[0]=="R" else []))
-    if not images: raise DataError("none of L-CC.png, L-MLO.png, R-CC.png, R-MLO.png is readable", root, "check the download")
+    for file in FOUR_VIEWS:
+        head = header_or_skip(root/file, led)
+        if head is None: continue
+        side, view = file[:-4].split("-")
+        images.append(dict({k: head[k] for k in ("rows","cols","bits")}, image_id=f"{name}:{side}-{view}",
+            patient_id=f"{name}:1", path=str(root/file), laterality=side, view=view, device="digital", normal=True,
+            quirks=["mirrored"] if side=="R" else []))
+    if not images: raise DataError(f"none of {', '.join(FOUR_VIEWS)} is readable", root, "check the download")
     return make_data(name, images, [], ledger=led, scaling=scaling)

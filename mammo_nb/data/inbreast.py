@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from ..core import DataError, ParameterError
-from .pixels import read_header
-from .table import Ledger, box_iou, find_files, make_data, number_of, outline_box, read_table, side_of, view_of, word
+from .pixels import header_or_skip
+from .table import (BOX, Ledger, box_iou, find_files, make_data, number_of, outline_box, read_table,
+    side_of, view_of, word)
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #caee7a87
 _DICOM_NAME = re.compile(r"(\d{8})_([0-9a-f]{16})_MG_([LR])_([A-Z]{2,4})_ANON\.dcm", re.I)
@@ -40,24 +41,30 @@ def parse_point(
     return tuple(v) if len(v)==2 and np.isfinite(v).all() else None
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #6144c94b
+def _plist(path):
+    content = Path(path).read_bytes()
+    if len(content)>50_000_000: raise ValueError("more than 50 MB")
+    if b"<!ENTITY" in content: raise ValueError("entity declarations are refused")
+    return plistlib.loads(content, fmt=plistlib.FMT_XML)
+
 def read_rois(
     path:Path, # XML file
 ) -> list: # Dicts with name (raw, stripped) and points
     "Outlines of one INbreast XML file in file order; `DataError` for anything that is not one."
     try:
-        content = Path(path).read_bytes()
-        if len(content)>50_000_000: raise ValueError("more than 50 MB")
-        if b"<!ENTITY" in content: raise ValueError("entity declarations are refused")
-        images = plistlib.loads(content, fmt=plistlib.FMT_XML)["Images"]
-        rois = [r for im in images for r in im["ROIs"]]
-        return [dict(name=word(r.get("Name")), points=[p for p in map(parse_point, r.get("Point_px") or []) if p]) for r in rois]
-    except Exception as e: raise DataError(f"not a readable outline file ({type(e).__name__}: {str(e)[:120]})", path, "download it again") from e
+        rois = [roi for image in _plist(path)["Images"] for roi in image["ROIs"]]
+        points = lambda roi: [p for p in map(parse_point, roi.get("Point_px") or []) if p]
+        return [dict(name=word(roi.get("Name")), points=points(roi)) for roi in rois]
+    except Exception as e:
+        raise DataError(f"not a readable outline file ({type(e).__name__}: {str(e)[:120]})", path,
+            "download it again") from e
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #703dce6d
-INBREAST_TYPES = {"mass":"mass", "spiculated region":"mass", "espiculated region":"mass", "calcification":"calcification",
-    "calcifications":"calcification", "cluster":"calcification",
-    "unnamed":"calcification", "point 3":"calcification", "point 1":"other", "distortion":"distortion", "asymmetry":"asymmetry",
-    "assymetry":"asymmetry", "asimmetry":"asymmetry", "":"other"}
+INBREAST_TYPES = {"mass":"mass", "spiculated region":"mass", "espiculated region":"mass",
+    "calcification":"calcification",
+    "calcifications":"calcification", "cluster":"calcification", "unnamed":"calcification", "point 3":"calcification",
+    "point 1":"other", "distortion":"distortion", "asymmetry":"asymmetry", "assymetry":"asymmetry",
+    "asimmetry":"asymmetry", "":"other"}
 
 def roi_type(
     name:str, # Raw name
@@ -65,7 +72,28 @@ def roi_type(
     "Lesion type of an outline's name."
     return INBREAST_TYPES.get(" ".join(name.casefold().split()))
 
+def _known_type(name, file, ledger):
+    "Lesion type of an outline; an unknown name is noted and other."
+    kind = roi_type(name)
+    if kind is None: ledger.note(file, f"unknown lesion name '{name[:60]}' read as other")
+    return kind or "other"
+
 # %% ../../nbs/lib/23_data.inbreast.ipynb #898dff07
+def _outlined(rois, *, rows, cols, file, ledger):
+    "(raw name, lesion, box) of the outlines that give a box."
+    for i,r in enumerate(rois):
+        kind = _known_type(r["name"], file, ledger)
+        if len(r["points"])<3:
+            ledger.note(file, "outline of fewer than 3 points gives no box")
+            continue
+        box = outline_box(r["points"], rows=rows, cols=cols)
+        if box is None:
+            ledger.skip(file, "outline lies outside the image")
+            continue
+        clipped = any(not (-.5<=x<=cols and -.5<=y<=rows) for x,y in r["points"])
+        yield r["name"], dict(zip(BOX, box), lesion_id=f"{i:03d}", polygon=r["points"], lesion_type=kind,
+            label_raw=r["name"], quirks=["clipped to the image"] if clipped else []), box
+
 def lesions_of(
     rois:list, # From `read_rois`
     *,
@@ -75,35 +103,32 @@ def lesions_of(
     ledger:Ledger, # Takes what is left out
 ) -> list: # Dicts with lesion_id, box, polygon, lesion_type, label_raw, quirks
     "Lesions of one image: points, copies and spiculated regions of a mass are counted, not kept."
-    out, masses = [], []
-    for i,r in enumerate(rois):
-        kind = roi_type(r["name"])
-        if kind is None:
-            kind = "other"
-            ledger.note(file, f"unknown lesion name '{r['name'][:60]}' read as other")
-        if len(r["points"])<3:
-            ledger.note(file, "outline of fewer than 3 points gives no box")
-            continue
-        box = outline_box(r["points"], rows=rows, cols=cols)
-        if box is None:
-            ledger.skip(file, "outline lies outside the image")
-            continue
-        clipped = any(not (-.5<=x<=cols and -.5<=y<=rows) for x,y in r["points"])
-        l = dict(zip(("x0","y0","x1","y1"), box), lesion_id=f"{i:03d}", polygon=r["points"], lesion_type=kind, label_raw=r["name"],
-            quirks=["clipped to the image"] if clipped else [])
-        if "spiculated" in r["name"].casefold():
-            masses.append((l,box))
-            continue
-        if any(o["lesion_type"]==kind and box_iou(box, b)>.8 for o,b in out):
+    out, spiculated = [], []
+    for name,l,box in _outlined(rois, rows=rows, cols=cols, file=file, ledger=ledger):
+        if "spiculated" in name.casefold(): spiculated.append((l,box))
+        elif any(o["lesion_type"]==l["lesion_type"] and box_iou(box, b)>.8 for o,b in out):
             ledger.note(file, "outline saved twice, first kept")
-            continue
-        out.append((l,box))
-    for l,box in masses:
-        if any(o["lesion_type"]=="mass" and box_iou(box,b)>0 for o,b in out): ledger.note(file, "spiculated region counted with its mass")
+        else: out.append((l,box))
+    for l,box in spiculated:
+        if any(o["lesion_type"]=="mass" and box_iou(box,b)>0 for o,b in out):
+            ledger.note(file, "spiculated region counted with its mass")
         else: out.append((l,box))
     return [l for l,_ in sorted(out, key=lambda t: t[0]["lesion_id"])]
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #c576f2d0
+def _parts(outlines):
+    "Boxes of the connected parts of the union of outlines."
+    x0,y0 = np.floor(np.min([o.min(0) for o in outlines], 0)).astype(int)
+    x1,y1 = np.floor(np.max([o.max(0) for o in outlines], 0)).astype(int)+1
+    im = Image.new("1", (int(x1-x0),int(y1-y0)))
+    draw = ImageDraw.Draw(im)
+    for o in outlines:
+        points = [tuple(p) for p in (o-[x0,y0]).tolist()]
+        draw.polygon(points, fill=1, outline=1) if len(points)>1 else draw.point(points, fill=1)
+    part, _ = ndimage.label(np.asarray(im), np.ones((3,3)))
+    return [(int(x0+sx.start), int(y0+sy.start), int(x0+sx.stop), int(y0+sy.stop))
+        for sy,sx in ndimage.find_objects(part)]
+
 def merged_lesions(
     rois:list, # From `read_rois`
     *,
@@ -115,26 +140,15 @@ def merged_lesions(
     "One lesion for each connected part of the union of all outlines of a type."
     groups, out = {}, []
     for r in rois:
-        kind = roi_type(r["name"])
-        if kind is None:
-            kind = "other"
-            ledger.note(file, f"unknown lesion name '{r['name'][:60]}' read as other")
-        if outline_box(r["points"], rows=rows, cols=cols): groups.setdefault(kind, []).append(np.clip(r["points"], [0,0], [cols-1,rows-1]))
+        kind = _known_type(r["name"], file, ledger)
+        if not outline_box(r["points"], rows=rows, cols=cols): continue
+        groups.setdefault(kind, []).append(np.clip(r["points"], [0,0], [cols-1,rows-1]))
     for kind,outlines in sorted(groups.items()):
-        x0,y0 = np.floor(np.min([o.min(0) for o in outlines], 0)).astype(int)
-        x1,y1 = np.floor(np.max([o.max(0) for o in outlines], 0)).astype(int)+1
-        im = Image.new("1", (int(x1-x0),int(y1-y0)))
-        draw = ImageDraw.Draw(im)
-        for o in outlines:
-            points = [tuple(p) for p in (o-[x0,y0]).tolist()]
-            draw.polygon(points, fill=1, outline=1) if len(points)>1 else draw.point(points, fill=1)
-        part, _ = ndimage.label(np.asarray(im), np.ones((3,3)))
-        for k,(sy,sx) in enumerate(ndimage.find_objects(part)):
-            if (sy.stop-sy.start)*(sx.stop-sx.start)<2:
-                ledger.note(file, "single point gives no box")
-                continue
-            out.append(dict(lesion_id=f"{kind}{k:03d}", x0=int(x0+sx.start), y0=int(y0+sy.start), x1=int(x0+sx.stop), y1=int(y0+sy.stop),
-                polygon=None, lesion_type=kind, label_raw="merged", quirks=[]))
+        for k,box in enumerate(_parts(outlines)):
+            if (box[2]-box[0])*(box[3]-box[1])<2: ledger.note(file, "single point gives no box")
+            else:
+                out.append(dict(zip(BOX, box), lesion_id=f"{kind}{k:03d}", polygon=None, lesion_type=kind,
+                    label_raw="merged", quirks=[]))
     return out
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #1110b8aa
@@ -146,7 +160,9 @@ def birads_label(
     malignant_from:str="4a", # Lowest rating that counts as malignant
 ) -> str: # benign, malignant or unknown
     "Class of a BI-RADS rating: 2 to the cut is benign, above it malignant; 1 and 0 say nothing about a lesion."
-    if malignant_from not in BIRADS: raise ParameterError(f"'{malignant_from}' is no BI-RADS rating", "malignant_from", "choose from " + ", ".join(BIRADS))
+    if malignant_from not in BIRADS:
+        raise ParameterError(f"'{malignant_from}' is no BI-RADS rating", "malignant_from",
+            "choose from " + ", ".join(BIRADS))
     b = word(birads).casefold()
     if b not in BIRADS or b=="1": return "unknown"
     cut = BIRADS.index("4" if malignant_from=="4a" else malignant_from)
@@ -165,11 +181,42 @@ def inbreast_files(
 
 # %% ../../nbs/lib/23_data.inbreast.ipynb #8e34e4f8
 def _inbreast_table(path):
+    "What INbreast.csv says of each image id."
+    def row(r): return dict(birads=r["Bi-Rads"].casefold() or np.nan, density=number_of(r["ACR"],1,4),
+        side=side_of(r["Laterality"]), view=view_of(r["View"]), study=r["Acquisition date"])
     df = read_table(path, sep=";", need=INBREAST_COLUMNS)
-    ids = df["File Name"].map(lambda t: re.sub(r"\.0$", "", t))
-    return {i: dict(birads=r["Bi-Rads"].casefold() or np.nan, density=number_of(r["ACR"],1,4), side=side_of(r["Laterality"]), view=view_of(r["View"]),
-        study=r["Acquisition date"])
-            for i,(_,r) in zip(ids, df.iterrows()) if re.fullmatch(r"\d+", i)}
+    rows = {re.sub(r"\.0$", "", r["File Name"]): row(r) for _,r in df.iterrows()}
+    return {i: r for i,r in rows.items() if re.fullmatch(r"\d+", i)}
+
+def _inbreast_row(image, path, row, head, ledger):
+    "The image row of a file: the table is believed where name and table differ."
+    name, quirks = inbreast_name(path.name), []
+    if not row: ledger.note(path, "image is not listed in INbreast.csv: no BI-RADS, no density")
+    elif (row["side"],row["view"]) != (name["side"],name["view"]):
+        quirks.append("name and table differ in view")
+        ledger.note(path, "file name and table differ in side or view, the table is taken")
+    return dict({k: head[k] for k in ("rows","cols","bits")}, image_id=f"inbreast:{image}", subset="inbreast",
+        patient_id=f"inbreast:{name['patient']}", study_id=row.get("study",np.nan), path=str(path.resolve()),
+        laterality=row.get("side",name["side"]), view=row.get("view",name["view"]),
+        spacing_mm=head["spacing_mm"] if head["spacing_mm"]>0 else .07, density=row.get("density",np.nan),
+        birads=row.get("birads",np.nan), age=np.nan, official_split=np.nan, device="digital", quirks=quirks)
+
+def _inbreast_lesions(outlines, im, find, ledger):
+    "(lesions of an image, whether it counts as marked)"
+    if outlines is None: return [], False
+    try: rois = read_rois(outlines)
+    except DataError as e:
+        ledger.skip(outlines, e.what)
+        im["quirks"].append("outline file unreadable")
+        return [], True
+    return find(rois, rows=im["rows"], cols=im["cols"], file=outlines, ledger=ledger), bool(rois)
+
+# %% ../../nbs/lib/23_data.inbreast.ipynb #2e0e9ccd
+def _inbreast_spare(files, table, ledger):
+    for i in sorted(set(table)-set(files["images"])):
+        ledger.skip(files["table"], f"image {i} is listed and has no DICOM file")
+    for i in sorted(set(files["outlines"])-set(files["images"])):
+        ledger.skip(files["outlines"][i], "outline without a DICOM file")
 
 def read_inbreast(
     root:Path, # Folder that holds INbreast.csv, the DICOM and the XML files, at any depth
@@ -180,41 +227,25 @@ def read_inbreast(
     strict:bool=False, # Stop at the first fault instead of listing it
 ):
     "INbreast as `MammoData`: one row an image, one row an outlined lesion."
-    if contours not in ("each","merged"): raise ParameterError(f"'{contours}' is no way to count", "contours", "choose from each, merged")
-    f, led, find = inbreast_files(root), Ledger("inbreast", strict), lesions_of if contours=="each" else merged_lesions
-    if f["table"] is None: raise DataError("INbreast: no 'INbreast.csv'", root, "point data_dir at the folder that holds it")
-    table, images, lesions = _inbreast_table(f["table"]), [], []
-    for i in sorted(set(table)-set(f["images"])): led.skip(f["table"], f"image {i} is listed and has no DICOM file")
-    for i in sorted(set(f["outlines"])-set(f["images"])): led.skip(f["outlines"][i], "outline without a DICOM file")
-    for i,path in sorted(f["images"].items()):
-        try: head = read_header(path)
-        except DataError as e:
-            led.skip(path, e.what)
-            continue
-        name, row, quirks = inbreast_name(path.name), table.get(i, {}), []
-        if not row: led.note(path, "image is not listed in INbreast.csv: no BI-RADS, no density")
-        elif (row["side"],row["view"]) != (name["side"],name["view"]):
-            quirks.append("name and table differ in view")
-            led.note(path, "file name and table differ in side or view, the table is taken")
-        shared = dict(image_id=f"inbreast:{i}", subset="inbreast", patient_id=f"inbreast:{name['patient']}", study_id=row.get("study",np.nan),
-            path=str(path.resolve()), laterality=row.get("side",name["side"]),
-            view=row.get("view",name["view"]), rows=head["rows"], cols=head["cols"], bits=head["bits"],
-            spacing_mm=head["spacing_mm"] if head["spacing_mm"]>0 else .07, density=row.get("density",np.nan), birads=row.get("birads",np.nan), age=np.nan,
-            official_split=np.nan, device="digital", quirks=quirks)
-        found, annotated = [], i in f["outlines"]
-        if annotated:
-            try: rois = read_rois(f["outlines"][i])
-            except DataError as e:
-                led.skip(f["outlines"][i], e.what)
-                quirks.append("outline file unreadable")
-            else:
-                found = find(rois, rows=head["rows"], cols=head["cols"], file=f["outlines"][i], ledger=led)
-                annotated = bool(rois)
-        label = birads_label(shared["birads"], malignant_from=malignant_from)
-        lesions += [dict(l, image_id=shared["image_id"], quirks=quirks+l["quirks"], label=label, label_source="birads",
-            label_raw=f"{l['label_raw']} / BI-RADS {word(shared['birads'])}") for l in found]
-        images.append(dict(shared, has_lesion=annotated, normal=not annotated and word(shared["birads"]) in ("","1")))
+    if contours not in ("each","merged"):
+        raise ParameterError(f"'{contours}' is no way to count", "contours", "choose from each, merged")
+    files, led, images, lesions = inbreast_files(root), Ledger("inbreast", strict), [], []
+    if files["table"] is None:
+        raise DataError("INbreast: no 'INbreast.csv'", root, "point data_dir at the folder that holds it")
+    table, find = _inbreast_table(files["table"]), lesions_of if contours=="each" else merged_lesions
+    _inbreast_spare(files, table, led)
+    for i,path in sorted(files["images"].items()):
+        head = header_or_skip(path, led)
+        if head is None: continue
+        im = _inbreast_row(i, path, table.get(i, {}), head, led)
+        found, marked = _inbreast_lesions(files["outlines"].get(i), im, find, led)
+        birads = word(im["birads"])
+        shared = dict(image_id=im["image_id"], label=birads_label(birads, malignant_from=malignant_from),
+            label_source="birads")
+        lesions += [dict(l, **shared, quirks=im["quirks"]+l["quirks"],
+            label_raw=f"{l['label_raw']} / BI-RADS {birads}") for l in found]
+        images.append(dict(im, has_lesion=marked, normal=not marked and birads in ("","1")))
     if not images: raise DataError("INbreast: no readable DICOM file named like 20586908_…_MG_L_CC_ANON.dcm", root,
-            "point data_dir at the folder that holds AllDICOMs")
+        "point data_dir at the folder that holds AllDICOMs")
     led.warn()
     return make_data("inbreast", images, lesions, ledger=led, scaling=scaling)

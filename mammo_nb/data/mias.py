@@ -9,16 +9,20 @@ __all__ = ['MIAS_TYPES', 'MIAS_SPACING', 'read_mias_info', 'circle_box', 'read_m
 import re
 from pathlib import Path
 
-import numpy as np
-
 from ..core import DataError
-from .pixels import read_header
-from .table import Ledger, find_files, make_data, outline_box
+from .pixels import header_or_skip
+from .table import BOX, Ledger, find_files, make_data, outline_box
 
 # %% ../../nbs/lib/26a_data.mias.ipynb #2d691682
 MIAS_TYPES = dict(CALC="calcification", CIRC="mass", SPIC="mass", MISC="mass", ARCH="distortion", ASYM="asymmetry")
-
 _ROW = re.compile(r"^\s*(mdb\d{3})\s+([FGD])\s+([A-Z]{4})\b(.*)$")
+
+def _mias_row(m):
+    "A row's words and numbers; `circle` is None where the numbers are missing."
+    rest = m[4].split()
+    numbers = rest[1:4] if len(rest)>=4 and all(t.isdigit() and len(t)<6 for t in rest[1:4]) else None
+    return dict(ref=m[1], tissue=m[2], kind=m[3], severity=rest[0] if rest and rest[0] in "BM" else "",
+        circle=numbers and [int(t) for t in numbers])
 
 def read_mias_info(
     path:Path, # Info.txt
@@ -29,15 +33,11 @@ def read_mias_info(
     ledger = ledger or Ledger("mias")
     try: text = Path(path).read_bytes()[:5_000_000].decode("latin-1")
     except OSError as e: raise DataError(f"cannot be read ({type(e).__name__})", path, "check the download") from e
-    rows = []
-    for line in text.splitlines():
-        m = _ROW.match(line)
-        if not m: continue
-        rest = m[4].split()
-        numbers = [int(t) for t in rest[1:4]] if len(rest)>=4 and all(t.isdigit() and len(t)<6 for t in rest[1:4]) else None
-        if m[3]!="NORM" and m[3] not in MIAS_TYPES: ledger.note(path, f"unknown class '{m[3]}' read as other")
-        rows.append(dict(ref=m[1], tissue=m[2], kind=m[3], severity=rest[0] if rest and rest[0] in "BM" else "", circle=numbers))
-    if not rows: raise DataError("no row that starts with mdb and three digits", path, "this is not the Info.txt of mini-MIAS")
+    rows = [_mias_row(m) for line in text.splitlines() if (m := _ROW.match(line))]
+    for r in rows:
+        if r["kind"] not in ("NORM",*MIAS_TYPES): ledger.note(path, f"unknown class '{r['kind']}' read as other")
+    if not rows:
+        raise DataError("no row that starts with mdb and three digits", path, "this is not the Info.txt of mini-MIAS")
     return rows
 
 # %% ../../nbs/lib/26a_data.mias.ipynb #130977e8
@@ -54,6 +54,36 @@ def circle_box(
 # %% ../../nbs/lib/26a_data.mias.ipynb #35848b62
 MIAS_SPACING = .2 # mm, after the publishers reduced the films
 
+def _mias_image(ref, rows, path, head):
+    n, marked = int(ref[3:]), any(r["kind"]!="NORM" for r in rows)
+    return dict({k: head[k] for k in ("rows","cols","bits")}, image_id=f"mias:{ref}", subset="mini-mias",
+        patient_id=f"mias:{(n+1)//2:03d}", path=str(path.resolve()), laterality="R" if n%2 else "L", view="MLO",
+        spacing_mm=MIAS_SPACING*1024/head["rows"], device="film", quirks=[f"tissue {rows[0]['tissue']}"],
+        has_lesion=marked, normal=not marked)
+
+def _mias_lesions(im, marked, info, ledger):
+    size, out = dict(rows=im["rows"], cols=im["cols"]), []
+    for k,r in enumerate(marked):
+        box = circle_box(r["circle"], **size) if r["circle"] else None
+        if box is None:
+            ledger.skip(info, f"lesion of {im['image_id'][5:]} has no circle inside the image")
+            continue
+        out.append(dict(zip(BOX, box), image_id=im["image_id"], lesion_id=str(k+1),
+            lesion_type=MIAS_TYPES.get(r["kind"],"other"), label_source="pathology", quirks=im["quirks"],
+            label=dict(B="benign",M="malignant").get(r["severity"],"unknown"),
+            label_raw=f"{r['kind']} {r['severity']}".strip()))
+    return out
+
+def _mias_files(root):
+    "Info.txt and the pictures by name, at any depth."
+    files = find_files(root, ".txt", ".pgm", ".png")
+    info = next((p for p in files if p.name.casefold()=="info.txt"), None)
+    if info is None:
+        raise DataError("mini-MIAS: no Info.txt", root, "point data_dir at the folder that holds it and the .pgm files")
+    named = [p for p in reversed(files) if re.fullmatch(r"mdb\d{3}", p.stem, re.I) and p.suffix.lower()!=".txt"]
+    return info, {p.stem.casefold(): p for p in named}
+
+# %% ../../nbs/lib/26a_data.mias.ipynb #834cf240
 def read_mias(
     root:Path, # Folder that holds Info.txt and the .pgm files, at any depth
     *,
@@ -61,34 +91,17 @@ def read_mias(
     strict:bool=False, # Stop at the first fault instead of listing it
 ):
     "mini-MIAS as `MammoData`: one row an image, one row a circle."
-    files, led = find_files(root, ".txt", ".pgm", ".png"), Ledger("mias", strict)
-    info = next((p for p in files if p.name.casefold()=="info.txt"), None)
-    if info is None: raise DataError("mini-MIAS: no Info.txt", root, "point data_dir at the folder that holds it and the .pgm files")
-    pictures = {p.stem.casefold(): p for p in reversed(files) if re.fullmatch(r"mdb\d{3}", p.stem, re.I) and p.suffix.lower()!=".txt"}
-    by_ref, images, lesions = {}, [], []
+    (info, pictures), led, by_ref, images, lesions = _mias_files(root), Ledger("mias", strict), {}, [], []
     for r in read_mias_info(info, ledger=led): by_ref.setdefault(r["ref"], []).append(r)
     for ref,rows in sorted(by_ref.items()):
-        if ref not in pictures:
-            led.skip(info, f"image {ref} is not on disk")
-            continue
-        try: head = read_header(pictures[ref])
-        except DataError as e:
-            led.skip(pictures[ref], e.what)
-            continue
-        n, marked = int(ref[3:]), [r for r in rows if r["kind"]!="NORM"]
-        im = dict(image_id=f"mias:{ref}", subset="mini-mias", patient_id=f"mias:{(n+1)//2:03d}", path=str(pictures[ref].resolve()),
-            laterality="R" if n%2 else "L", view="MLO", rows=head["rows"], cols=head["cols"], bits=head["bits"],
-            spacing_mm=MIAS_SPACING*1024/head["rows"], device="film", quirks=[f"tissue {rows[0]['tissue']}"], has_lesion=bool(marked), normal=not marked)
-        images.append(im)
-        for k,r in enumerate(marked):
-            box = circle_box(r["circle"], rows=head["rows"], cols=head["cols"]) if r["circle"] else None
-            if box is None:
-                led.skip(info, f"lesion of {ref} has no circle inside the image")
-                continue
-            lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=str(k+1),
-                lesion_type=MIAS_TYPES.get(r["kind"],"other"), label=dict(B="benign",M="malignant").get(r["severity"],"unknown"),
-                label_source="pathology", label_raw=f"{r['kind']} {r['severity']}".strip(), quirks=im["quirks"]))
+        if ref not in pictures: led.skip(info, f"image {ref} is not on disk")
+        head = header_or_skip(pictures[ref], led) if ref in pictures else None
+        if head is None: continue
+        images.append(_mias_image(ref, rows, pictures[ref], head))
+        lesions += _mias_lesions(images[-1], [r for r in rows if r["kind"]!="NORM"], info, led)
     for ref in sorted(set(pictures)-set(by_ref)): led.skip(pictures[ref], "picture has no row in Info.txt")
-    if not images: raise DataError("mini-MIAS: Info.txt found, and no readable mdb*.pgm", root, "put the pictures below the same folder")
+    if not images:
+        raise DataError("mini-MIAS: Info.txt found, and no readable mdb*.pgm", root,
+            "put the pictures below the same folder")
     led.warn()
     return make_data("mias", images, lesions, ledger=led, scaling=scaling)

@@ -4,24 +4,22 @@
 
 # %% auto #0
 __all__ = ['OMI_WRONG_BOXES', 'SHEET_NEED', 'SHEET_LESIONS', 'read_plain_json', 'omi_images', 'opinion_label', 'mark_label',
-           'client_status', 'mark_set', 'mark_type', 'mark_box', 'read_omidb', 'read_omidb_sheets']
+           'client_status', 'mark_set', 'mark_type', 'mark_box', 'read_omidb', 'OmiFilter', 'read_omidb_sheets']
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #43cd9714
 import json, re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from ..core import DataError
-from .pixels import read_header
-from .table import Ledger, find_files, inside, make_data, number_of, outline_box, read_table, side_of, view_of, word
+from .pixels import header_or_skip
+from mammo_nb.data.table import (BOX, Ledger, find_files, inside, make_data, number_of, outline_box, read_table,
+    side_of,
+    view_of, word)
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #6307f3e8
-_CLIENT = re.compile(r"(imagedb|nbss)_((?:demd|optm)\d+)\.json", re.I)
-
-_DIGITS = re.compile(r"[\d.]+")
-
 def read_plain_json(
     path:Path, # JSON file of a stranger
 ) -> dict:
@@ -29,53 +27,59 @@ def read_plain_json(
     try:
         if Path(path).stat().st_size>200_000_000: raise ValueError("more than 200 MB")
         obj = json.loads(Path(path).read_bytes())
-    except (ValueError, OSError, RecursionError) as e: raise DataError(f"not a readable JSON file ({type(e).__name__})", path, "download it again") from e
+    except (ValueError, OSError, RecursionError) as e:
+        raise DataError(f"not a readable JSON file ({type(e).__name__})", path, "download it again") from e
     if not isinstance(obj, dict): raise DataError("holds no JSON object", path, "download it again")
     return obj
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #2961b9b6
+_DIGITS = re.compile(r"[\d.]+")
+
 def _dict(x): return x if isinstance(x, dict) else {}
 
 def omi_images(
     imagedb:dict, # Content of an imagedb file
 ) -> list: # (study uid, study dict, sop uid, marks) for each image
     "Images and marks of a client; keys that are no UID (empty strings occur) are passed over."
-    out = []
+    uid, out = lambda key: _DIGITS.fullmatch(str(key)), []
     for study,s in _dict(imagedb.get("STUDIES")).items():
-        for series,images in _dict(s).items():
-            if not _DIGITS.fullmatch(str(series)) or not isinstance(images, dict): continue
-            out += [(study, s, sop, {k:m for k,m in _dict(marks).items() if isinstance(m, dict)}) for sop,marks in images.items()
-                    if _DIGITS.fullmatch(str(sop)) and (marks is None or isinstance(marks, dict))]
+        for images in [_dict(v) for k,v in _dict(s).items() if uid(k)]:
+            for sop,marks in images.items():
+                if not uid(sop) or not isinstance(marks, (dict, type(None))): continue
+                out.append((study, s, sop, {k: m for k,m in _dict(marks).items() if isinstance(m, dict)}))
     return out
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #2d7b3744
 _EVENTS = ("BIOPSYWIDE","BIOPSYFINE","SURGERY","ASSESSMENT","CLINICAL","INTERVALCANCER")
+_BY_LESION = _EVENTS[:3]
+_SIDE_OPINION = dict(L="left_opinion", R="right_opinion")
 
 def opinion_label(
     opinion, # Code or text of an opinion
 ) -> str: # malignant, benign, or empty when it does not decide
     "Class of a clinical opinion."
     o = word(opinion).casefold().replace(" ","")
-    if o in ("b5","h5","c5","om","malignant") or o.startswith(("b5","h5")): return "malignant"
+    if o in ("c5","om","malignant") or o.startswith(("b5","h5")): return "malignant"
     return "benign" if o in ("b2","h2","c2","ob","benign") else ""
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #109f380c
+def _opinions(episode, side, numbers):
+    "Opinions on the linked lesions, and opinions on the whole side."
+    events = {name: _dict(episode.get(name)) for name in _EVENTS}
+    lesion = [_dict(events[name].get(side)) for name in _BY_LESION]
+    on_lesion = [word(_dict(by[n]).get("Opinion")) for by in lesion for n in numbers if n in by]
+    return on_lesion, [word(e.get(_SIDE_OPINION["L" if side=="L" else "R"])) for e in events.values()]
+
 def mark_label(
     episode:dict, # Episode of the nbss file
     side:str, # `L` or `R`
     numbers:list, # Linked lesion numbers
 ) -> tuple: # (label, source, raw opinions)
     "Class of a mark: the worst opinion on its lesions, else the opinion on its side."
-    lesion, general = [], []
-    for name in _EVENTS:
-        event = _dict(episode.get(name))
-        by_number = _dict(event.get(side))
-        if name in ("BIOPSYWIDE","BIOPSYFINE","SURGERY"): lesion += [word(_dict(by_number.get(n)).get("Opinion")) for n in numbers if n in by_number]
-        general.append(word(event.get("left_opinion" if side=="L" else "right_opinion")))
-    for source,opinions in (("biopsy",lesion),("side_opinion",general)):
-        found = {opinion_label(o) for o in opinions} - {""}
-        if found: return ("malignant" if "malignant" in found else "benign"), source, " ".join(o for o in opinions if o)
-        if source=="biopsy" and any(opinions): return "unknown", source, " ".join(o for o in opinions if o)     # B3, B4: uncertain
+    for source,opinions in zip(("biopsy","side_opinion"), _opinions(episode, side, numbers)):
+        found, raw = {opinion_label(o) for o in opinions} - {""}, " ".join(o for o in opinions if o)
+        if found: return ("malignant" if "malignant" in found else "benign"), source, raw
+        if source=="biopsy" and raw: return "unknown", source, raw                        # B3, B4: uncertain
     return "unknown", np.nan, ""
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #392b6458
@@ -84,15 +88,17 @@ def client_status(
 ) -> str: # CI, M, B or N
     "Interval cancer, malignant, benign or normal client."
     episodes = [e for e in nbss.values() if isinstance(e, dict)]
-    if any(word(e.get("EpisodeType")).casefold() in ("ci","intervalcancer","interval cancer") for e in episodes): return "CI"
-    found = {opinion_label(_dict(e.get(n)).get(k)) for e in episodes for n in ("BIOPSYWIDE","BIOPSYFINE","SURGERY") for k in ("left_opinion","right_opinion")}
+    kinds = {word(e.get("EpisodeType")).casefold() for e in episodes}
+    if kinds & {"ci","intervalcancer","interval cancer"}: return "CI"
+    events = [_dict(e.get(n)) for e in episodes for n in _BY_LESION]
+    found = {opinion_label(e.get(k)) for e in events for k in _SIDE_OPINION.values()}
     return "M" if "malignant" in found else "B" if "benign" in found else "N"
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #42836ca2
-OMI_WRONG_BOXES = tuple("1.2.826.0.1.3680043.9.3218.1.1."+t for t in ("21149576.1882.1552598184295.155.0","423368237.8725.1541832007115.79.0",
-    "23278785.1708.1544221170622.213.0","3010695.7588.1512129590473.9978.0",
-    "242205684.1858.1540020381577.17.0","3370786.8916.1512165599585.7373.0","3370786.8916.1512165599585.7403.0","3860076.2252.1511393629935.6737.0",
-    "296436949.3318.1540562694227.83.0"))
+OMI_WRONG_BOXES = tuple("1.2.826.0.1.3680043.9.3218.1.1."+t for t in ("21149576.1882.1552598184295.155.0",
+    "423368237.8725.1541832007115.79.0","23278785.1708.1544221170622.213.0","3010695.7588.1512129590473.9978.0",
+    "242205684.1858.1540020381577.17.0","3370786.8916.1512165599585.7373.0","3370786.8916.1512165599585.7403.0",
+    "3860076.2252.1511393629935.6737.0","296436949.3318.1540562694227.83.0"))
 
 def mark_set(
     value, # Cell of a mark
@@ -101,14 +107,16 @@ def mark_set(
     return word(value).casefold() not in ("","0","0.0","false","no","none","null")
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #9eb3005a
+_MARK_TYPES = dict(mass=("mass",),
+    calcification=("suspiciouscalcifications","withcalcification","benignclassification"),
+    distortion=("architecturaldistortion","architecturedistortion"), asymmetry=("focalasymmetry",))
+
 def mark_type(
     mark:dict, # Mark, keys in any case
 ) -> str: # Lesion type
     "Lesion type of a mark: a mass comes before calcifications, these before distortion and asymmetry."
-    m = {str(k).casefold(): v for k,v in mark.items()}
-    on = lambda *keys: any(mark_set(m.get(k)) for k in keys)
-    return "mass" if on("mass") else "calcification" if on("suspiciouscalcifications","withcalcification","benignclassification") else \
-           "distortion" if on("architecturaldistortion","architecturedistortion") else "asymmetry" if on("focalasymmetry") else "other"
+    on = {str(k).casefold() for k,v in mark.items() if mark_set(v)}
+    return next((kind for kind,keys in _MARK_TYPES.items() if on & set(keys)), "other")
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #8533fb9f
 def mark_box(
@@ -126,62 +134,92 @@ def mark_box(
 # %% ../../nbs/lib/26_data.omidb.ipynb #055f212e
 _DROP_VIEWS = ("FLATFIELD","CCID")
 
-def _omi_head(path, want, ledger):
-    "Header of an image that passes the filters, or None."
-    try: h = read_header(path)
-    except DataError as e:
-        ledger.skip(path, e.what)
-        return None
-    if h["intent"].upper()!="FOR PRESENTATION":
-        ledger.note(path.parent, "image is not FOR PRESENTATION, left out")
-        return None
-    if h["view"].upper() in _DROP_VIEWS:
-        ledger.note(path.parent, "flat field or test view, left out")
-        return None
+def _passes(h, want):
+    "Name of the first filter that a header fails, or an empty text."
     for key,value in want.items():
         if value is None: continue
         same = abs(h[key]-value)<1e-6 if isinstance(value,(int,float)) else h[key].casefold()==str(value).casefold()
-        if not same:
-            ledger.note(path.parent, f"image left out by the filter on {key}")
-            return None
-    return h
+        if not same: return key
+    return ""
 
-def _omi_client(client, files, locate, want, ledger):
-    "Image and lesion rows of one client."
-    imagedb = read_plain_json(files["imagedb"])
+def _omi_head(path, want, ledger):
+    "Header of an image that passes the filters, or None."
+    h = header_or_skip(path, ledger)
+    if h is None: return None
+    fails = _passes(h, want)
+    why = "image is not FOR PRESENTATION, left out" if h["intent"].upper()!="FOR PRESENTATION" else \
+        "flat field or test view, left out" if h["view"].upper() in _DROP_VIEWS else \
+        f"image left out by the filter on {fails}" if fails else ""
+    if why: ledger.note(path.parent, why)
+    return None if why else h
+
+def _device(h): return " ".join(t for t in (h["manufacturer"],h["model"]) if t) or "digital"
+
+def _sized(h): return {k: h[k] for k in ("rows","cols","bits","spacing_mm")}
+
+# %% ../../nbs/lib/26_data.omidb.ipynb #e8dd4c7d
+def _omi_client(files, ledger):
+    "What the two files of a client say: imagedb, nbss or None."
+    imagedb, nbss = read_plain_json(files["imagedb"]), None
     try: nbss = read_plain_json(files["nbss"]) if "nbss" in files else None
-    except DataError as e:
-        nbss = None
-        ledger.skip(files["nbss"], e.what)
-    if nbss is None: ledger.note(files["imagedb"], "client without readable nbss file: classes unknown, no image normal")
-    status, images, lesions = client_status(nbss) if nbss is not None else "unknown", [], []
-    for study,s,sop,marks in omi_images(imagedb):
-        path = locate(client, study, sop)
-        if path is None:
-            ledger.skip(files["imagedb"], f"image {sop} is listed and not on disk")
+    except DataError as e: ledger.skip(files["nbss"], e.what)
+    if nbss is None:
+        ledger.note(files["imagedb"], "client without readable nbss file: classes unknown, no image normal")
+    return imagedb, nbss
+
+def _omi_lesions(im, marks, episode, ledger):
+    "Lesion rows of the marks on one image."
+    path, out = Path(im["path"]), []
+    if marks and im["image_id"].removeprefix("omidb:") in OMI_WRONG_BOXES:
+        ledger.skip(path, "image is on the list of wrong boxes", len(marks))
+        return []
+    for key,m in sorted(marks.items()):
+        box = mark_box(m, rows=im["rows"], cols=im["cols"])
+        if box is None:
+            ledger.skip(path, "mark has no box inside the image")
             continue
-        h = _omi_head(path, want, ledger)
-        if h is None: continue
-        quirks = [f"client {status}"] + (["MONOCHROME1"] if h["photometric"].upper()=="MONOCHROME1" else []) + (["implant"] if h["implant"].upper()=="YES" else [])
-        im = dict(image_id=f"omidb:{sop}", subset=word(imagedb.get("Site")) or np.nan, patient_id=f"omidb:{client}", study_id=study,
-            path=str(path.resolve()), laterality=side_of(h["side"][:1] or h["view"][:1]), view=view_of(h["view"]),
-            rows=h["rows"], cols=h["cols"], bits=h["bits"], spacing_mm=h["spacing_mm"],
-            device=" ".join(t for t in (h["manufacturer"],h["model"]) if t) or "digital", quirks=quirks, has_lesion=bool(marks),
+        numbers = re.findall(r"\d+", word(m.get("LinkedNBSSLesionNumber")))
+        label, source, raw = mark_label(episode, im["laterality"], numbers)
+        out.append(dict(zip(BOX, box), image_id=im["image_id"], lesion_id=word(m.get("MarkID")) or str(key),
+            lesion_type=mark_type(m), label=label, label_source=source, label_raw=raw, quirks=im["quirks"]))
+    return out
+
+def _omi_rows(client, files, by_stem, want, ledger):
+    "Image and lesion rows of one client, and the images that its file names."
+    imagedb, nbss = _omi_client(files, ledger)
+    status, images, lesions, named = "unknown" if nbss is None else client_status(nbss), [], [], set()
+    for study,s,sop,marks in omi_images(imagedb):
+        named.add(sop)
+        path = by_stem.get(sop)
+        if path is None: ledger.skip(files["imagedb"], f"image {sop} is listed and not on disk")
+        h = path and _omi_head(path, want, ledger)
+        if not h: continue
+        odd = [("MONOCHROME1", h["photometric"].upper()=="MONOCHROME1"), ("implant", h["implant"].upper()=="YES")]
+        quirks = [f"client {status}"] + [word for word,yes in odd if yes]
+        im = dict(_sized(h), image_id=f"omidb:{sop}", subset=word(imagedb.get("Site")) or np.nan, study_id=study,
+            patient_id=f"omidb:{client}", path=str(path.resolve()), laterality=side_of(h["side"][:1] or h["view"][:1]),
+            view=view_of(h["view"]), device=_device(h), quirks=quirks, has_lesion=bool(marks),
             normal=not marks and status=="N")
         images.append(im)
-        if marks and sop in OMI_WRONG_BOXES:
-            ledger.skip(path, "image is on the list of wrong boxes", len(marks))
-            continue
-        episode = _dict(_dict(nbss).get(word(s.get("EpisodeID"))))
-        for key,m in sorted(marks.items()):
-            box = mark_box(m, rows=h["rows"], cols=h["cols"])
-            if box is None:
-                ledger.skip(path, "mark has no box inside the image")
-                continue
-            label, source, raw = mark_label(episode, im["laterality"], re.findall(r"\d+", word(m.get("LinkedNBSSLesionNumber"))))
-            lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=word(m.get("MarkID")) or str(key),
-                lesion_type=mark_type(m), label=label, label_source=source, label_raw=raw, quirks=quirks))
-    return images, lesions
+        lesions += _omi_lesions(im, marks, _dict(_dict(nbss).get(word(s.get("EpisodeID")))), ledger)
+    return images, lesions, named
+
+# %% ../../nbs/lib/26_data.omidb.ipynb #dcaee3bd
+_CLIENT = re.compile(r"(imagedb|nbss)_((?:demd|optm)\d+)\.json", re.I)
+
+def _clients(root):
+    "{client: {imagedb, nbss: path}} of the clients whose imagedb file is there."
+    out = {}
+    for p in find_files(root, ".json"):
+        m = _CLIENT.fullmatch(p.name)
+        if m: out.setdefault(m[2].lower(), {}).setdefault(m[1].lower(), p)
+    out = {c: f for c,f in sorted(out.items()) if "imagedb" in f}
+    if not out:
+        raise DataError("OMI-DB: no imagedb_<client>.json", root,
+            "point data_dir at the folder that holds data/ and images/")
+    return out
+
+def _first_of(rows, *keys): return list({tuple(r[k] for k in keys): r for r in reversed(rows)}.values())
 
 def read_omidb(
     root:Path, # Folder that holds data/ and images/, at any depth
@@ -194,92 +232,107 @@ def read_omidb(
     strict:bool=False, # Stop at the first fault instead of listing it
 ):
     "OMI-DB as `MammoData`: one row an image for presentation, one row a mark."
-    led, clients, images, lesions = Ledger("omidb", strict), {}, [], []
-    for p in find_files(root, ".json"):
-        m = _CLIENT.fullmatch(p.name)
-        if m: clients.setdefault(m[2].lower(), {}).setdefault(m[1].lower(), p)
-    clients = {c:f for c,f in clients.items() if "imagedb" in f}
-    if not clients: raise DataError("OMI-DB: no imagedb_<client>.json", root, "point data_dir at the folder that holds data/ and images/")
-    by_stem, named = {p.stem: p for p in reversed(find_files(root, ".dcm"))}, set()
-    def locate(client, study, sop):
-        named.add(sop)
-        return by_stem.get(sop)
+    led, clients, images, lesions, named = Ledger("omidb", strict), _clients(root), [], [], set()
+    by_stem = {p.stem: p for p in reversed(find_files(root, ".dcm"))}
     want = dict(manufacturer=manufacturer, model=model, current=current, magnification=magnification)
-    for c,files in sorted(clients.items()):
-        try: im, le = _omi_client(c, files, locate, want, led)
+    for client,files in clients.items():
+        try: im, le, seen = _omi_rows(client, files, by_stem, want, led)
         except DataError as e:
             led.skip(files["imagedb"], e.what)
             continue
         images += im
         lesions += le
-    if set(by_stem)-named: led.note(root, "images on disk that no client file names", len(set(by_stem)-named))
-    if not images: raise DataError("OMI-DB: client files found, and no usable image", root, "; ".join(led.frame().reason.head(3)) or "put images/ beside data/")
+        named |= seen
+    spare = len(set(by_stem)-named)
+    if spare: led.note(root, "images on disk that no client file names", spare)
+    if not images:
+        raise DataError("OMI-DB: client files found, and no usable image", root,
+            led.main_reasons() or "put images/ beside data/")
     led.warn()
-    images = list({im["image_id"]:im for im in reversed(images)}.values())
-    return make_data("omidb", images, list({(l["image_id"],l["lesion_id"]):l for l in reversed(lesions)}.values()), ledger=led, scaling=scaling)
+    return make_data("omidb", _first_of(images, "image_id"), _first_of(lesions, "image_id", "lesion_id"), ledger=led,
+        scaling=scaling)
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #e37b342b
+@dataclass(frozen=True)
+class OmiFilter:
+    "Which images of a release are taken; None takes all. The defaults are the thesis's."
+    manufacturer:str = "HOLOGIC, Inc." # Manufacturer
+    model:str = "Lorad Selenia" # Model
+    current:float = 100. # Tube current, mA
+    magnification:float = 1. # Magnification
+
+    def passes(self, row) -> bool: # Row of the sheet of images
+        "Whether a row is taken; a column that is not there decides nothing."
+        words = dict(manufacturer=self.manufacturer, manufacturersmodelname=self.model,
+            presentationintenttype="FOR PRESENTATION")
+        numbers = dict(xraytubecurrent=self.current, estimatedradiographicmagnificationfactor=self.magnification)
+        other = any(v is not None and c in row and word(row[c]).casefold()!=v.casefold() for c,v in words.items())
+        off = any(v is not None and c in row and not abs(number_of(row[c])-v)<1e-6 for c,v in numbers.items())
+        return not other and not off
+
+# %% ../../nbs/lib/26_data.omidb.ipynb #527bd316
 SHEET_NEED, SHEET_LESIONS = ("clientid","studyiuid","imagesopiuid"), ("clientid","imagesopiuid","x1","x2","y1","y2")
 
 def _sheet(path, need):
-    if Path(path).suffix.lower() in (".xls",".xlsx"): raise DataError("is an Excel file", path, "export the sheet to CSV")
+    if Path(path).suffix.lower() in (".xls",".xlsx"):
+        raise DataError("is an Excel file", path, "export the sheet to CSV")
     df = read_table(path)
     df.columns = [re.sub(r"[^a-z0-9]", "", c.casefold()) for c in df.columns]
     missing = [c for c in need if c not in df.columns]
     if missing: raise DataError(f"column '{missing[0]}' is missing", path, "expected " + ", ".join(need))
     return df
 
+def _sheet_image(r, root, table, ledger):
+    "Image row of a row of the sheet, or None."
+    sop = r["imagesopiuid"]
+    path = inside(root, "/".join(t for t in (word(r.get("batchid")),r["clientid"],r["studyiuid"],sop+".dcm") if t))
+    if path is None or not path.is_file():
+        ledger.skip(table, f"image {sop[:80]} is not on disk")
+        return None
+    h = header_or_skip(path, ledger)
+    return h and dict(_sized(h), image_id=f"omidb:{sop}", subset=word(r.get("batchid")) or np.nan,
+        study_id=r["studyiuid"],
+        patient_id=f"omidb:{r['clientid']}", path=str(path), laterality=side_of(h["side"][:1]), view=view_of(h["view"]),
+        device=_device(h))
+
+def _sheet_lesions(marks, images, table, ledger):
+    "Lesion rows of the sheet of lesions."
+    out = []
+    for k,(_,m) in enumerate(marks.iterrows()):
+        im = images.get(m["imagesopiuid"])
+        if im is None:
+            ledger.note(table, "lesion of an image that is filtered or missing")
+            continue
+        box, status = mark_box(m.to_dict(), rows=im["rows"], cols=im["cols"]), word(m.get("status"))
+        if box is None:
+            ledger.skip(table, f"line {k+2}: no box inside the image")
+            continue
+        out.append(dict(zip(BOX, box), image_id=im["image_id"], lesion_id=f"{word(m.get('lesionid')) or 'line'}_{k}",
+            lesion_type=mark_type(m.to_dict()), label=opinion_label(status) or "unknown", label_source="biopsy",
+            label_raw=status))
+    return out
+
+# %% ../../nbs/lib/26_data.omidb.ipynb #4b111b74
 def read_omidb_sheets(
     images_csv:Path, # Sheet of images
     lesions_csv:Path, # Sheet of lesions
     *,
     root:Path, # Folder with <batch>/<client>/<study>/<image>.dcm
-    manufacturer:str="HOLOGIC, Inc.", # Filters as in the thesis; None takes all
-    model:str="Lorad Selenia", # Model
-    current:float=100., # Tube current, mA
-    magnification:float=1., # Magnification
+    only:OmiFilter=OmiFilter(), # Which images
     scaling:str="minmax", # How pixels will become uint8
     strict:bool=False, # Stop at the first fault instead of listing it
 ):
     "The OPTIMAM release of the DCGAN thesis as `MammoData`, with the thesis's filters by default."
-    led, images, lesions = Ledger("optimam sheets", strict), {}, []
+    led, images = Ledger("optimam sheets", strict), {}
     sheet, marks = _sheet(images_csv, SHEET_NEED), _sheet(lesions_csv, SHEET_LESIONS)
     marked = set(marks.imagesopiuid)
-    def passes(r):
-        words = (("manufacturer","manufacturer",manufacturer), ("manufacturersmodelname","model",model),
-            ("presentationintenttype","presentation","FOR PRESENTATION"))
-        if any(v is not None and c in r and word(r[c]).casefold()!=str(v).casefold() for c,_,v in words): return False
-        return not any(v is not None and c in r and not abs(number_of(r[c])-v)<1e-6 for c,
-            v in (("xraytubecurrent",current),("estimatedradiographicmagnificationfactor",magnification)))
     for _,r in sheet.iterrows():
-        if not passes(r):
+        if not only.passes(r):
             led.note(images_csv, "image left out by the filters")
             continue
-        path = inside(root, "/".join(t for t in (word(r.get("batchid")),r["clientid"],r["studyiuid"],r["imagesopiuid"]+".dcm") if t))
-        if path is None or not path.is_file():
-            led.skip(images_csv, f"image {r['imagesopiuid'][:80]} is not on disk")
-            continue
-        try: h = read_header(path)
-        except DataError as e:
-            led.skip(path, e.what)
-            continue
-        images[r["imagesopiuid"]] = dict(image_id=f"omidb:{r['imagesopiuid']}", subset=word(r.get("batchid")) or np.nan,
-            patient_id=f"omidb:{r['clientid']}", study_id=r["studyiuid"], path=str(path), laterality=side_of(h["side"][:1]), view=view_of(h["view"]),
-            rows=h["rows"], cols=h["cols"], bits=h["bits"], spacing_mm=h["spacing_mm"],
-            device=" ".join(t for t in (h["manufacturer"],h["model"]) if t) or "digital", has_lesion=r["imagesopiuid"] in marked,
-            normal=r["imagesopiuid"] not in marked)
-    for k,(_,m) in enumerate(marks.iterrows()):
-        im = images.get(m["imagesopiuid"])
-        if im is None:
-            led.note(lesions_csv, "lesion of an image that is filtered or missing")
-            continue
-        box = mark_box(m.to_dict(), rows=im["rows"], cols=im["cols"])
-        if box is None:
-            led.skip(lesions_csv, f"line {k+2}: no box inside the image")
-            continue
-        status = word(m.get("status"))
-        lesions.append(dict(zip(("x0","y0","x1","y1"), box), image_id=im["image_id"], lesion_id=f"{word(m.get('lesionid')) or 'line'}_{k}",
-            lesion_type=mark_type(m.to_dict()), label=opinion_label(status) or "unknown", label_source="biopsy", label_raw=status))
-    if not images: raise DataError("no image passes the filters and is on disk", images_csv, "; ".join(led.frame().reason.head(3)))
+        im, sick = _sheet_image(r, root, images_csv, led), r["imagesopiuid"] in marked
+        if im: images[r["imagesopiuid"]] = dict(im, has_lesion=sick, normal=not sick)
+    lesions = _sheet_lesions(marks, images, lesions_csv, led)
+    if not images: raise DataError("no image passes the filters and is on disk", images_csv, led.main_reasons())
     led.warn()
     return make_data("omidb", list(images.values()), lesions, ledger=led, scaling=scaling)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CENTRES', 'GLANDULAR', 'LESION_CONTRAST', 'LESION_SHAPES', 'LESION_EXTENT', 'BIRADS', 'Detector', 'CentreStyle',
            'centre_style', 'power_law_field', 'radial_spectrum', 'spectrum_exponent', 'interior_regions',
-           'breast_outline', 'breast_shape', 'tissue', 'mass', 'calcifications', 'distortion', 'asymmetry',
+           'breast_outline', 'Breast', 'breast_shape', 'tissue', 'mass', 'calcifications', 'distortion', 'asymmetry',
            'context_square', 'place_lesion', 'window_of', 'to_grey', 'film_frame', 'PhantomView', 'patient_plan',
            'draw_view', 'phantom_view', 'phantom_patient', 'ahead', 'phantom_patients', 'breast_regions']
 
@@ -31,7 +31,7 @@ class Detector:
     cols:int = 2560 # Full-size columns
     spacing_mm:float = 0.07 # Full-size pixel, mm
     bits:int = 14 # Grey levels are 2**bits
-    contrast:float = 1.0 # Steepness of the display window; above 1 more of the breast is cut to white and to the darkest grey
+    contrast:float = 1.0 # Steepness of the display window; above 1 more of the breast is cut to white and darkest grey
     gamma:float = 1.0 # Exponent (digital) or steepness (film) of the characteristic curve
     noise:float = 0.05 # Noise sd of one full-size pixel in mid-grey, as a share of the grey range
     blur_mm:float = 0.08 # Sd of the detector's blur, mm
@@ -44,7 +44,8 @@ class CentreStyle:
     name:str # Name; part of every draw, so two centres have different patients
     device:str = "digital" # `digital`, `film` or `film+digital`
     digital:Detector = Detector()
-    film:Detector = Detector(kind="film", rows=2304, cols=1440, spacing_mm=0.1, bits=8, gamma=4., noise=0.06, blur_mm=0.12, taper_mm=14.)
+    film:Detector = Detector(kind="film", rows=2304, cols=1440, spacing_mm=0.1, bits=8, gamma=4., noise=0.06,
+        blur_mm=0.12, taper_mm=14.)
     film_share:float = 0. # Share of patients on film
     affected:float = 2/3 # Share of patients with lesions, all in one breast
     types:tuple = (("mass",.55),("calcification",.35),("distortion",.05),("asymmetry",.05)) # Lesion mix
@@ -54,19 +55,22 @@ class CentreStyle:
     densities:tuple = (.34,.36,.22,.08) # Shares of density classes 1 to 4
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #75c402c2
-CENTRES = {
-    "a":CentreStyle("a"),
-    "b":CentreStyle("b", device="film+digital", film_share=0.4, types=(("mass",.6),("calcification",.35),("distortion",.05)), malignant=0.3,
-                    digital=Detector(contrast=1.15, gamma=1.15, noise=0.07, taper_mm=9.), diameter_mm=(15.,.35), conspicuity=1.05, densities=(.28,.40,.24,.08)),
-    "c":CentreStyle("c", types=(("mass",1.),), malignant=0.65, digital=Detector(contrast=0.9, gamma=.85, noise=0.04, taper_mm=5.), diameter_mm=(16.,.35),
-                    conspicuity=1.1, densities=(.30,.38,.24,.08))}
+CENTRES = dict(
+    a=CentreStyle("a"),
+    b=CentreStyle("b", device="film+digital", film_share=0.4,
+    types=(("mass",.6),("calcification",.35),("distortion",.05)),
+        digital=Detector(contrast=1.15, gamma=1.15, noise=0.07, taper_mm=9.), diameter_mm=(15.,.35), conspicuity=1.05,
+        malignant=0.3, densities=(.28,.40,.24,.08)),
+    c=CentreStyle("c", types=(("mass",1.),), digital=Detector(contrast=0.9, gamma=.85, noise=0.04, taper_mm=5.),
+        diameter_mm=(16.,.35), conspicuity=1.1, malignant=0.65, densities=(.30,.38,.24,.08)))
 
 def centre_style(
     style, # A CentreStyle or a name in CENTRES
 ) -> CentreStyle:
     "The style of that name; a style is passed through."
     if isinstance(style, CentreStyle): return style
-    if style not in CENTRES: raise ParameterError(f"'{style}' is no phantom centre", "style", nearest(style, list(CENTRES)))
+    if style not in CENTRES:
+        raise ParameterError(f"'{style}' is no phantom centre", "style", nearest(style, list(CENTRES)))
     return CENTRES[style]
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #48e8e422
@@ -80,7 +84,7 @@ def _amplitude(shape, beta, spacing_mm, stretch, low, high):
     return (a/np.sqrt(4*(a**2).sum())*(shape[0]*shape[1])).astype(np.float32)
 
 def _white(shape, draws):
-    "White noise in the Fourier half-plane, drawn from the centre outwards in doubling blocks: a larger picture adds frequencies and keeps these."
+    "White noise in the Fourier half-plane, in blocks from the centre: a larger picture adds frequencies to these."
     h,w = shape
     up,down,half = (h+1)//2, h//2, (w+1)//2
     z = np.zeros((h,w//2+1), np.complex64)
@@ -115,7 +119,8 @@ def radial_spectrum(
     "Radially averaged power spectrum of Hann-windowed regions, averaged over the regions."
     x = np.asarray(region, np.float64).reshape(-1, *np.shape(region)[-2:])
     s = x.shape[-1]
-    if x.shape[-2] != s: raise ParameterError(f"regions must be square, got {x.shape[-2]} x {s}", "radial_spectrum", "cut squares")
+    if x.shape[-2] != s:
+        raise ParameterError(f"regions must be square, got {x.shape[-2]} x {s}", "radial_spectrum", "cut squares")
     w = np.hanning(s+2)[1:-1]
     w = w[:,None]*w
     x = (x - (x*w).sum((1,2), keepdims=True)/w.sum())*w
@@ -136,7 +141,9 @@ def spectrum_exponent(
     "Exponent of the power spectrum by least squares in log-log, one point a ring."
     f,p = radial_spectrum(region, spacing_mm=spacing_mm)
     k = (f>=f_range[0]) & (f<=f_range[1])
-    if k.sum() < 3: raise ParameterError(f"only {k.sum()} rings between {f_range} cycles/mm", "spectrum_exponent", "use larger regions")
+    if k.sum() < 3:
+        raise ParameterError(f"only {k.sum()} rings between {f_range} cycles/mm", "spectrum_exponent",
+            "use larger regions")
     return -np.polyfit(np.log(f[k]), np.log(p[k]), 1)[0]
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #16c871ed
@@ -147,8 +154,10 @@ def interior_regions(
     side:int, # Side of a region, pixels
 ) -> np.ndarray: # `(n,side,side)`, side by side, none overlapping
     "All squares of a fixed grid that lie wholly inside."
-    at = [(y,x) for y in range(0, img.shape[0]-side+1, side) for x in range(0, img.shape[1]-side+1, side) if inside[y:y+side,x:x+side].all()]
-    return np.stack([img[y:y+side,x:x+side] for y,x in at]) if at else np.zeros((0,side,side), img.dtype)
+    rows, cols = (range(0, n-side+1, side) for n in img.shape)
+    squares = [(slice(y,y+side), slice(x,x+side)) for y in rows for x in cols]
+    found = [img[s] for s in squares if inside[s].all()]
+    return np.stack(found) if found else np.zeros((0,side,side), img.dtype)
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #c8bfaf09
 def breast_outline(
@@ -175,66 +184,63 @@ def breast_outline(
     def reach(y):
         u = (np.asarray(y)-y0)/np.where(np.asarray(y)<y0, up, down)
         body = np.clip(1-np.abs(u)**np.where(u<0, high, p), 0, None)**(1/q)
-        body = np.where(u<0, np.where(np.abs(u)<1, top + (1-top)*body, 0) if top else body, body)
+        if top: body = np.where(u<0, np.where(np.abs(u)<1, top + (1-top)*body, 0), body)
         return deep*body + bump*np.exp(-((np.asarray(y)-y0)/5.5)**2)
     def pectoral(y): return xp*np.clip(1-np.asarray(y)/yp, 0, None)**.85
     return dict(nipple=(deep,y0), reach=reach, pectoral=pectoral)
 
-# %% ../../nbs/lib/21_data.phantom.ipynb #c0083581
-def _upsample(a, shape): return np.asarray(Image.fromarray(np.asarray(a, np.float32)).resize(shape[::-1], Image.Resampling.BILINEAR))
+# %% ../../nbs/lib/21_data.phantom.ipynb #0b61ffcf
+@dataclass(frozen=True)
+class Breast:
+    "The geometry of one view, drawn as a left breast: chest wall at x = 0."
+    mask:np.ndarray # bool `(h,w)`, the breast
+    muscle:np.ndarray # float, 1 inside the pectoral muscle
+    depth:np.ndarray # Distance from the skin, mm
+    nipple:tuple # (x,y), mm
+    spacing_mm:float # Pixel, mm
+
+# %% ../../nbs/lib/21_data.phantom.ipynb #2b6e8fc6
+def _depth(mask, spacing_mm):
+    "Distance from the skin in mm, on a 1 mm grid; the wall and the frame are no skin."
+    k = max(1, round(1./spacing_mm))
+    small = mask[k//2::k,k//2::k]
+    depth = ndimage.distance_transform_edt(np.pad(small, ((8,8),(8,0)), mode="edge")).astype(np.float32)
+    depth = np.clip(ndimage.gaussian_filter(depth, 1.)[8:-8,8:]-.5, 0, None)*k*spacing_mm
+    large = (small.shape[1]*k, small.shape[0]*k)
+    full = np.asarray(Image.fromarray(depth).resize(large, Image.Resampling.BILINEAR))
+    full = np.pad(full, [(0,max(0,n-m)) for n,m in zip(mask.shape, full.shape)], mode="edge")
+    return full[:mask.shape[0],:mask.shape[1]]*mask
 
 def breast_shape(
     outline:dict, # From `breast_outline`
     shape:tuple, # Rows and columns
     *,
     spacing_mm:float, # Pixel, mm
-) -> tuple: # mask (bool), muscle (float, 1 inside the muscle), depth (mm from the skin), all `shape`
+) -> Breast:
     "Rasterise an outline: breast, muscle with a soft border, and distance from the skin."
     y,x = (np.arange(n, dtype=np.float32)*spacing_mm + spacing_mm/2 for n in shape)
     mask = x[None] < outline["reach"](y).astype(np.float32)[:,None]
     muscle = np.clip((outline["pectoral"](y).astype(np.float32)[:,None]-x[None])/3., 0, 1)*mask
-    k = max(1, round(1./spacing_mm))
-    small = mask[k//2::k,k//2::k]                     # distance on a 1 mm grid, the wall and the frame are no skin
-    depth = ndimage.distance_transform_edt(np.pad(small, ((8,8),(8,0)), mode="edge")).astype(np.float32)
-    depth = np.clip(ndimage.gaussian_filter(depth, 1.)[8:-8,8:]-.5, 0, None)*k*spacing_mm
-    full = np.asarray(Image.fromarray(depth).resize((small.shape[1]*k, small.shape[0]*k), Image.Resampling.BILINEAR))
-    full = np.pad(full, [(0,max(0,n-m)) for n,m in zip(shape, full.shape)], mode="edge")[:shape[0],:shape[1]]
-    return mask, muscle, full*mask
+    return Breast(mask, muscle, _depth(mask, spacing_mm), outline["nipple"], spacing_mm)
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #dc3d8fc4
-GLANDULAR = {1:(.06,.20), 2:(.25,.45), 3:(.50,.68), 4:(.75,.90)} # Share of fibroglandular tissue by BI-RADS density class
+GLANDULAR = {1:(.06,.20), 2:(.25,.45), 3:(.50,.68), 4:(.75,.90)} # Share of glandular tissue by BI-RADS density class
 
-def tissue(
-    mask:np.ndarray, # bool, the breast
-    muscle:np.ndarray, # float, the pectoral muscle
-    depth:np.ndarray, # Distance from the skin, mm
-    *,
-    nipple:tuple, # (x,y), mm
-    share:float, # Share of fibroglandular tissue
-    taper_mm:float, # Depth of the darkening towards the skin
-    spacing_mm:float, # Pixel, mm
-    draws:np.random.Generator, # Source of chance
-) -> tuple: # attenuation (float32, 0 in air), thickness (0 to 1)
-    "Attenuation of a breast without lesions: thickness times fat, gland, strands and muscle."
-    shape = mask.shape
-    streams = iter(draws.integers(2**62, size=6))                          # one a field: none depends on how much another drew
-    noise = lambda **kw: power_law_field(shape, np.random.default_rng(next(streams)), spacing_mm=spacing_mm, **kw)
-    y,x = ((np.arange(n, dtype=np.float32)+.5)*spacing_mm for n in shape)
-    rough,fine = noise(beta=3.4, stretch=1.15), noise(beta=2.8, stretch=1.2, low=1/25)
-    web,mesh,hair = noise(beta=3., stretch=1.35, low=1/30, high=.11), noise(beta=2.4, stretch=1.45, low=1/12, high=.22), noise(beta=2., stretch=1.8, low=1/6, high=.45)
-    place = np.exp(-((x-.62*nipple[0])/(.45*nipple[0]))[None]**2 - ((y-nipple[1])/(.75*nipple[0]))[:,None]**2)
-    lie = (2.3*place + .9*rough + .25*web)*(1-muscle) - 3*muscle - 1.5*np.exp(-depth/6)
-    cut = np.quantile(lie[::4,::4][mask[::4,::4] & (muscle[::4,::4]<.5)], 1-share)
-    gland = 1/(1+np.exp(-(lie-cut)/.35))
-    strands = (_ridge(web, .8, spacing_mm)*np.clip(.5+.6*mesh, 0, 1.5) + .7*_ridge(mesh, .55, spacing_mm)*np.clip(.45+.6*web, 0, 1.4)
-               + .3*_ridge(hair, .45, spacing_mm)*np.clip(.4+.6*fine, 0, 1.4))
-    thick = .25+.75*np.sqrt(np.clip(1-(1-np.clip(depth/taper_mm, 0, 1))**2, 0, 1))
-    skin = .30*np.exp(-(depth/1.3)**2)
-    inner = .40 + .035*rough + .025*fine + gland*(.18+.06*fine+.09*rough) + strands*(.085+.075*gland)*(1-.8*muscle) + muscle*(.33+.025*fine+.03*rough-.2*gland)
-    for spot in _nodules(np.random.default_rng(next(streams)), nipple):
-        where,value = _disc(x, y, *spot)
-        inner[where] += value
-    return (thick*np.clip(inner, .1, None) + skin)*mask, thick
+def _fields(shape, spacing_mm, streams):
+    "Five power-law fields, each from a stream of its own: none depends on how much another drew."
+    kinds = dict(rough=dict(beta=3.4, stretch=1.15), fine=dict(beta=2.8, stretch=1.2, low=1/25),
+        web=dict(beta=3., stretch=1.35, low=1/30, high=.11), mesh=dict(beta=2.4, stretch=1.45, low=1/12, high=.22),
+        hair=dict(beta=2., stretch=1.8, low=1/6, high=.45))
+    for kind in kinds.values():
+        yield power_law_field(shape, np.random.default_rng(next(streams)), spacing_mm=spacing_mm, **kind)
+
+def _gland(breast, rough, web, *, share, axes):
+    "How glandular each pixel is, 0 to 1: a soft level line around a place behind the nipple."
+    (x,y), (nx,ny), muscle = axes, breast.nipple, breast.muscle
+    place = np.exp(-((x-.62*nx)/(.45*nx))[None]**2 - ((y-ny)/(.75*nx))[:,None]**2)
+    lie = (2.3*place + .9*rough + .25*web)*(1-muscle) - 3*muscle - 1.5*np.exp(-breast.depth/6)
+    cut = np.quantile(lie[::4,::4][breast.mask[::4,::4] & (muscle[::4,::4]<.5)], 1-share)
+    return 1/(1+np.exp(-(lie-cut)/.35))
 
 def _ridge(field, width_mm, spacing_mm):
     "Thin bright lines where a field is zero; a line thinner than a pixel keeps its mass and loses its peak."
@@ -242,8 +248,15 @@ def _ridge(field, width_mm, spacing_mm):
     gy,gx = np.gradient(field, spacing_mm)
     return np.float32(width_mm/wide)*np.exp(-field**2/((gx**2+gy**2+1e-6)*np.float32(wide**2)))
 
+def _strands(web, mesh, hair, fine, spacing_mm):
+    "Three nets of bright threads, wide to narrow, each fading where another field is low."
+    wide = _ridge(web, .8, spacing_mm)*np.clip(.5+.6*mesh, 0, 1.5)
+    middle = .7*_ridge(mesh, .55, spacing_mm)*np.clip(.45+.6*web, 0, 1.4)
+    return wide + middle + .3*_ridge(hair, .45, spacing_mm)*np.clip(.4+.6*fine, 0, 1.4)
+
+# %% ../../nbs/lib/21_data.phantom.ipynb #91d4fb6b
 def _nodules(draws, nipple):
-    "Islands of gland, nodules and single coarse calcifications that are no findings: (x, y, radius, height, sharpness) in mm."
+    "Islands of gland, nodules and coarse dots that are no findings: (x, y, radius, height, sharpness) in mm."
     n = draws.poisson((2.5,1.5,1.2))
     at = draws.uniform((.12,-.65),(.95,.65), (n.sum(),2))*nipple[0] + (0,nipple[1])
     size = [draws.uniform(3.5,9.,n[0]), draws.uniform(1.5,3.5,n[1]), draws.uniform(.25,.55,n[2])]
@@ -255,8 +268,33 @@ def _disc(x, y, x0, y0, r, a, sharp):
     i,j = (slice(*np.searchsorted(v, (c-2.5*r,c+2.5*r))) for v,c in ((y,y0),(x,x0)))
     return (i,j), a*np.exp(-(((x[j]-x0)**2)[None]+((y[i]-y0)**2)[:,None])**sharp/r**(2*sharp))
 
+# %% ../../nbs/lib/21_data.phantom.ipynb #eb0393e9
+def tissue(
+    breast:Breast, # From `breast_shape`
+    *,
+    share:float, # Share of fibroglandular tissue
+    taper_mm:float, # Depth of the darkening towards the skin
+    draws:np.random.Generator, # Source of chance
+) -> tuple: # attenuation (float32, 0 in air), thickness (0 to 1)
+    "Attenuation of a breast without lesions: thickness times fat, gland, strands and muscle."
+    mask, muscle, depth = breast.mask, breast.muscle, breast.depth
+    streams = iter(draws.integers(2**62, size=6))
+    x,y = ((np.arange(n, dtype=np.float32)+.5)*breast.spacing_mm for n in mask.shape[::-1])
+    rough,fine,web,mesh,hair = _fields(mask.shape, breast.spacing_mm, streams)
+    gland = _gland(breast, rough, web, share=share, axes=(x,y))
+    strands = _strands(web, mesh, hair, fine, breast.spacing_mm)
+    inner = .40 + .035*rough + .025*fine + gland*(.18+.06*fine+.09*rough) + strands*(.085+.075*gland)*(1-.8*muscle)
+    inner += muscle*(.33+.025*fine+.03*rough-.2*gland)
+    for spot in _nodules(np.random.default_rng(next(streams)), breast.nipple):
+        where,value = _disc(x, y, *spot)
+        inner[where] += value
+    thick = .25+.75*np.sqrt(np.clip(1-(1-np.clip(depth/taper_mm, 0, 1))**2, 0, 1))
+    skin = .30*np.exp(-(depth/1.3)**2)
+    return (thick*np.clip(inner, .1, None) + skin)*mask, thick
+
 # %% ../../nbs/lib/21_data.phantom.ipynb #031f6ba1
-LESION_CONTRAST = dict(mass=.145, calcification=.37, distortion=.13, asymmetry=.14) # Attenuation at the centre, before `conspicuity`; 1 is the white of a breast
+# Attenuation at the centre, before `conspicuity`; 1 is the white of a breast
+LESION_CONTRAST = dict(mass=.145, calcification=.37, distortion=.13, asymmetry=.14)
 
 def _star(r, n=48):
     a = np.arange(n)*2*np.pi/n
@@ -270,10 +308,13 @@ def _wavy(radius, draws, waves, rough):
 def _spicules(x, y, draws, *, inner, outer, n, width):
     "Thin bent strands that run out from a point, each fading along its length."
     out = np.zeros(np.broadcast(x, y).shape, np.float32)
-    for a,length,bend,level in zip(draws.uniform(0,2*np.pi,n), draws.uniform(.45,1.,n)*outer, draws.normal(0,.35,n), draws.uniform(.4,1.,n)):
+    angles, lengths = draws.uniform(0,2*np.pi,n), draws.uniform(.45,1.,n)*outer
+    bends, levels = draws.normal(0,.35,n), draws.uniform(.4,1.,n)
+    for a,length,bend,level in zip(angles, lengths, bends, levels):
         along,off = x*np.cos(a)+y*np.sin(a), -x*np.sin(a)+y*np.cos(a)
         off = off - bend*along**2/outer/2
-        out += level*np.exp(-(off/(width*(1.4-along/outer)))**2)*np.clip((length-along)/length, 0, 1)*np.clip((along-inner)/outer*5, 0, 1)
+        fades = np.clip((length-along)/length, 0, 1)*np.clip((along-inner)/outer*5, 0, 1)
+        out += level*np.exp(-(off/(width*(1.4-along/outer)))**2)*fades
     return np.minimum(out, 1.)
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #bbad20b5
@@ -288,10 +329,11 @@ def mass(
     r = _wavy(R, draws, 7 if malignant else 3, .11 if malignant else .07)
     soft, seed = draws.uniform(.3,.6) if malignant else draws.uniform(.10,.35), int(draws.integers(2**62))
     n,reach = int(draws.integers(14,30)), R*draws.uniform(1.5,2.2)
+    spikes = partial(_spicules, inner=.5*R, outer=reach, n=n)
     def paint(x, y, spacing_mm):
         rho = np.hypot(x,y)/r(np.arctan2(y,x))
         out = .6*np.sqrt(np.clip(1-rho**2, 0, 1)) + .4*np.clip((1-rho)/soft+.5, 0, 1)
-        if malignant: out += .6*_spicules(x, y, np.random.default_rng(seed), inner=.5*R, outer=reach, n=n, width=max(.3, .6*spacing_mm))
+        if malignant: out += .6*spikes(x, y, np.random.default_rng(seed), width=max(.3, .6*spacing_mm))
         return out
     return _star(lambda t: r(t)*(1.12 if malignant else 1.04)), paint
 
@@ -309,12 +351,13 @@ def calcifications(
         a = draws.uniform(0, np.pi)
         along = draws.uniform(-.5,.5,n)*diameter_mm
         at = np.outer(along, (np.cos(a),np.sin(a))) + draws.normal(0, diameter_mm/18, (n,2))
-    size = draws.lognormal(np.log(.22), .35, (n,2)) if malignant else np.repeat(draws.lognormal(np.log(.45), .25, (n,1)), 2, 1)
+    if malignant: size = draws.lognormal(np.log(.22), .35, (n,2))
+    else: size = np.repeat(draws.lognormal(np.log(.45), .25, (n,1)), 2, 1)
     level = draws.uniform(.35,1.,n) if malignant else draws.uniform(.5,.9,n)
     def paint(x, y, spacing_mm):
         out = np.zeros(np.broadcast(x, y).shape, np.float32)
         for (cx,cy),(sx,sy),a in zip(at, size, level):
-            wx,wy = np.hypot(sx, .45*spacing_mm), np.hypot(sy, .45*spacing_mm)     # a dot below a pixel keeps its mass and loses its peak
+            wx,wy = np.hypot(sx, .45*spacing_mm), np.hypot(sy, .45*spacing_mm)     # a dot below a pixel keeps its mass
             out += a*sx*sy/(wx*wy)*np.exp(-((x-cx)/wx)**2-((y-cy)/wy)**2)
         return out
     return _star(lambda t: np.max(at@np.stack([np.cos(t),np.sin(t)]), 0)+1.2), paint
@@ -329,7 +372,8 @@ def distortion(
     "Architectural distortion: strands drawn together to a point, without a body."
     n,seed = int(draws.integers(18,30) if malignant else draws.integers(12,18)), int(draws.integers(2**62))
     def paint(x, y, spacing_mm):
-        s = _spicules(x, y, np.random.default_rng(seed), inner=0., outer=.65*diameter_mm, n=n, width=max(.35, .6*spacing_mm))
+        width = max(.35, .6*spacing_mm)
+        s = _spicules(x, y, np.random.default_rng(seed), inner=0., outer=.65*diameter_mm, n=n, width=width)
         return s + .25*np.exp(-(x**2+y**2)/(.15*diameter_mm)**2) - .25*np.exp(-(x**2+y**2)/(.35*diameter_mm)**2)
     return _star(lambda t: np.full_like(t, diameter_mm/2)), paint
 
@@ -346,7 +390,8 @@ def asymmetry(
 
 LESION_SHAPES = dict(mass=mass, calcification=calcifications, distortion=distortion, asymmetry=asymmetry)
 
-LESION_EXTENT = dict(mass=1., calcification=.8, distortion=1.3, asymmetry=1.5) # Extent as a multiple of the style's mass diameter
+# Extent as a multiple of the style's mass diameter
+LESION_EXTENT = dict(mass=1., calcification=.8, distortion=1.3, asymmetry=1.5)
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #0ed0566f
 def context_square(
@@ -358,40 +403,40 @@ def context_square(
     "The square a patch around the box would show: 60 px margin, at least 128 px, both at full size, moved inside."
     side = int(min(max(box[2]-box[0], box[3]-box[1]) + 2*round(60*scale), *shape))
     side = min(max(side, round(128*scale)), *shape)
-    x,y = (min(max(int(round((a+b-side)/2)), 0), n-side) for a,b,n in ((box[0],box[2],shape[1]),(box[1],box[3],shape[0])))
+    start = lambda low, high, n: min(max(int(round((low+high-side)/2)), 0), n-side)
+    x,y = start(box[0], box[2], shape[1]), start(box[1], box[3], shape[0])
     return x,y,x+side,y+side
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #336e3d9c
 def _box(poly): return tuple(int(v) for v in (*np.floor(poly.min(0)), *np.ceil(poly.max(0))))
 
+def _fits(poly, at, breast, taken, scale):
+    "Whether an outline at this place lies in picture and breast, off the muscle, clear of others and not in air."
+    (h,w), points = breast.mask.shape, poly+at
+    b = _box(points)
+    if b[0]<0 or b[1]<0 or b[2]>w or b[3]>h or breast.muscle[int(at[1]),int(at[0])]>.2: return False
+    i = np.clip(points.astype(int), 0, (w-1,h-1))
+    if breast.depth[i[:,1],i[:,0]].min() < 1.5: return False
+    if any(b[0]<t[2] and t[0]<b[2] and b[1]<t[3] and t[1]<b[3] for t in taken): return False
+    s = context_square(b, shape=breast.mask.shape, scale=scale)
+    k = max(1, (s[2]-s[0])//48)
+    return (~breast.mask[s[1]:s[3]:k,s[0]:s[2]:k]).mean() <= .38
+
 def place_lesion(
     outline:np.ndarray, # `(n,2)` mm about the lesion's centre
-    mask:np.ndarray, # bool, the breast
+    breast:Breast, # Where it shall lie
     *,
-    muscle:np.ndarray, # float, the muscle
-    depth:np.ndarray, # Distance from the skin, mm
-    taken:tuple, # Boxes already used in this view
-    nipple:tuple, # (x,y), mm
-    behind_mm:float, # Wanted distance from the nipple, mm, NaN = free
-    spacing_mm:float, # Pixel, mm
+    taken:tuple=(), # Boxes already used in this view
+    behind_mm:float=np.nan, # Wanted distance from the nipple, mm, NaN = free
     scale:float, # Size of the picture, 1 = full
     draws:np.random.Generator, # Source of chance
 ) -> tuple: # centre (x,y) in pixels, or None when there is no room
     "Uniform over the picture under the rule above, by rejection; with `behind_mm` the best of up to eight places."
-    h,w = mask.shape
-    poly = outline/spacing_mm
+    (h,w), mm, (nx,ny) = breast.mask.shape, breast.spacing_mm, breast.nipple
     found = []
     for x,y in draws.uniform((0,0),(w,h),(400,2)):
-        p = poly+(x,y)
-        b = _box(p)
-        if b[0]<0 or b[1]<0 or b[2]>w or b[3]>h or muscle[int(y),int(x)]>.2: continue
-        i = np.clip(p.astype(int), 0, (w-1,h-1))
-        if depth[i[:,1],i[:,0]].min() < 1.5: continue
-        if any(b[0]<t[2] and t[0]<b[2] and b[1]<t[3] and t[1]<b[3] for t in taken): continue
-        s = context_square(b, shape=mask.shape, scale=scale)
-        k = max(1, (s[2]-s[0])//48)
-        if (~mask[s[1]:s[3]:k,s[0]:s[2]:k]).mean() > .38: continue
-        found.append((abs(np.hypot(x*spacing_mm-nipple[0], y*spacing_mm-nipple[1])-behind_mm), x, y))
+        if not _fits(outline/mm, (x,y), breast, taken, scale): continue
+        found.append((abs(np.hypot(x*mm-nx, y*mm-ny)-behind_mm), x, y))
         if np.isnan(behind_mm) or len(found)==8: break
     return min(found)[1:] if found else None
 
@@ -449,7 +494,7 @@ def film_frame(
 # %% ../../nbs/lib/21_data.phantom.ipynb #0708089c
 @dataclass
 class PhantomView:
-    "One view with its truth. Pixels lie as displayed: the chest wall of a left breast at x = 0, of a right one at the last column."
+    "One view with its truth, as displayed: chest wall of a left breast at x = 0, of a right one at the last column."
     draw:object # Without arguments: `pixels` and `clean`
     mask:np.ndarray # bool, the breast
     pectoral:np.ndarray # bool, the muscle
@@ -460,7 +505,7 @@ class PhantomView:
     spacing_mm:float # Pixel, mm
     bits:int # Grey levels of the detector are 2**bits
     device:str # `digital` or `film`
-    lesions:list # dicts: number, type, label, polygon [(x,y)], box and x0,y0,x1,y1 (half-open pixels), diameter_mm, contrast
+    lesions:list # dicts: number, type, label, polygon [(x,y)], box and x0 to y1 (half-open), diameter_mm, contrast
     drawn:tuple = field(default=None, repr=False) # What `draw` gave
 
     def _pictures(self):
@@ -480,6 +525,15 @@ def _choose(draws, pairs):
     names,p = zip(*pairs)
     return names[int(draws.choice(len(names), p=np.array(p)/sum(p)))]
 
+def _finding(style, draws, number):
+    "Kind, class, size and contrast of one finding."
+    kind = _choose(draws, style.types)
+    label = "malignant" if draws.random() < style.malignant else "benign"
+    median,spread = style.diameter_mm
+    size = float(np.clip(median*draws.lognormal(0, spread), 6, 32)*LESION_EXTENT[kind])
+    contrast = float(np.clip(style.conspicuity*draws.lognormal(0,.40), .35, 2.2)*LESION_CONTRAST[kind])
+    return dict(number=number, type=kind, label=label, diameter_mm=size, contrast=contrast)
+
 def patient_plan(
     i:int, # Number of the patient in the centre, from 0
     *,
@@ -490,16 +544,14 @@ def patient_plan(
     style = centre_style(style)
     d = rng(seed, "phantom", style.name, i)
     density = int(d.choice(4, p=style.densities))+1
-    film = d.random() < style.film_share
-    plan = dict(patient_id=f"{style.name}{i:04d}", index=i, centre=style.name, age=int(np.clip(d.normal(60-3*density, 10), 38, 88)), density=density,
-                device="film" if film else "digital", size=float(d.uniform(.62,1.)), share=float(d.uniform(*GLANDULAR[density])), affected="", birads="1", findings=[])
+    device = "film" if d.random() < style.film_share else "digital"
+    plan = dict(patient_id=f"{style.name}{i:04d}", index=i, centre=style.name,
+        age=int(np.clip(d.normal(60-3*density, 10), 38, 88)), density=density, device=device,
+        size=float(d.uniform(.62,1.)), share=float(d.uniform(*GLANDULAR[density])), affected="", birads="1",
+        findings=[])
     if d.random() < style.affected:
         plan["affected"] = "LR"[d.integers(2)]
-        for k in range(1 + int(d.random()<.2)):
-            kind = _choose(d, style.types)
-            label = "malignant" if d.random() < style.malignant else "benign"
-            size = float(np.clip(style.diameter_mm[0]*d.lognormal(0, style.diameter_mm[1]), 6, 32)*LESION_EXTENT[kind])
-            plan["findings"].append(dict(number=k+1, type=kind, label=label, diameter_mm=size, contrast=float(np.clip(style.conspicuity*d.lognormal(0,.40), .35, 2.2)*LESION_CONTRAST[kind])))
+        plan["findings"] = [_finding(style, d, k+1) for k in range(1 + int(d.random()<.2))]
         worst = "malignant" if any(f["label"]=="malignant" for f in plan["findings"]) else "benign"
         plan["birads"] = _choose(d, BIRADS[worst])
     return plan
@@ -509,19 +561,17 @@ def _paint(atten, lesion, paint, centre, *, thick, spacing_mm):
     "Add one lesion to the attenuation; returns the box it touched."
     h,w = atten.shape
     R = 1.3*max(lesion["diameter_mm"], 8.)/spacing_mm
-    x0,x1,y0,y1 = int(max(0,centre[0]-R)),int(min(w,centre[0]+R+1)),int(max(0,centre[1]-R)),int(min(h,centre[1]+R+1))
+    x0,x1 = int(max(0,centre[0]-R)), int(min(w,centre[0]+R+1))
+    y0,y1 = int(max(0,centre[1]-R)), int(min(h,centre[1]+R+1))
     x = ((np.arange(x0,x1)+.5-centre[0])*spacing_mm).astype(np.float32)[None]
     y = ((np.arange(y0,y1)+.5-centre[1])*spacing_mm).astype(np.float32)[:,None]
     atten[y0:y1,x0:x1] += lesion["contrast"]*paint(x, y, spacing_mm)*thick[y0:y1,x0:x1]
     return slice(y0,y1),slice(x0,x1)
 
 def draw_view(
-    mask:np.ndarray, # bool, the breast; chest wall at x = 0
-    muscle:np.ndarray, # float, the muscle
-    depth:np.ndarray, # Distance from the skin, mm
+    breast:Breast, # From `breast_shape`; chest wall at x = 0
     *,
     found:list, # (finding, paint, centre) of each lesion in this view
-    nipple:tuple, # (x,y), mm
     share:float, # Share of fibroglandular tissue
     detector:Detector, # What turns attenuation into grey
     scale:float, # Size of the picture, 1 = full
@@ -529,20 +579,52 @@ def draw_view(
     mirror:bool, # A right breast: chest wall at the last column
 ) -> tuple: # pixels with and without lesions, float32
     "The pictures of a view whose geometry is known."
-    det, mm = detector, detector.spacing_mm/scale
-    clean,thick = tissue(mask, muscle, depth, nipple=nipple, share=share, taper_mm=det.taper_mm, spacing_mm=mm, draws=draws("tissue"))
+    mask, mm, blur = breast.mask, breast.spacing_mm, detector.blur_mm/breast.spacing_mm
+    clean,thick = tissue(breast, share=share, taper_mm=detector.taper_mm, draws=draws("tissue"))
     noise = draws("noise").standard_normal(mask.shape, dtype=np.float32)
-    if det.blur_mm/mm > .3: clean = ndimage.gaussian_filter(clean, det.blur_mm/mm)
-    grey = dict(window=window_of(clean, mask, contrast=det.contrast), detector=det, scale=scale)
+    if blur > .3: clean = ndimage.gaussian_filter(clean, blur)
+    grey = dict(window=window_of(clean, mask, contrast=detector.contrast), detector=detector, scale=scale)
     base = to_grey(clean, noise, **grey)*mask
     atten,pixels = clean.copy(),base.copy()
     touched = [_paint(atten, f, paint, at, thick=thick, spacing_mm=mm) for f,paint,at in found]
     for box in touched: pixels[box] = to_grey(atten[box], noise[box], **grey)*mask[box]
-    if det.kind=="film":
+    if detector.kind=="film":
         for p in (base,pixels): film_frame(p, mask, scale=scale, draws=draws("film"))
     return tuple(np.ascontiguousarray(p[:,::-1]) for p in (pixels,base)) if mirror else (pixels,base)
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #425b11f3
+def _as_displayed(finding, poly, side, cols):
+    "A finding with its outline and box, mirrored for a right breast."
+    p = np.asarray(poly, float).copy()
+    if side=="R": p[:,0] = cols-p[:,0]
+    x0,y0,x1,y1 = _box(p)
+    return dict(finding, polygon=[(float(x),float(y)) for x,y in p], box=(x0,y0,x1,y1), x0=x0, y0=y0, x1=x1, y1=y1)
+
+def _look(finding, breast, *, taken, behind_mm, scale, draws):
+    "Outline in pixels, paint and centre of a finding in this view; smaller in a small breast; None where no room is."
+    for shrink in (1.,.75,.55):
+        look = draws(f"look{finding['number']}")
+        size = finding["diameter_mm"]*look.uniform(.9,1.1)*shrink
+        poly,paint = LESION_SHAPES[finding["type"]](size, malignant=finding["label"]=="malignant", draws=look)
+        chance = draws(f"place{finding['number']}")
+        at = place_lesion(poly, breast, taken=taken, behind_mm=behind_mm, scale=scale, draws=chance)
+        if at is not None: return dict(finding, diameter_mm=size), poly/breast.spacing_mm+at, paint, at
+    return None
+
+def _findings(plan, side, breast, behind, *, scale, draws):
+    "What lies in this view: (finding, paint, centre) of each that has room, and their outlines."
+    found, outlines, (mm, (nx,ny)) = [], [], (breast.spacing_mm, breast.nipple)
+    for f in plan["findings"] if side==plan["affected"] else []:
+        taken, here = tuple(map(_box, outlines)), behind.get(f["number"], np.nan)
+        look = _look(f, breast, taken=taken, behind_mm=here, scale=scale, draws=draws)
+        if look is None: continue                                              # seen in the other view only
+        f, outline, paint, at = look
+        behind.setdefault(f["number"], float(np.hypot(at[0]*mm-nx, at[1]*mm-ny)))
+        found.append((f, paint, at))
+        outlines.append(outline)
+    return found, outlines
+
+# %% ../../nbs/lib/21_data.phantom.ipynb #2f0d4b4a
 def phantom_view(
     plan:dict, # From `patient_plan`
     side:str, # `L` or `R`
@@ -557,35 +639,20 @@ def phantom_view(
     style = centre_style(style)
     det = style.film if plan["device"]=="film" else style.digital
     shape,mm = (round(det.rows*scale),round(det.cols*scale)), det.spacing_mm/scale
-    if min(shape) < 96: raise ParameterError(f"a picture of {shape} pixels is too small for a lesion", "scale", "use a scale of 0.1 or more")
-    d = lambda what: rng(seed, "phantom", style.name, plan["index"], side, view, what)
-    outline = breast_outline(view, d("outline"), height_mm=shape[0]*mm, width_mm=shape[1]*mm, size=plan["size"])
-    mask,muscle,depth = breast_shape(outline, shape, spacing_mm=mm)
-    found,lesions = [],[]
-    for f in plan["findings"] if side==plan["affected"] else []:
-        for shrink in (1.,.75,.55):                                                            # in a small breast until there is room
-            look = d(f"look{f['number']}")
-            size = f["diameter_mm"]*look.uniform(.9,1.1)*shrink
-            poly,paint = LESION_SHAPES[f["type"]](size, malignant=f["label"]=="malignant", draws=look)
-            at = place_lesion(poly, mask, muscle=muscle, depth=depth, taken=tuple(l["box"] for l in lesions), nipple=outline["nipple"],
-                              behind_mm=(behind or {}).get(f["number"], np.nan), spacing_mm=mm, scale=scale, draws=d(f"place{f['number']}"))
-            if at is not None: break
-        else: continue                                                                         # still none: seen in the other view only
-        f = dict(f, diameter_mm=size)
-        if behind is not None: behind.setdefault(f["number"], float(np.hypot(at[0]*mm-outline["nipple"][0], at[1]*mm-outline["nipple"][1])))
-        found.append((f, paint, at))
-        lesions.append(dict(f, polygon=poly/mm+at, box=_box(poly/mm+at)))
-    draw = partial(draw_view, mask, muscle, depth, found=found, nipple=outline["nipple"], share=plan["share"], detector=det, scale=scale, draws=d, mirror=side=="R")
+    if min(shape) < 96:
+        raise ParameterError(f"a picture of {shape} pixels is too small for a lesion", "scale",
+            "use a scale of 0.1 or more")
+    draws = lambda what: rng(seed, "phantom", style.name, plan["index"], side, view, what)
+    outline = breast_outline(view, draws("outline"), height_mm=shape[0]*mm, width_mm=shape[1]*mm, size=plan["size"])
+    breast = breast_shape(outline, shape, spacing_mm=mm)
+    found, polygons = _findings(plan, side, breast, {} if behind is None else behind, scale=scale, draws=draws)
+    draw = partial(draw_view, breast, found=found, share=plan["share"], detector=det, scale=scale, draws=draws,
+        mirror=side=="R")
     shown = lambda a: np.ascontiguousarray(a[:,::-1]) if side=="R" else a
-    return PhantomView(draw=draw, mask=shown(mask), pectoral=shown(muscle)>.5, side=side, view=view, density=plan["density"], birads=plan["birads"] if lesions else "1",
-                       spacing_mm=mm, bits=det.bits, device=det.kind, lesions=[_as_displayed(l, side, shape[1]) for l in lesions])
-
-def _as_displayed(l, side, cols):
-    "A lesion's geometry, mirrored for a right breast."
-    p = np.asarray(l["polygon"], float).copy()
-    if side=="R": p[:,0] = cols-p[:,0]
-    x0,y0,x1,y1 = _box(p)
-    return dict(l, polygon=[(float(x),float(y)) for x,y in p], box=(x0,y0,x1,y1), x0=x0, y0=y0, x1=x1, y1=y1)
+    lesions = [_as_displayed(f, poly, side, shape[1]) for (f,_,_),poly in zip(found, polygons)]
+    return PhantomView(draw=draw, mask=shown(breast.mask), pectoral=shown(breast.muscle)>.5, side=side, view=view,
+        density=plan["density"], birads=plan["birads"] if lesions else "1", spacing_mm=mm, bits=det.bits,
+        device=det.kind, lesions=lesions)
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #6556d336
 def phantom_patient(
@@ -600,8 +667,9 @@ def phantom_patient(
     views = []
     for side in "LR":
         behind = {}
-        views += [phantom_view(plan, side, view=v, style=style, seed=seed, scale=scale, behind=behind) for v in ("CC","MLO")]
-    if plan["affected"] and not any(v.lesions for v in views):                                 # no room at all: a normal patient
+        shared = dict(style=style, seed=seed, scale=scale, behind=behind)
+        views += [phantom_view(plan, side, view=view, **shared) for view in ("CC","MLO")]
+    if plan["affected"] and not any(v.lesions for v in views):                     # no room at all: a normal patient
         plan = dict(plan, affected="", birads="1", findings=[])
     return plan, views
 

@@ -12,19 +12,16 @@ from pathlib import Path
 from ..core import DataError, ParameterError, nearest
 from .bcdr import read_bcdr
 from .cbis import read_cbis
-from .folder import CBIS_PATCH_COLUMNS, FOUR_VIEWS, _name_of, read_cbis_patches, read_folder, read_four_views
+from mammo_nb.data.folder import (CBIS_PATCH_COLUMNS, FOUR_VIEWS, _name_of, read_cbis_patches, read_folder,
+    read_four_views)
 from .inbreast import read_inbreast
 from .mias import read_mias
 from .omidb import read_omidb
 from .trees import Phantoms
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #1ff6ffce
-READERS = dict(inbreast=read_inbreast, bcdr=read_bcdr, cbis=read_cbis, omidb=read_omidb, mias=read_mias, cbis_patches=read_cbis_patches,
-    four_views=read_four_views, folder=read_folder)
-
-def _labels_of_cbis(path):
-    with open(path, "rb") as f: head = f.readline(4000).decode("utf-8","replace")
-    return all(c in head for c in CBIS_PATCH_COLUMNS)
+READERS = dict(inbreast=read_inbreast, bcdr=read_bcdr, cbis=read_cbis, omidb=read_omidb, mias=read_mias,
+    cbis_patches=read_cbis_patches, four_views=read_four_views, folder=read_folder)
 
 def _below(folder, levels):
     "Names of the entries of a folder and of its sub-folders, lower case, so many levels deep."
@@ -45,13 +42,21 @@ def _has_cbis_images(folder):
 
 def _is_cbis(folder):
     "Tables and images below this folder, and not both below one of its sub-folders already."
-    if not has_cbis_tables(folder, 1) or not _has_cbis_images(folder): return False
-    subs = [e.path for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
-    return not any(has_cbis_tables(s, 1) and _has_cbis_images(s) for s in subs)
+    both = lambda f: has_cbis_tables(f, 1) and _has_cbis_images(f)
+    return both(folder) and not any(both(e.path) for e in _folders(folder))
+
+def _folders(folder): return [e for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
 
 def _has_clients(folder):
-    data = [e.path for e in os.scandir(folder) if e.is_dir() and e.name.casefold()=="data"]
+    data = [e.path for e in _folders(folder) if e.name.casefold()=="data"]
     return any(re.fullmatch(r"(demd|optm)\d+", n) for d in data for n in _below(d, 0))
+
+def _labels_of_cbis(path):
+    with open(path, "rb") as f: head = f.readline(4000).decode("utf-8","replace")
+    return all(c in head for c in CBIS_PATCH_COLUMNS)
+
+# %% ../../nbs/lib/22b_data.readers.ipynb #3b686f48
+_BCDR = r"bcdr[-_](f|d|dn)\d\d(_dataset)?|bcdr_(f|d|dn)\d\d_(img|outlines)\.csv"
 
 def layout_of(
     folder:Path, # One folder
@@ -60,13 +65,12 @@ def layout_of(
     names = {e.name.casefold(): e.name for e in os.scandir(folder)}
     if "images.csv" in names or "patches.csv" in names: return "folder"
     if "inbreast.csv" in names: return "inbreast"
-    if any(re.fullmatch(r"bcdr[-_](f|d|dn)\d\d(_dataset)?", n) or re.fullmatch(r"bcdr_(f|d|dn)\d\d_(img|outlines)\.csv", n) for n in names): return "bcdr"
+    if any(re.fullmatch(_BCDR, n) for n in names): return "bcdr"
     if "info.txt" in names and any(re.fullmatch(r"mdb\d{3}\.pgm", n) for n in _below(folder, 1)): return "mias"
     if _has_clients(folder): return "omidb"
     if "labels.csv" in names and _labels_of_cbis(Path(folder)/names["labels.csv"]): return "cbis_patches"
     if {f.casefold() for f in FOUR_VIEWS} <= set(names): return "four_views"
-    if _is_cbis(folder): return "cbis"
-    return None
+    return "cbis" if _is_cbis(folder) else None
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #57b816e6
 def find_layouts(
@@ -78,21 +82,26 @@ def find_layouts(
     root = Path(root)
     if not root.is_dir(): raise DataError("no such folder", root, "point data_dir at the folder that holds the data")
     kind = layout_of(root)
-    spread = kind=="cbis" and not has_cbis_tables(root)          # tables in one sub-folder, images in another: others may lie beside them
+    spread = kind=="cbis" and not has_cbis_tables(root)          # tables and images in sub-folders, others beside them
     if kind and not spread: return [(kind, root)]
     if depth==0: return [(kind, root)] if kind else []
-    subs = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    subs = sorted(Path(e.path) for e in _folders(root))
     return ([(kind, root)] if kind else []) + [found for p in subs for found in find_layouts(p, depth=depth-1)]
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #ec1aca1b
+_NAMED = ("folder","four_views","cbis_patches") # Layouts whose sets take the name of their folder
+
 def _found(root):
     "{name: (layout, folder)}; a layout that lies there once has the layout's name, plain folders their own."
     out = {}
     for kind,p in find_layouts(root):
-        name = _name_of(p) if kind in ("folder","four_views","cbis_patches") else kind
+        name = _name_of(p) if kind in _NAMED else kind
         while name in out: name += "_2"
         out[name] = (kind, p)
     return out
+
+def _read(name, kind, folder, **options):
+    return READERS[kind](folder, **options, **({"name":name} if kind in _NAMED else {}))
 
 def find_datasets(
     root:Path, # Folder to search
@@ -101,6 +110,10 @@ def find_datasets(
     return {n: p for n,(_,p) in _found(root).items()}
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #42def0ee
+_EXPECTED = ("expected INbreast.csv, BCDR-…_dataset, CBIS-DDSM tables with images, OMI-DB's data/ and images/, "
+    "Info.txt of mini-MIAS, or images.csv / patches.csv of the plain layout (nbs/lib/22a_data.folder.ipynb); "
+    "`mammo_doctor` says more")
+
 def read_any(
     root:Path, # Folder with one or more data sets
     names=None, # Only these (see `find_datasets`), default all
@@ -110,32 +123,25 @@ def read_any(
 ) -> dict: # name -> MammoData
     "Every data set below a folder, read by the reader of its layout."
     found = _found(root)
-    if not found: raise DataError("no data set of a known layout", root,
-            "expected INbreast.csv, BCDR-…_dataset, CBIS-DDSM tables with images, OMI-DB's data/ and images/, Info.txt of mini-MIAS, or images.csv / patches.csv of the plain layout (nbs/lib/22a_data.folder.ipynb); `mammo_doctor` says more")
+    if not found: raise DataError("no data set of a known layout", root, _EXPECTED)
     for n in names or ():
         if n not in found: raise ParameterError(f"no data set '{n}' in {root}", "names", nearest(n, list(found)))
-    out = {}
-    for n,(kind,p) in found.items():
-        if names is not None and n not in names: continue
-        extra = {"name":n} if kind in ("folder","four_views","cbis_patches") else {}
-        out[n] = READERS[kind](p, scaling=scaling, strict=strict, **extra)
-    return out
+    wanted = {n: f for n,f in found.items() if names is None or n in names}
+    return {n: _read(n, kind, p, scaling=scaling, strict=strict) for n,(kind,p) in wanted.items()}
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #6fe64485
-def _lesion_labels(data, cut=True):
-    "Classes of the lesions, those of ready patches included."
-    return set(data.lesions.label) | (set(data.patches.label) if cut and data.patches is not None else set())
+def _cut(data, target): return data.patches is not None and bool((data.patches.target==target).any())
+
+def _two_classes(*tables): return {"benign","malignant"} <= {l for t in tables if t is not None for l in t.label}
 
 NEEDS = dict(
     images=("whole mammograms", lambda data: len(data.images)>0),
     boxes=("lesions with a box in a whole image", lambda data: len(data.lesions)>0),
-    lesions=("lesions, outlined or ready cut",
-        lambda data: len(data.lesions)>0 or (data.patches is not None and bool((data.patches.target==1).any()))),
-    classes=("lesions that are called benign and malignant", lambda data: {"benign","malignant"} <= _lesion_labels(data)),
-    boxed_classes=("outlined lesions that are called benign and malignant",
-        lambda data: {"benign","malignant"} <= _lesion_labels(data, cut=False)),
+    lesions=("lesions, outlined or ready cut", lambda data: len(data.lesions)>0 or _cut(data, 1)),
+    classes=("lesions that are called benign and malignant", lambda data: _two_classes(data.lesions, data.patches)),
+    boxed_classes=("outlined lesions that are called benign and malignant", lambda data: _two_classes(data.lesions)),
     healthy=("images known to be free of lesions (or healthy patches)",
-        lambda data: bool(data.images.normal.any()) or (data.patches is not None and bool((data.patches.target==0).any()))))
+        lambda data: bool(data.images.normal.any()) or _cut(data, 0)))
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #8ed9c4fb
 def sets_for(
@@ -152,5 +158,7 @@ def sets_for(
     found = read_any(data_dir, names, scaling=scaling)
     words, has = NEEDS[need]
     sets = [data for data in found.values() if has(data)]
-    if not sets: raise DataError(f"no data set with {words}", data_dir, "found " + ", ".join(found) + "; `mammo_doctor` says what they hold")
+    if not sets:
+        raise DataError(f"no data set with {words}", data_dir,
+            "found " + ", ".join(found) + "; `mammo_doctor` says what they hold")
     return sets, " + ".join(data.name for data in sets)

@@ -15,7 +15,8 @@ from ..core import ParameterError, cache_dir, file_hash, hash_of, locked, neares
 from . import lookalike, lookalike2, phantom
 
 # %% ../../nbs/lib/21c_data.trees.ipynb #2e86a933
-LAYOUTS = dict(inbreast=lookalike.write_inbreast, bcdr=lookalike.write_bcdr_tree, folder=lookalike.write_folder, cbis=lookalike2.write_cbis,
+LAYOUTS = dict(inbreast=lookalike.write_inbreast, bcdr=lookalike.write_bcdr_tree, folder=lookalike.write_folder,
+    cbis=lookalike2.write_cbis,
     cbis_jpeg=partial(lookalike2.write_cbis, form="jpeg"), omidb=lookalike2.write_omidb, mias=lookalike2.write_mias)
 
 # %% ../../nbs/lib/21c_data.trees.ipynb #8c2f857b

@@ -135,11 +135,7 @@ def drop(
     return x * (torch.rand(x.shape, generator=rng, device=x.device) >= p).to(x.dtype).div_(1 - p)
 
 # %% ../../nbs/lib/45_gans.cgan.ipynb #83939593
-def choose(
-    name:str, # Of a setting
-    got:str, # Its value
-    known:tuple, # The values it can have
-) -> None:
+def choose(name:str, got:str, known:tuple) -> None: # Name and value of a setting, the values it can have
     "Refuse a setting that nobody knows."
     if got not in known: raise ParameterError(f"'{got}' is not possible", name, "choose " + " or ".join(known))
 

@@ -188,10 +188,7 @@ def doubled(x:Tensor) -> Tensor: # `(b,c,h,w)` -> `(b,c,2h,2w)`
     return F.interpolate(x, scale_factor=2., mode="nearest")
 
 # %% ../../nbs/lib/46_gans.context.ipynb #ec24b0ea
-def with_noise(
-    z:Tensor, # One random number a patch, `(b,)`
-    *maps:Tensor, # `(b,…,h,w)`
-) -> Tensor: # Their channels in a row, and one more
+def with_noise(z:Tensor, *maps:Tensor) -> Tensor: # One number a patch `(b,)`, maps `(b,…,h,w)` to `(b,…+1,h,w)`
     "Maps, and a map that holds the random number."
     x = maps[0]
     return torch.cat([*maps, z[:,None,None,None].to(x.dtype).expand(-1, 1, *x.shape[2:])], 1)
@@ -607,10 +604,7 @@ def preview(self:ContextGAN, game:Game, latents:tuple) -> Tensor: # `(k,1,s,s)`
     return game.show(game.data[rows, 0][:,None].float()/127.5 - 1, z)
 
 # %% ../../nbs/lib/46_gans.context.ipynb #ef451f6e
-def check_patches(
-    G:nn.Module, # Generator
-    patches:np.ndarray, # To be edited
-) -> None:
+def check_patches(G:nn.Module, patches:np.ndarray) -> None: # Generator, patches to be edited
     "Refuse a generator that edits nothing, and patches of another size or type than its own."
     if getattr(G, "kind", "") != "context":
         raise ParameterError("needs a generator that edits patches", "generator",

@@ -169,8 +169,9 @@ def set_rate(
         else: group["lr"] = lr
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #f8e42314
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "unique_dim", "unique_consecutive", "equal",
-         "_linalg_svd", "linalg_eigh", "multinomial", "repeat_interleave.Tensor", "lift_fresh")
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "unique_dim",
+         "unique_consecutive", "equal", "_linalg_svd", "linalg_eigh", "multinomial",
+         "repeat_interleave.Tensor", "lift_fresh")
 
 class Watch(TorchDispatchMode):
     "Collects operators that wait for the device or bring data from the host."
@@ -180,7 +181,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__ if hasattr(func, "__name__") else str(func)
         at = args[1] if name.startswith("index") and isinstance(args[1], (list, tuple)) else ()
-        if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in at): self.found.append("index by a mask")
+        masks = any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in at)
+        if masks: self.found.append("index by a mask")
         elif any(name == w or name.startswith(w + ".") for w in WAITS): self.found.append(name.split(".")[0])
         return func(*args, **(kwargs or {}))
 

@@ -55,9 +55,7 @@ def closed(
     return away(np.pad(~away(~np.pad(mask, k)), 1))[k+1:-k-1,k+1:-k-1] | mask
 
 # %% ../../nbs/lib/46a_gans.paint.ipynb #8445e602
-def largest(
-    hot:np.ndarray, # bool `(s,s)`, not all False
-) -> tuple: # (bool `(s,s)`, share of the patch)
+def largest(hot:np.ndarray) -> tuple: # bool `(s,s)`, not all False, to (bool `(s,s)`, share of the patch)
     "The largest object; neighbours over corners are connected."
     parts, _ = ndimage.label(hot, np.ones((3,3)))
     sizes = np.bincount(parts.ravel())[1:]
@@ -138,11 +136,7 @@ def truth_distance(
 # %% ../../nbs/lib/46a_gans.paint.ipynb #041d0b99
 CHUNK = 64 # Patches edited between two looks at the count; a set depends on it
 
-def in_turns(
-    n:int, # Patches
-    rounds:int, # How often they are gone through
-    seed:int, # Of the order
-): # Yields (round, place in it, row numbers, at most `CHUNK`)
+def in_turns(n:int, rounds:int, seed:int): # Yields (round, place in it, row numbers, at most `CHUNK`)
     "Row numbers in random order, another one in each round."
     for k in range(rounds):
         order = rng(seed, "base patches", k).permutation(n)
@@ -187,13 +181,11 @@ class RowEdit:
     img:np.ndarray      # uint8 `(h,w)`, the mammogram with the edited patches
 
 # %% ../../nbs/lib/46a_gans.paint.ipynb #133cec1a
-def check_row(
-    boxes:list, # `Box`es
-    shape:tuple, # Of the mammogram
-) -> None:
+def check_row(boxes:list, shape:tuple) -> None: # `Box`es, shape of the mammogram
     "Refuse places that are no row of separate squares inside the mammogram."
     if not boxes:
-        raise DataError("no patches to edit", "boxes", "take a mammogram with a row of tissue (contiguous_row), or fewer patches")
+        raise DataError("no patches to edit", "boxes",
+                        "take a mammogram with a row of tissue (contiguous_row), or fewer patches")
     if len({(b.w, b.h) for b in boxes}) > 1 or boxes[0].w != boxes[0].h:
         raise DataError("boxes must be squares of one size", "boxes")
     if any(a.meets(b) for i,a in enumerate(boxes) for b in boxes[:i]):

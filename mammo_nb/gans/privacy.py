@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEW', 'COLUMNS', 'NAMES', 'SAID', 'tpr_at', 'Attack', 'attack_scores', 'looks', 'discriminator_scores',
-           'load_discriminator', 'nearness', 'member_control', 'judge_attack', 'Audit', 'no_audit', 'audit_words',
-           'audit']
+           'load_discriminator', 'nearness', 'member_control', 'judge_attack', 'Audit', 'no_audit', 'attack_words',
+           'audit_words', 'audit_summary', 'Groups', 'groups_of', 'samples_of', 'table_row', 'attack_row', 'Space',
+           'space_of', 'nearest_pairs', 'copies_report', 'Effort', 'audit']
 
 # %% ../../nbs/lib/48b_gans.privacy.ipynb #dea7a3ff
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ def nearness(
     real_to:np.ndarray, # Distances of all real patches, members first, to all, `(m+k, m+k)`
     patients, # Patient of each real patch
 ) -> np.ndarray: # `(m+k,)`, higher = nearer to a sample than to other patients
-    "Calibrated nearest distance (Chen 2020, section 4.4): minus the log of distance to a sample over distance to another patient."
+    "Minus the log of distance to a sample over distance to another patient (Chen 2020, section 4.4)."
     who = np.unique(np.asarray(patients).astype(str), return_inverse=True)[1]
     other = np.where(who[:,None] == who[None], np.inf, real_to).min(1)
     near = np.concatenate([d.min(0) for d in fake_to])
@@ -188,7 +189,7 @@ class Audit:
     "What the attacks found."
     table:pd.DataFrame # One row an attack, `COLUMNS`
     memory:pd.DataFrame = field(default_factory=pd.DataFrame) # `metrics.memory.memory_report` in each space
-    pairs:pd.DataFrame = field(default_factory=pd.DataFrame) # Samples nearest to a training patch: space, fake, distance_train, distance_held, ratio, held_1pct
+    pairs:pd.DataFrame = field(default_factory=pd.DataFrame) # Samples nearest to a training patch, see `nearest_pairs`
     pictures:np.ndarray = None # Those samples, uint8 `(k, s, s)`: synthetic only
     why:str = "" # Why there is no audit
 
@@ -217,9 +218,8 @@ class Audit:
         "audit.json, and pairs.png with the synthetic pictures, whole."
         write_json(Path(folder)/"audit.json", self.to_dict())
         if self.pictures is not None and len(self.pictures):
-            with write_whole(Path(folder)/"pairs.png") as tmp:
-                Image.fromarray(tile(self.pictures, cols=min(8, len(self.pictures)), gap=1, empty=255)).save(tmp,
-                        format="PNG")
+            picture = tile(self.pictures, cols=min(8, len(self.pictures)), gap=1, empty=255)
+            with write_whole(Path(folder)/"pairs.png") as tmp: Image.fromarray(picture).save(tmp, format="PNG")
         return Path(folder)
 
     @staticmethod
@@ -238,131 +238,261 @@ def no_audit(
     return Audit(pd.DataFrame(columns=list(COLUMNS)), why=why)
 
 # %% ../../nbs/lib/48b_gans.privacy.ipynb #5fbd438e
-SAID = {"leak":"**Members can be recognised.** Treat this generator like the patches it was trained on.",
-        "inside":"**Members can be recognised by whoever holds the discriminator,** not from the generator's samples. Never hand the discriminator or a checkpoint over.",
-        "no leak seen":"No attack recognised members. That is no proof: the intervals say how much these attacks may have missed, and stronger attacks exist.",
-        "cannot tell":"**These attacks cannot tell**"}
+SAID = {
+    "leak": "**Members can be recognised.** Treat this generator like the patches it was trained on.",
+    "inside": "**Members can be recognised by whoever holds the discriminator,** not from the generator's samples. "
+              "Never hand the discriminator or a checkpoint over.",
+    "no leak seen": "No attack recognised members. That is no proof: the intervals say how much these attacks may "
+                    "have missed, and stronger attacks exist.",
+    "cannot tell": "**These attacks cannot tell**"}
 
-def _row_words(r):
-    return (f"- {r.attack}: AUROC {r.auc:.2f} [{r.lo:.2f}, {r.hi:.2f}] (0.5 = nothing; members against members {r.control_lo:.2f} to {r.control_hi:.2f}); {100*r.tpr:.0f} % [{100*r.tpr_lo:.0f}, {100*r.tpr_hi:.0f}] "
-            f"of members recognised at {100*r.fpr:.1f} % false accusations (up to {100*r.fpr_hi:.0f} % at this many outsiders): {r.verdict}.")
+def attack_words(
+    r, # Row of the table of attacks
+) -> str: # Markdown
+    "One attack in words."
+    return (f"- {r.attack}: AUROC {r.auc:.2f} [{r.lo:.2f}, {r.hi:.2f}] (0.5 = nothing; members against members "
+            f"{r.control_lo:.2f} to {r.control_hi:.2f}); {100*r.tpr:.0f} % [{100*r.tpr_lo:.0f}, {100*r.tpr_hi:.0f}] "
+            f"of members recognised at {100*r.fpr:.1f} % false accusations (up to {100*r.fpr_hi:.0f} % at this many "
+            f"outsiders): {r.verdict}.")
 
+# %% ../../nbs/lib/48b_gans.privacy.ipynb #57371acb
+def _sizes_words(t): # What the audit rests on
+    r = t.iloc[0]
+    samples = f", with {int(r.n_fake)} samples" if r.n_fake else ""
+    return (f"Membership attacks on {r.n_members} training patches of {r.members_patients} patients against {r.n_held} "
+            f"patches of {r.held_patients} held-out patients{samples}. Intervals count patients.")
+
+def _blind_words(r): # The blind control
+    end = ", **so they differ in more than membership**." if r.lo > .5 else "."
+    return (f"Blind control: without the generator the two groups are told apart with AUROC {r.auc:.2f} "
+            f"[{r.lo:.2f}, {r.hi:.2f}]{end}")
+
+def _memory_words(memory): # Copies, in a list
+    m = memory[memory.metric == "memory_copies"] if len(memory) else []
+    if not len(m): return []
+    said = (f"{100*r.value:.0f} % [{100*r.lo:.0f}, {100*r.hi:.0f}] in {r.extractor}" for r in m.itertuples())
+    return ["Share of samples that look copied: " + ", ".join(said) + " (about 1 % is nothing)."]
+
+def _verdict_words(a): # The verdict, and why none was possible
+    first = a.table.iloc[0]
+    if a.verdict == "cannot tell":
+        few = min(first.members_patients, first.held_patients) < FEW
+        why = f": fewer than {FEW} patients on one side." if few else ": the two groups differ in more than membership."
+        return SAID["cannot tell"] + why
+    inside = set(a.table.attack[a.table.verdict == "leak"]) == {NAMES["discriminator"]}
+    return SAID["inside" if inside else a.verdict]
+
+# %% ../../nbs/lib/48b_gans.privacy.ipynb #4e0e27a2
 def audit_words(
     a:Audit, # The audit
 ) -> str: # Markdown
     "The audit in words."
     if a.why: return f"**Membership cannot be audited:** {a.why}."
-    t = a.table
-    first, blind = t.iloc[0], t[t.attack==NAMES["blind"]]
-    out = [f"Membership attacks on {first.n_members} training patches of {first.members_patients} patients against {first.n_held} patches of {first.held_patients} held-out patients"
-           + (f", with {int(first.n_fake)} samples" if first.n_fake else "") + ". Intervals count patients.",
-           "\n".join(_row_words(r) for r in t.itertuples() if r.attack != NAMES["blind"])]
-    for r in blind.itertuples():
-        out.append(f"Blind control: without the generator the two groups are told apart with AUROC {r.auc:.2f} [{r.lo:.2f}, {r.hi:.2f}]" + (", **so they differ in more than membership**." if r.lo > .5 else "."))
-    m = a.memory[a.memory.metric=="memory_copies"] if len(a.memory) else []
-    if len(m):
-        out.append("Share of samples that look copied: "
-                   + ", ".join(f"{100*r.value:.0f} % [{100*r.lo:.0f}, {100*r.hi:.0f}] in {r.extractor}"
-                               for r in m.itertuples()) + " (about 1 % is nothing).")
-    few = min(first.members_patients, first.held_patients) < FEW
-    only_d = set(t.attack[t.verdict=="leak"]) == {NAMES["discriminator"]}
-    return "\n\n".join([*out, SAID["inside" if only_d else a.verdict]
-                        + ("" if a.verdict != "cannot tell" else f": fewer than {FEW} patients on one side." if few
-                           else ": the two groups differ in more than membership.")])
+    is_blind = a.table.attack == NAMES["blind"]
+    attacks = "\n".join(attack_words(r) for r in a.table[~is_blind].itertuples())
+    blind = [_blind_words(r) for r in a.table[is_blind].itertuples()]
+    return "\n\n".join([_sizes_words(a.table), attacks, *blind, *_memory_words(a.memory), _verdict_words(a)])
 
-Audit.words = property(audit_words)
-Audit.summary = property(lambda a: f"not audited: {a.why}" if a.why
-                         else f"{a.verdict}; strongest attack AUROC {a.table.auc[a.table.attack != NAMES['blind']].max():.2f}")
+def audit_summary(
+    a:Audit, # The audit
+) -> str:
+    "The audit in a line."
+    if a.why: return f"not audited: {a.why}"
+    return f"{a.verdict}; strongest attack AUROC {a.table.auc[a.table.attack != NAMES['blind']].max():.2f}"
+
+Audit.words, Audit.summary = property(audit_words), property(audit_summary)
 
 # %% ../../nbs/lib/48b_gans.privacy.ipynb #f36318b7
-def _checked(members, held_out, views): # Pixels with equally many views, patients
+@dataclass(frozen=True)
+class Groups:
+    "Members and outsiders of an audit, equal in all but membership."
+    pixels:list   # uint8 `(n,views,h,w)` of members, of outsiders
+    patients:list # Patient of each patch, likewise
+    views:int     # Views of each patch
+
+    @property
+    def member(self) -> np.ndarray: return np.repeat([1, 0], [len(w) for w in self.patients]) # 1 member, 0 outsider
+    @property
+    def everybody(self) -> np.ndarray: return np.concatenate(self.patients)
+    @property
+    def counts(self) -> tuple: return tuple(len(set(w)) for w in self.patients) # Patients on each side
+
+# %% ../../nbs/lib/48b_gans.privacy.ipynb #b889a880
+def groups_of(
+    members, # PatchSet (`pixels`, `table.patient_id`)
+    held_out, # PatchSet of other patients
+    views:int, # At most so many views
+) -> Groups:
+    "Both sides, checked: no patient and no patch on both, enough patients, one size."
     who = [np.asarray(s.table.patient_id, dtype=object) for s in (members, held_out)]
-    both = sorted(set(who[0]) & set(who[1]), key=str)
-    if both:
+    if both := set(who[0]) & set(who[1]):
         raise LeakError(f"{len(both)} patient(s) are both members and held out", "audit", "hold out whole patients")
     hashes = [set(s.table.pixel_hash.dropna()) if "pixel_hash" in s.table else set() for s in (members, held_out)]
     if same := {h for h in hashes[0] & hashes[1] if not str(h).startswith("constant")}:
         raise LeakError(f"{len(same)} patch(es) of equal pixels on both sides", "audit", "remove doubles")
-    if min(len(set(w)) for w in who) < 2:
-        raise DataError(f"{len(set(who[0]))} member and {len(set(who[1]))} held-out patients", "audit",
+    counts = [len(set(w)) for w in who]
+    if min(counts) < 2:
+        raise DataError(f"{counts[0]} member and {counts[1]} held-out patients", "audit",
                         "at least two of each are needed")
-    px = [np.asarray(s.pixels) if s.pixels.ndim == 4 else np.asarray(s.pixels)[:,None] for s in (members, held_out)]
-    if px[0].shape[2:] != px[1].shape[2:]:
-        raise DataError(f"members are {px[0].shape[2:]}, held-out patches {px[1].shape[2:]}", "audit",
-                        "cut both at one size")
-    v = min(views, *(p.shape[1] for p in px))
-    return [p[:,:v] for p in px], who, v
+    pixels = [np.asarray(s.pixels) if s.pixels.ndim == 4 else np.asarray(s.pixels)[:,None] for s in (members, held_out)]
+    sizes = [p.shape[2:] for p in pixels]
+    if sizes[0] != sizes[1]:
+        raise DataError(f"members are {sizes[0]}, held-out patches {sizes[1]}", "audit", "cut both at one size")
+    views = min(views, *(p.shape[1] for p in pixels))
+    return Groups([p[:,:views] for p in pixels], who, views)
 
-def _drawn(source, n, seed, device, patients): # Samples and D's range; does the card agree on who is a member?
-    if isinstance(source, np.ndarray): return source, (-1.,1.)
-    folders = [Path(f) for f in ([source] if isinstance(source, (str,Path)) else source)]
+# %% ../../nbs/lib/48b_gans.privacy.ipynb #b880f773
+def samples_of(
+    source, # Snapshot folder(s) of a generator, or its samples
+    groups:Groups, # Who is a member
+    *,
+    n:int, # Samples drawn from folders
+    seed:int, # Of the samples
+    device = "cpu", # Where to compute
+) -> tuple: # uint8 `(n,s,s)`, value range the discriminator saw
+    "Samples; a card that disagrees on who is a member is an error."
+    if isinstance(source, np.ndarray): return source, (-1., 1.)
+    folders = [Path(f) for f in ([source] if isinstance(source, (str, Path)) else source)]
     for f in folders:
         card = read_json(f/"generator.json")
         if "members" not in card: continue
-        lost, seen = set(map(str,patients[0])) - set(seen_patients(card, patients[0])), seen_patients(card, patients[1])
+        members, held = groups.patients
+        lost = set(map(str, members)) - set(seen_patients(card, members))
+        seen = seen_patients(card, held)
         if lost or seen:
-            raise LeakError(f"its card says it saw {len(seen)} of the held-out patients and not {len(lost)} of the members", f, "give the patients it was trained on as members")
-    return sample_generator(folders, n, seed=seed, device=device)[0], tuple(card.get("value_range", (-1.,1.)))
+            raise LeakError(f"its card says it saw {len(seen)} of the held-out patients and not {len(lost)} of the "
+                            "members", f, "give the patients it was trained on as members")
+    return sample_generator(folders, n, seed=seed, device=device)[0], tuple(card.get("value_range", (-1., 1.)))
 
-def _row(name, a, control, verdict, members, held, n_fake):
-    lo, hi = np.quantile(control, [.025,.975]) if control is not None else (np.nan, np.nan)
-    mid = float(np.mean(control)) if control is not None else np.nan
-    return dict(zip(COLUMNS, (NAMES.get(name, f"nearest sample in {name}, calibrated"), a.auc, a.lo, a.hi, a.tpr,
-                              a.tpr_lo, a.tpr_hi, a.fpr, a.fpr_hi, mid, float(lo), float(hi),
-                              len(members), len(held), len(set(members)), len(set(held)), n_fake, verdict)))
+# %% ../../nbs/lib/48b_gans.privacy.ipynb #d3378af9
+def table_row(
+    name:str, # Key of `NAMES`, or a space
+    a:Attack, # How well it told members from outsiders
+    verdict:str, # From `judge_attack`
+    *,
+    groups:Groups, # Who was asked
+    control = None, # AUROCs of the member-only control
+    n_fake:int = 0, # Samples that were used
+) -> dict: # Of `COLUMNS`
+    "One attack as a row of the table."
+    none = (np.nan,)*3
+    mid, lo, hi = none if control is None else (float(np.mean(control)),
+                                                *map(float, np.quantile(control, [.025, .975])))
+    shown = NAMES.get(name, f"nearest sample in {name}, calibrated")
+    sizes = (*(len(w) for w in groups.patients), *groups.counts)
+    found = (a.auc, a.lo, a.hi, a.tpr, a.tpr_lo, a.tpr_hi, a.fpr, a.fpr_hi)
+    return dict(zip(COLUMNS, (shown, *found, mid, lo, hi, *sizes, n_fake, verdict)))
 
-def _space(name, fake, px, who, seed, device, n_pairs):
-    "Scores of the nearest-sample attack, memory report and nearest samples in one space."
-    e, v0 = make_extractor(name), [p[:,0] for p in px]
-    fm, mm, hm = patch_distances((fake, *v0), px[0], extractor=e, device=device)
-    fh, mh, hh = patch_distances((fake, *v0), px[1], extractor=e, device=device)
-    score = nearness((fm, fh), np.block([[mm, mh], [hm, hh]]), np.concatenate(who))
-    report = memory_report(fake, v0[0], v0[1], extractor=e, seed=seed, held_groups=who[1],
-                           distances=(fm, hm, fh, hh)) if min(len(fake), *map(len, px)) >= 4 else pd.DataFrame()
-    own = np.where(who[1][:,None] == who[1][None], np.inf, hh).min(1)
-    t = pd.DataFrame(dict(space=name, fake=np.arange(len(fake)), distance_train=fm.min(1), distance_held=fh.min(1)))
-    t["ratio"], t["held_1pct"] = t.distance_train/np.maximum(t.distance_held,
-                                                             1e-9), float(np.quantile(hm.min(1)/np.maximum(own, 1e-9),
-                                                                     .01))
-    return score, report, t.sort_values(["ratio","fake"]).head(n_pairs).reset_index(drop=True)
+# %% ../../nbs/lib/48b_gans.privacy.ipynb #d41a4555
+def attack_row(
+    name:str, # Of the attack
+    score:np.ndarray, # Of members, then outsiders; higher = more like a member
+    groups:Groups, # Who was asked
+    *,
+    seed:int, # Of resamples and deals
+    boots:int, # Resamples of patients
+    biased:bool, # Did the blind control tell the groups apart?
+    n_fake:int, # Samples that were used
+) -> dict: # Of `COLUMNS`
+    "One attack with its control and verdict, as a row of the table."
+    a = attack_scores(groups.member, score, groups.everybody, seed=seed, boots=boots)
+    mine = score[groups.member == 1]
+    control = member_control(mine, groups.patients[0], outsiders=groups.counts[1], seed=seed)
+    verdict = judge_attack(a, np.quantile(control, .975), patients=groups.counts, biased=biased)
+    return table_row(name, a, verdict, groups=groups, control=control, n_fake=n_fake)
 
+# %% ../../nbs/lib/48b_gans.privacy.ipynb #1f28c74d
+@dataclass(frozen=True)
+class Space:
+    "Distances of samples and real patches in one space."
+    name:str       # `pixels`, `embedded`, `inception`
+    fake_to:tuple  # Of the samples to members and to outsiders, `(f, m)` and `(f, k)`
+    real_to:tuple  # Members to members, members to outsiders, outsiders to members, outsiders to outsiders
+    extractor:object # From `make_extractor`
+
+# %% ../../nbs/lib/48b_gans.privacy.ipynb #b695461f
+def space_of(
+    name:str, # See `make_extractor`
+    fake:np.ndarray, # Samples, uint8 `(f,s,s)`
+    groups:Groups, # Members and outsiders
+    device = "cpu", # Where the extractor runs
+) -> Space:
+    "All distances in one space, in view 0."
+    extractor, first = make_extractor(name), [p[:,0] for p in groups.pixels]
+    fm, mm, hm = patch_distances((fake, *first), groups.pixels[0], extractor=extractor, device=device)
+    fh, mh, hh = patch_distances((fake, *first), groups.pixels[1], extractor=extractor, device=device)
+    return Space(name, (fm, fh), (mm, mh, hm, hh), extractor)
+
+# %% ../../nbs/lib/48b_gans.privacy.ipynb #7cb3bbdd
+def nearest_pairs(
+    space:Space, # Distances
+    held_patients, # Patient of each held-out patch
+    n:int, # Samples kept
+) -> pd.DataFrame: # space, fake, distance_train, distance_held, ratio, held_1pct
+    "The samples that come nearest to a training patch, and the ratio that 99 % of held-out patches exceed."
+    (fm, fh), (_, _, hm, hh) = space.fake_to, space.real_to
+    held_patients = np.asarray(held_patients)
+    own = np.where(held_patients[:,None] == held_patients[None], np.inf, hh).min(1)
+    t = pd.DataFrame(dict(space=space.name, fake=np.arange(len(fm)), distance_train=fm.min(1), distance_held=fh.min(1)))
+    t["ratio"] = t.distance_train/np.maximum(t.distance_held, 1e-9)
+    t["held_1pct"] = float(np.quantile(hm.min(1)/np.maximum(own, 1e-9), .01))
+    return t.sort_values(["ratio", "fake"]).head(n).reset_index(drop=True)
+
+# %% ../../nbs/lib/48b_gans.privacy.ipynb #fa68a2c5
+def copies_report(
+    space:Space, # Distances
+    fake:np.ndarray, # Samples
+    groups:Groups, # Members and outsiders
+    seed:int, # Of the halves
+) -> pd.DataFrame: # As `memory_report`; empty with fewer than four patches of a kind
+    "The search for copies in one space."
+    if min(len(fake), *map(len, groups.pixels)) < 4: return pd.DataFrame()
+    (fm, fh), (_, _, hm, hh) = space.fake_to, space.real_to
+    members, held = (p[:,0] for p in groups.pixels)
+    return memory_report(fake, members, held, extractor=space.extractor, seed=seed, held_groups=groups.patients[1],
+                         distances=(fm, hm, fh, hh))
+
+# %% ../../nbs/lib/48b_gans.privacy.ipynb #75f503d0
+@dataclass(frozen=True)
+class Effort:
+    "How hard an audit tries; the further keywords of `audit`."
+    extractors:tuple = ("pixels", "embedded") # Spaces of the distances, see `make_extractor`
+    n:int = 1000     # Samples drawn from folders
+    views:int = 4    # Views of each patch that are tried
+    boots:int = 1000 # Resamples of patients
+    pairs:int = 16   # Nearest samples kept in each space
+
+# %% ../../nbs/lib/48b_gans.privacy.ipynb #fa450a9a
 def audit(
     source, # Snapshot folder(s) of a generator, or its samples, uint8 `(n, s, s)`
     members, # PatchSet it was trained on (`pixels`, `table.patient_id`)
     held_out, # PatchSet of other patients of the same centre
     *,
     seed:int, # Seed of samples, resamples and deals
-    discriminator = None, # Network, folder of `train_gan`, or function from uint8 `(n,s,s)` to scores; None: that attack is left out
-    extractors:tuple = ("pixels","embedded"), # Spaces of the distances, see `make_extractor`
-    n:int = 1000, # Samples drawn from folders
-    views:int = 4, # Views of each patch that are tried
-    boots:int = 1000, # Resamples of patients
-    pairs:int = 16, # Nearest samples kept in each space
+    discriminator = None, # Network, folder of `train_gan`, or function from patches to scores; None: not attacked
     device = "cpu", # Where networks run
+    **effort, # Fields of `Effort`: extractors, n, views, boots, pairs
 ) -> Audit:
     "Three membership attacks on a generator, with a member-only and a blind control."
-    px, who, v = _checked(members, held_out, views)
-    fake, value_range = _drawn(source, n, seed, device, who)
-    all_who, y = np.concatenate(who), np.repeat([1, 0], [len(w) for w in who])
-    b = probe_auc(np.concatenate([p[:,0] for p in px]), y, all_who, seed)
-    k, biased = tuple(len(set(w)) for w in who), b.lo > .5
-    scores, memory, near = {}, [], []
+    effort = Effort(**effort)
+    groups = groups_of(members, held_out, effort.views)
+    fake, value_range = samples_of(source, groups, n=effort.n, seed=seed, device=device)
+    b = probe_auc(np.concatenate([p[:,0] for p in groups.pixels]), groups.member, groups.everybody, seed)
+    spaces = [space_of(name, fake, groups, device) for name in effort.extractors]
+    scores = {}
     if discriminator is not None:
-        D = load_discriminator(discriminator, device=device) if isinstance(discriminator, (str,Path)) else discriminator
-        scores["discriminator"] = np.concatenate([discriminator_scores(D, p, views=v, value_range=value_range,
-                device=device) for p in px])
-    for name in extractors:
-        scores[name], m, t = _space(name, fake, px, who, seed, device, pairs)
-        memory.append(m)
-        near.append(t)
-    rows = []
-    for name,s in scores.items():
-        a, control = attack_scores(y, s, all_who, seed=seed, boots=boots), member_control(s[y==1], who[0],
-                outsiders=k[1], seed=seed)
-        rows.append(_row(name, a, control, judge_attack(a, np.quantile(control, .975), patients=k, biased=biased), *who,
-                         len(fake) if name != "discriminator" else 0))
+        D = load_discriminator(discriminator, device=device) if isinstance(discriminator,
+                (str, Path)) else discriminator
+        asked = dict(views=groups.views, value_range=value_range, device=device)
+        scores["discriminator"] = np.concatenate([discriminator_scores(D, p, **asked) for p in groups.pixels])
+    for s in spaces:
+        mm, mh, hm, hh = s.real_to
+        scores[s.name] = nearness(s.fake_to, np.block([[mm, mh], [hm, hh]]), groups.everybody)
+    rows = [attack_row(k, s, groups, seed=seed, boots=effort.boots, biased=b.lo > .5,
+                       n_fake=0 if k == "discriminator" else len(fake)) for k,s in scores.items()]
     none = Attack(b.auc, b.lo, b.hi, *[np.nan]*5)
-    rows.append(_row("blind", none, None, "biased split" if biased else "fair split", *who, 0))
-    near = pd.concat(near, ignore_index=True)
-    return Audit(pd.DataFrame(rows, columns=list(COLUMNS)), pd.concat(memory, ignore_index=True), near,
-                 fake[near.drop_duplicates("fake").fake.to_numpy()[:pairs]])
+    rows.append(table_row("blind", none, "biased split" if b.lo > .5 else "fair split", groups=groups))
+    near = pd.concat([nearest_pairs(s, groups.patients[1], effort.pairs) for s in spaces], ignore_index=True)
+    memory = pd.concat([copies_report(s, fake, groups, seed) for s in spaces], ignore_index=True)
+    shown = near.drop_duplicates("fake").fake.to_numpy()[:effort.pairs]
+    return Audit(pd.DataFrame(rows, columns=list(COLUMNS)), memory, near, fake[shown])

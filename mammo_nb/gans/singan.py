@@ -7,7 +7,7 @@ __all__ = ['singan_recipes', 'aten', 'cubic', 'cubic_matrix', 'to_tanh', 'to_uin
            'pyramid', 'SinGANG', 'SinGAND', 'init_', 'stack_nets', 'unstack_nets', 'Kept', 'side_by_side', 'for_each',
            'pass_on', 'add_grad', 'conv_back', 'norm_back', 'relu_back', 'image_grad', 'weight_grads', 'pixel_penalty',
            'penalty_back', 'd_step', 'StepAdam', 'Made', 'make', 'follow', 'make_back', 'pull_on', 'g_steps', 'SinGAN',
-           'SinGANFit', 'check_singan_image', 'fit_singans']
+           'sample_noises', 'SinGANFit', 'check_singan_image', 'SinGANRun', 'fit_singans']
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #1f61fed0
 import contextlib, functools, json, math
@@ -17,21 +17,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 from torch.optim.adam import adam
 
-from ..core import (DataError, ParameterError, RunError, WeightsError, check_mode, global_seed, hash_of, locked, pick_device, read_json, torch_rng,
-                           write_csv, write_json, write_whole)
+from ..core import (DataError, ParameterError, RunError, WeightsError, check_mode, global_seed, hash_of, locked,
+                           pick_device, read_json, torch_rng, write_json, write_whole)
 from .blocks import register
 from .checkpoint import Checkpoint, differs, fill
 from .engine import Engine, rate_for, set_rate
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #cb235d01
-def cubic(
-    x:np.ndarray, # Distance in pixels
-) -> np.ndarray: # Weight
+def cubic(x:np.ndarray) -> np.ndarray: # Distance in pixels -> weight
     "Cubic convolution kernel of Keys 1981 with a = -1/2."
     x = np.abs(x)
     return np.where(x <= 1, (1.5*x - 2.5)*x*x + 1, np.where(x <= 2, ((-.5*x + 2.5)*x - 4)*x + 2, 0.))
@@ -86,7 +85,8 @@ def resize(
 ) -> Tensor: # `(n,c,*size)` in [-1,1]
     "Resize between two scales, on the tensor's own device."
     wide = torch.float32 if x.device.type == "mps" else torch.float64
-    mh,mw = (torch.as_tensor(np.array(cubic_matrix(n, int(o), float(scale or o/n))), dtype=wide, device=x.device) for n,o in zip(x.shape[2:], size))
+    lines = (np.array(cubic_matrix(n, int(o), float(scale or o/n))) for n,o in zip(x.shape[2:], size))
+    mh,mw = (torch.as_tensor(m, dtype=wide, device=x.device) for m in lines)
     if not eight_bit: return (mh @ x.to(wide) @ mw.T).to(x.dtype).clamp(-1,1)
     y = (255*((x+1)/2).clamp(0,1)).to(torch.uint8).to(wide)
     return (((mh @ y @ mw.T)/255).to(x.dtype) - .5).mul(2).clamp(-1,1)
@@ -110,15 +110,19 @@ class SinGANRecipe:
     alpha:float = 10. # Weight of the reconstruction
     gp:float = .1 # Weight of the gradient penalty
     noise:float = .1 # Noise of a scale, in units of the reconstruction's error
-    z_rec:str = "redrawn" # Noise that must give the image: `redrawn` each step (published code) or `fixed` (published text)
+    z_rec:str = "redrawn" # Noise that must give the image: `redrawn` each step (published code), `fixed` (text)
     g_graph:str = "reuse" # G's later steps: `reuse` the first fake (published code, torch 1.4) or `recompute` it
     eight_bit:bool = True # Resize on 8-bit pixels, as the published code
 
     def __post_init__(self):
-        if self.min_size < 12: raise ParameterError(f"{self.min_size} px is too small", "min_size", "the discriminator sees 11 px: use 12 or more")
-        if not 0 < self.factor < 1: raise ParameterError(f"{self.factor} is no reduction", "factor", "use a value between 0 and 1, e.g. 0.8")
+        if self.min_size < 12:
+            raise ParameterError(f"{self.min_size} px is too small", "min_size",
+                                 "the discriminator sees 11 px: use 12 or more")
+        if not 0 < self.factor < 1:
+            raise ParameterError(f"{self.factor} is no reduction", "factor", "use a value between 0 and 1, e.g. 0.8")
         for k,known in (("z_rec",("redrawn","fixed")), ("g_graph",("reuse","recompute"))):
-            if getattr(self,k) not in known: raise ParameterError(f"unknown value '{getattr(self,k)}'", k, "choose from " + ", ".join(known))
+            got = getattr(self, k)
+            if got not in known: raise ParameterError(f"unknown value '{got}'", k, "choose from " + ", ".join(known))
         for k in ("steps","d_steps","g_steps","width"):
             if getattr(self,k) < 1: raise ParameterError(f"{getattr(self,k)} is too few", k, "use 1 or more")
 
@@ -126,7 +130,8 @@ class SinGANRecipe:
         "Filters at this scale, counted from the coarsest."
         return min(self.width*2**(scale//4), max(self.max_width, self.width))
 
-singan_recipes = {"paper": SinGANRecipe(), "official": SinGANRecipe(steps=2000), "authors": SinGANRecipe(steps=6000, restart=30)}
+singan_recipes = {"paper": SinGANRecipe(), "official": SinGANRecipe(steps=2000),
+                  "authors": SinGANRecipe(steps=6000, restart=30)}
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #511f490e
 @dataclass(frozen=True)
@@ -144,24 +149,30 @@ def pyramid(
     where:object="image", # Named in errors
 ) -> Pyramid:
     "The scales of an image of this size; an image too small or too long for them is a `DataError`."
-    short,long = min(rows,cols), max(rows,cols)
-    if short < recipe.min_size:
-        raise DataError(f"{rows}x{cols} px is too small for a pyramid that starts at {recipe.min_size} px", where, "take a larger patch or lower min_size")
+    short,long,smallest = min(rows,cols), max(rows,cols), recipe.min_size
+    if short < smallest:
+        raise DataError(f"{rows}x{cols} px is too small for a pyramid that starts at {smallest} px", where,
+                        "take a larger patch or lower min_size")
     first = min(recipe.max_size/long, 1)
     top = math.ceil(rows*first), math.ceil(cols*first)
-    if min(top) < recipe.min_size:
-        raise DataError(f"{rows}x{cols} px is {min(top)} px narrow once its longer side is {recipe.max_size} px", where, "take a squarer patch")
-    last = math.ceil(math.log(recipe.min_size/short, recipe.factor)) + 1 - math.ceil(math.log(min(recipe.max_size,long)/long, recipe.factor))
-    factor = (recipe.min_size/min(top))**(1/last)
-    return Pyramid(tuple((math.ceil(top[0]*factor**(last-i)), math.ceil(top[1]*factor**(last-i))) for i in range(last+1)), factor)
+    if min(top) < smallest:
+        raise DataError(f"{rows}x{cols} px is {min(top)} px narrow once its longer side is {recipe.max_size} px", where,
+                        "take a squarer patch")
+    shares = smallest/short, min(recipe.max_size,long)/long
+    down, cut = (math.ceil(math.log(share, recipe.factor)) for share in shares)
+    last = down + 1 - cut
+    factor = (smallest/min(top))**(1/last)
+    return Pyramid(tuple(tuple(math.ceil(n*factor**(last-i)) for n in top) for i in range(last+1)), factor)
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #3feba9e1
 class _Block(nn.Sequential):
     def __init__(self, cin, cout, models, norm):
-        super().__init__(nn.Conv2d(models*cin, models*cout, 3, groups=models), norm(models*cout), nn.LeakyReLU(.2, inplace=True))
+        super().__init__(nn.Conv2d(models*cin, models*cout, 3, groups=models), norm(models*cout),
+                         nn.LeakyReLU(.2, inplace=True))
         self[0].bias.requires_grad_(False)
 
-def _instance_norm(c): return nn.InstanceNorm2d(c, affine=True)
+def _blocks(width, channels, models, norm):
+    return (_Block(n, width, models, norm) for n in (channels, width, width, width))
 
 class SinGANG(nn.Module):
     "Generator of one scale: a residual on the image from the scale below."
@@ -171,7 +182,7 @@ class SinGANG(nn.Module):
         models:int=1, # Independent networks side by side
     ):
         super().__init__()
-        self.layers = nn.Sequential(_Block(channels, width, models, nn.BatchNorm2d), *(_Block(width, width, models, nn.BatchNorm2d) for _ in range(3)),
+        self.layers = nn.Sequential(*_blocks(width, channels, models, nn.BatchNorm2d),
                                     nn.Conv2d(models*width, models*channels, 3, groups=models), nn.Tanh())
 
     def forward(self, z:Tensor, prev:Tensor) -> Tensor:
@@ -183,7 +194,8 @@ class SinGAND(nn.Module):
     "Discriminator of one scale: a score for each 11 x 11 window, `(n,models,h-10,w-10)`."
     def __init__(self, width:int, channels:int=1, models:int=1):
         super().__init__()
-        self.layers = nn.Sequential(_Block(channels, width, models, _instance_norm), *(_Block(width, width, models, _instance_norm) for _ in range(3)),
+        norm = functools.partial(nn.InstanceNorm2d, affine=True)
+        self.layers = nn.Sequential(*_blocks(width, channels, models, norm),
                                     nn.Conv2d(models*width, models, 3, groups=models))
 
     def forward(self, x:Tensor) -> Tensor: return self.layers(x)
@@ -221,8 +233,10 @@ def unstack_nets(
 ) -> list: # As many networks of one model
     "Take a stack apart again."
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    out = [type(net)(convs[0].out_channels//models, convs[0].in_channels//models).to(convs[0].weight.device).train(net.training) for _ in range(models)]
-    for i,o in enumerate(out): o.load_state_dict({k: v.chunk(models)[i].clone() if v.dim() else v for k,v in net.state_dict().items()})
+    width,channels = convs[0].out_channels//models, convs[0].in_channels//models
+    out = [type(net)(width, channels).to(convs[0].weight.device).train(net.training) for _ in range(models)]
+    for i,o in enumerate(out):
+        o.load_state_dict({k: v.chunk(models)[i].clone() if v.dim() else v for k,v in net.state_dict().items()})
     return out
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #322070c2
@@ -242,7 +256,8 @@ class Kept:
     def of(self, i:int) -> "Kept":
         "One image alone."
         at,n = slice(i, i+1), self.norm.weight.numel()
-        return replace(self, x=self.x[at], c=self.c[at], a=self.a[at], mean=self.mean[i*n:(i+1)*n], rstd=self.rstd[i*n:(i+1)*n])
+        stat = slice(i*n, (i+1)*n)
+        return replace(self, x=self.x[at], c=self.c[at], a=self.a[at], mean=self.mean[stat], rstd=self.rstd[stat])
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #f7f55d78
 def side_by_side(x:Tensor) -> Tensor: # `(k,c,h,w)` -> `(1,k*c,h,w)`
@@ -264,10 +279,12 @@ def pass_on(
     for block in net.layers[:4]:
         conv,norm = block[0], block[1]
         c = F.conv2d(x, conv.weight, conv.bias, groups=conv.groups)
-        y,mean,rstd = aten.native_batch_norm(side_by_side(c), for_each(x, norm.weight), for_each(x, norm.bias), None, None, True, 0., norm.eps)
+        scale,shift = for_each(x, norm.weight), for_each(x, norm.bias)
+        y,mean,rstd = aten.native_batch_norm(side_by_side(c), scale, shift, None, None, True, 0., norm.eps)
         kept.append(Kept(conv, norm, x, c, F.leaky_relu_(y.view_as(c), .2), mean, rstd))
         x = kept[-1].a
-    return F.conv2d(x, net.layers[4].weight, net.layers[4].bias, groups=net.layers[4].groups), kept
+    last = net.layers[4]
+    return F.conv2d(x, last.weight, last.bias, groups=last.groups), kept
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #75ea6757
 def add_grad(p:Tensor, g:Tensor) -> None:
@@ -284,7 +301,8 @@ def conv_back(
     weight:bool=False, # Wanted: gradient of the weight, which is added
 ) -> Tensor: # Gradient of the input, or None
     "Back through a convolution."
-    gx,gw,_ = aten.convolution_backward(g, x, conv.weight, None, [1,1], [0,0], [1,1], False, [0,0], conv.groups, [image, weight, False])
+    how = ([1,1], [0,0], [1,1], False, [0,0], conv.groups)
+    gx,gw,_ = aten.convolution_backward(g, x, conv.weight, None, *how, [image, weight, False])
     if weight: add_grad(conv.weight, gw)
     return gx
 
@@ -295,8 +313,10 @@ def norm_back(
     weight:Tensor=None, # The norm's; None: 1
 ) -> tuple: # Gradient before it, sums of g*ĉ and of g, `(k*channels,)`
     "Back through a norm."
-    weight = weight if weight is None else for_each(g, weight)
-    gx,gw,gb = aten.native_batch_norm_backward(side_by_side(g), side_by_side(k.c), weight, None, None, k.mean, k.rstd, True, k.norm.eps, [True]*3)
+    if weight is None: weight = torch.ones_like(k.norm.weight)        # CUDA makes the sums as the weight is made
+    weight = for_each(g, weight)
+    how = (None, None, k.mean, k.rstd, True, k.norm.eps, [True]*3)
+    gx,gw,gb = aten.native_batch_norm_backward(side_by_side(g), side_by_side(k.c), weight, *how)
     return gx.view_as(g), gw, gb
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #b0d41869
@@ -327,8 +347,9 @@ def weight_grads(
     more:list=None, # For each block, a gradient of the last image's `c` that comes from elsewhere
 ) -> None:
     "Back to the weights."
-    if net.layers[4].bias.requires_grad: add_grad(net.layers[4].bias, g.sum((0,2,3)))
-    g = conv_back(net.layers[4], kept[3].a, g, weight=True)
+    last = net.layers[4]
+    if last.bias.requires_grad: add_grad(last.bias, g.sum((0,2,3)))
+    g = conv_back(last, kept[3].a, g, weight=True)
     for i,k in reversed(list(enumerate(kept))):
         g,gw,gb = norm_back(k, relu_back(k, g), k.norm.weight)
         add_grad(k.norm.weight, gw.view(len(k.x), -1).sum(0))
@@ -347,7 +368,7 @@ def pixel_penalty(
     unit = torch.where(size > 0, each/size, torch.zeros_like(each))
     return (size-1).square().mean((1,2,3)), ((size-1)*(2/size[0].numel())*unit).view_as(g)
 
-# %% ../../nbs/lib/47_gans.singan.ipynb #a501edb5
+# %% ../../nbs/lib/47_gans.singan.ipynb #730c3dc4
 def penalty_back(
     net:nn.Module, # D; its gradients grow
     kept:list, # Of the mixed image alone
@@ -362,14 +383,15 @@ def penalty_back(
         q = F.conv2d(u, k.conv.weight, groups=k.conv.groups)
         p,qc,_ = norm_back(k, q)
         add_grad(weight, (p*behind).sum((0,2,3)))
-        into = norm_back(k, q*wide(-k.rstd*weight*gw/n) + behind*wide(-k.rstd*weight*qc/n))[0]        # through ĉ
-        more.append(into.sub_((k.c - wide(k.mean))*wide(k.rstd.square()*(q*before).mean((0,2,3)))))   # through r
+        through_c = norm_back(k, q*wide(-k.rstd*weight*gw/n) + behind*wide(-k.rstd*weight*qc/n))[0]    # by ĉ
+        through_r = (k.c - wide(k.mean))*wide(k.rstd.square()*(q*before).mean((0,2,3)))
+        more.append(through_c.sub_(through_r))
         u = relu_back(k, p*wide(weight))
     last = net.layers[4]
     conv_back(last, u, u.new_ones(1, last.out_channels, u.shape[2]-2, u.shape[3]-2), image=False, weight=True)
     return more
 
-# %% ../../nbs/lib/47_gans.singan.ipynb #730c3dc4
+# %% ../../nbs/lib/47_gans.singan.ipynb #7acc3114
 def d_step(
     D:nn.Module,
     opt, # Its optimiser
@@ -382,13 +404,12 @@ def d_step(
     "One step of the discriminator (eq. 2): real, fake and mixed image in one call."
     opt.zero_grad()
     with torch.no_grad():
-        models,(h,w) = len(mix), real.shape[2:]
-        a = mix.view(1,models,1,1,1)
-        mixed = (a*real.view(1,models,-1,h,w) + (1-a)*fake.view(1,models,-1,h,w)).view_as(real)
+        apart,a = (1, len(mix), -1, *real.shape[2:]), mix.view(1,-1,1,1,1)
+        mixed = (a*real.view(apart) + (1-a)*fake.view(apart)).view_as(real)
         score,kept = pass_on(D, torch.cat([real, fake, mixed]))
         alone, n = [k.of(2) for k in kept], score[0,0].numel()
         g,on_the_way = image_grad(D, alone, torch.ones_like(score[2:]))
-        penalty,u = pixel_penalty(g, models)
+        penalty,u = pixel_penalty(g, len(mix))
         more = penalty_back(D, alone, on_the_way, gp*u)
         up = torch.zeros_like(score)
         up[0].fill_(-1/n)
@@ -404,11 +425,13 @@ class StepAdam(torch.optim.Adam):
     def __init__(self, net:nn.Module, *, lr:float, beta1:float):
         self.weights = list(net.parameters())
         dev = self.weights[0].device
-        super().__init__([p.data for p in self.weights], lr=rate_for(dev, lr), betas=(beta1,.999), fused=dev.type in ("cpu","cuda"), capturable=dev.type == "cuda")
+        super().__init__([p.data for p in self.weights], lr=rate_for(dev, lr), betas=(beta1,.999),
+                         fused=dev.type in ("cpu","cuda"), capturable=dev.type == "cuda")
 
     def restart(self):
         "Forget all moments, in place: as built anew."
-        for kept in self.state.values(): [t.zero_() for t in kept.values()]
+        for kept in self.state.values():
+            for t in kept.values(): t.zero_()
 
     def zero_grad(self, set_to_none=True):
         "Drop the gradients of the network itself."
@@ -421,17 +444,22 @@ class StepAdam(torch.optim.Adam):
         if not self.state: return super().step(closure)
         o = self.param_groups[0]
         live = [q for q in o["params"] if q.grad is not None]
-        kept = [self.state[q] for q in live]
-        adam(live, [q.grad for q in live], *([s[k] for s in kept] for k in ("exp_avg", "exp_avg_sq")), [], [s["step"] for s in kept], fused=o["fused"], capturable=o["capturable"],
-             amsgrad=False, beta1=o["betas"][0], beta2=o["betas"][1], lr=o["lr"], weight_decay=0., eps=o["eps"], maximize=False)
+        moments,squares,steps = ([self.state[q][k] for q in live] for k in ("exp_avg", "exp_avg_sq", "step"))
+        adam(live, [q.grad for q in live], moments, squares, [], steps, fused=o["fused"], capturable=o["capturable"],
+             amsgrad=False, beta1=o["betas"][0], beta2=o["betas"][1], lr=o["lr"], weight_decay=0., eps=o["eps"],
+             maximize=False)
 
-# %% ../../nbs/lib/47_gans.singan.ipynb #067467f8
+# %% ../../nbs/lib/47_gans.singan.ipynb #61e6c8ca
 @dataclass
 class Made:
     "What G made in one call, and what the way back needs."
     image:Tensor # `(k,models*c,h,w)`
     tanh:Tensor # Without the image below
     kept:list # A `Kept` for each block
+
+    def of(self, i:int) -> "Made":
+        "One image alone."
+        return Made(self.image[i:i+1], self.tanh[i:i+1], [k.of(i) for k in self.kept])
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #74855469
 def make(
@@ -449,8 +477,10 @@ def make(
 def follow(kept:list) -> None:
     "Running statistics of batch norm, image by image."
     norms,n = [k.norm for k in kept], len(kept[0].x)
-    seen = [k.mean.view(n,-1) for k in kept] + [k.rstd.view(n,-1).pow(-2).sub_(k.norm.eps).mul_(1 + 1/(k.c[0,0].numel()-1)) for k in kept]
-    for i in range(n): torch._foreach_lerp_([m.running_mean for m in norms] + [m.running_var for m in norms], [t[i] for t in seen], norms[0].momentum)
+    def variance(k): return k.rstd.view(n,-1).pow(-2).sub_(k.norm.eps).mul_(1 + 1/(k.c[0,0].numel()-1))
+    seen = [k.mean.view(n,-1) for k in kept] + [variance(k) for k in kept]
+    running = [m.running_mean for m in norms] + [m.running_var for m in norms]
+    for i in range(n): torch._foreach_lerp_(running, [t[i] for t in seen], norms[0].momentum)
     torch._foreach_add_([m.num_batches_tracked for m in norms], n)
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #7d88e7ed
@@ -467,7 +497,7 @@ def pull_on(
     score,kept = pass_on(D, fake)
     return image_grad(D, kept, torch.full_like(score, -1/score[0,0].numel()))[0], -score.mean((0,2,3))
 
-# %% ../../nbs/lib/47_gans.singan.ipynb #2a495502
+# %% ../../nbs/lib/47_gans.singan.ipynb #868b216a
 @torch.no_grad()
 def g_steps(
     G:nn.Module,
@@ -479,12 +509,10 @@ def g_steps(
     prev:Tensor, # Their images below
     real:Tensor,
     recipe:SinGANRecipe,
-    models:int=1,
 ) -> Tensor: # `(2,models)` adversarial and reconstruction loss of the last step
     "G's updates: adversarial loss and alpha times the reconstruction (paper 00, eq. 1)."
     pull,adv = pull_on(D, pair.image[:1])
-    per = real.numel()//models
-    def off(made): return made.image[-1:] - real
+    fake, models = pair.of(0), len(adv)
     for j in range(recipe.g_steps):
         opt.zero_grad()
         if j and recipe.g_graph == "recompute":
@@ -492,10 +520,10 @@ def g_steps(
             pull,adv = pull_on(D, pair.image[:1])
         rec = pair if not j or recipe.g_graph == "recompute" else make(G, z[1:], prev[1:])
         if rec is not pair: make_back(G, fake, pull)
-        make_back(G, rec, torch.cat([pull, off(rec)*(2*recipe.alpha/per)])[-len(rec.image):])
-        if j == 0: fake = Made(pair.image[:1], pair.tanh[:1], [k.of(0) for k in pair.kept])
+        off = rec.image[-1:] - real
+        make_back(G, rec, torch.cat([pull, off*(2*recipe.alpha/(real.numel()//models))])[-len(rec.image):])
         opt.step()
-    return torch.stack([adv, off(rec).square().view(models,-1).mean(1)])
+    return torch.stack([adv, off.square().view(models,-1).mean(1)])
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #a74d1640
 @register
@@ -512,7 +540,8 @@ class SinGAN(nn.Module):
         eight_bit:bool=True, # See `resize`
     ):
         super().__init__()
-        self.shapes,self.factor,self.channels,self.eight_bit = tuple(map(tuple,shapes)), factor, channels, eight_bit
+        self.shapes = tuple(map(tuple,shapes))
+        self.factor,self.channels,self.eight_bit = factor, channels, eight_bit
         self.amps = list(amps)
         self.G = nn.ModuleList(SinGANG(w, channels) for w in widths)
         self.register_buffer("z_rec", torch.zeros(1, channels, *self.shapes[0]))
@@ -521,28 +550,48 @@ class SinGAN(nn.Module):
     def config(self) -> dict: # Plain values
         "All it takes to build this network again."
         widths = [next(g.parameters()).shape[0] for g in self.G]
-        return dict(kind="singan", shapes=[list(s) for s in self.shapes], factor=self.factor, widths=widths, channels=self.channels,
-                    amps=[float(a) for a in self.amps], eight_bit=self.eight_bit)
+        return dict(kind="singan", shapes=[list(s) for s in self.shapes], factor=self.factor, widths=widths,
+                    channels=self.channels, amps=[float(a) for a in self.amps], eight_bit=self.eight_bit)
+
+    def up(self, x:Tensor, size:tuple) -> Tensor:
+        "An image one scale further up."
+        return resize(x, size, scale=1/self.factor, eight_bit=self.eight_bit)
 
     def climb(self, noises:list, x:Tensor=None, start:int=0) -> Tensor:
         "From the coarsest scale (or from `x` below scale `start`) up, with these unscaled noises."
         for n,z in enumerate(noises, start=start):
-            x = torch.zeros_like(z) if x is None else resize(x, z.shape[2:], scale=1/self.factor, eight_bit=self.eight_bit)
+            x = torch.zeros_like(z) if x is None else self.up(x, z.shape[2:])
             x = self.G[n](self.amps[n]*z, x)
         return x
 
     def rec_noises(self, upto:int=None) -> list:
         "The noises that give the training image: one drawn map at the coarsest scale, none above."
-        return [self.z_rec] + [self.z_rec.new_zeros(1, self.channels, *s) for s in self.shapes[1:len(self.G) if upto is None else upto]]
+        above = self.shapes[1:len(self.G) if upto is None else upto]
+        return [self.z_rec] + [self.z_rec.new_zeros(1, self.channels, *s) for s in above]
 
     @torch.no_grad()
     def reconstruct(self) -> np.ndarray: # uint8 `(h,w)` or `(h,w,c)`
         "The training image as the generators give it back."
         return to_uint8(self.eval().climb(self.rec_noises()))[0]
 
-# %% ../../nbs/lib/47_gans.singan.ipynb #a72a8d20
-from fastcore.basics import patch
+# %% ../../nbs/lib/47_gans.singan.ipynb #2892054c
+@patch
+def below(self:SinGAN, start_scale:int, inject:np.ndarray, shape:tuple) -> Tensor: # `(1,c,*shape)`, None at scale 0
+    "What samples share below a scale: the training image, or a uint8 image put in there."
+    if not start_scale: return None
+    if inject is None: return self.climb(self.rec_noises(start_scale))
+    return resize(to_tanh(np.asarray(inject)[None], self.z_rec.device), shape, eight_bit=self.eight_bit)
 
+# %% ../../nbs/lib/47_gans.singan.ipynb #63a589b4
+def sample_noises(seed:int, images, shapes:list, channels:int) -> list: # `(n,channels,*shape)` for each of `shapes`
+    "The noise of these samples, each from its own generator; one map for all channels at the coarsest scale."
+    def drawn(i):
+        gen = torch_rng(seed, "singan sample", i)
+        maps = (torch.randn(1, channels if n else 1, *s, generator=gen) for n,s in enumerate(shapes))
+        return [m.expand(-1, channels, -1, -1) for m in maps]
+    return [torch.cat(z) for z in zip(*map(drawn, images))]
+
+# %% ../../nbs/lib/47_gans.singan.ipynb #efcb9d86
 @patch
 @torch.no_grad()
 def sample(self:SinGAN,
@@ -555,27 +604,25 @@ def sample(self:SinGAN,
     bs:int=16, # Images at once; changes nothing in the result
 ) -> np.ndarray: # uint8 `(n,h,w)` or `(n,h,w,c)`
     "New images like the one it was trained on."
-    top = self.shapes[-1]
-    if not 0 <= start_scale < len(self.G): raise ParameterError(f"{start_scale} is no scale", "start_scale", f"use 0 to {len(self.G)-1}")
-    if inject is not None and not start_scale: raise ParameterError("an image needs a scale to go in", "start_scale", f"use 1 to {len(self.G)-1}")
-    if size and start_scale and inject is None: raise ParameterError("the fixed scales have the training size", "size", "leave size out, or inject an image")
-    shapes = [tuple(max(11, round(a*b/c)) for a,b,c in zip(s, size or top, top)) for s in self.shapes[:-1]] + [tuple(size or top)]
-    dev, self_ = self.z_rec.device, self.eval()
-    below = None
-    if start_scale and inject is None: below = self_.climb(self.rec_noises(start_scale))
-    elif start_scale: below = resize(to_tanh(np.asarray(inject)[None], dev), shapes[start_scale-1], eight_bit=self.eight_bit)
+    old, last = self.shapes[-1], len(self.G)-1
+    if not 0 <= start_scale <= last:
+        raise ParameterError(f"{start_scale} is no scale", "start_scale", f"use 0 to {last}")
+    if inject is not None and not start_scale:
+        raise ParameterError("an image needs a scale to go in", "start_scale", f"use 1 to {last}")
+    if size and start_scale and inject is None:
+        raise ParameterError("the fixed scales have the training size", "size", "leave size out, or inject an image")
+    new = tuple(size or old)
+    shapes = [tuple(max(11, round(a*b/c)) for a,b,c in zip(s, new, old)) for s in self.shapes[:-1]] + [new]
+    below = self.eval().below(start_scale, inject, shapes[start_scale-1])
     out = []
     for first in range(0, n, bs):
-        noises = [_sample_noise(seed, i, shapes, self.channels) for i in range(first, min(n, first+bs))]
-        noises = [torch.cat(z).to(dev) for z in zip(*noises)][start_scale:]
-        out.append(to_uint8(self_.climb(noises, None if below is None else below.expand(len(noises[0]),-1,-1,-1), start_scale)))
-    return np.concatenate(out) if out else np.zeros((0, *shapes[-1]), np.uint8)
+        images = range(first, min(n, first+bs))
+        noises = [z.to(self.z_rec.device) for z in sample_noises(seed, images, shapes, self.channels)[start_scale:]]
+        start = None if below is None else below.expand(len(images),-1,-1,-1)
+        out.append(to_uint8(self.climb(noises, start, start_scale)))
+    return np.concatenate(out) if out else np.zeros((0, *new), np.uint8)
 
-def _sample_noise(seed, i, shapes, channels):
-    gen = torch_rng(seed, "singan sample", i)
-    return [torch.randn(1, 1 if n == 0 else channels, *s, generator=gen).expand(-1, channels, -1, -1) for n,s in enumerate(shapes)]
-
-# %% ../../nbs/lib/47_gans.singan.ipynb #2892054c
+# %% ../../nbs/lib/47_gans.singan.ipynb #28d5ceb9
 @patch
 def save(self:SinGAN,
     folder:Path,
@@ -583,11 +630,12 @@ def save(self:SinGAN,
 ) -> Path: # The folder
     "Write `G.safetensors` and `generator.json` whole; no code in either."
     folder = Path(folder)
-    with write_whole(folder/"G.safetensors") as tmp: save_file({k: v.detach().cpu().contiguous() for k,v in self.state_dict().items()}, tmp)
+    weights = {k: v.detach().cpu().contiguous() for k,v in self.state_dict().items()}
+    with write_whole(folder/"G.safetensors") as tmp: save_file(weights, tmp)
     write_json(folder/"generator.json", {"config": self.config, "value_range": [-1,1], "card": card or {}})
     return folder
 
-# %% ../../nbs/lib/47_gans.singan.ipynb #63a589b4
+# %% ../../nbs/lib/47_gans.singan.ipynb #a7c50267
 @patch(cls_method=True)
 def load(cls:SinGAN,
     folder:Path, # With `G.safetensors` and `generator.json`
@@ -597,10 +645,12 @@ def load(cls:SinGAN,
     folder = Path(folder)
     info = read_json(folder/"generator.json")
     config = dict(info.get("config", {}))
-    if config.pop("kind", None) != "singan": raise WeightsError("this is no SinGAN", folder, "load it with the module that its config names")
-    net = cls(config.pop("shapes"), **config)
-    try: net.load_state_dict(load_file(folder/"G.safetensors"))
-    except (SafetensorError, OSError, RuntimeError) as e: raise WeightsError(f"the weights do not fit: {str(e)[:200]}", folder/"G.safetensors", "copy the folder again") from e
+    if config.pop("kind", None) != "singan":
+        raise WeightsError("this is no SinGAN", folder, "load it with the module that its config names")
+    net, weights = cls(config.pop("shapes"), **config), folder/"G.safetensors"
+    try: net.load_state_dict(load_file(weights))
+    except (SafetensorError, OSError, RuntimeError) as e:
+        raise WeightsError(f"the weights do not fit: {str(e)[:200]}", weights, "copy the folder again") from e
     return net.to(device).eval()
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #f1fb8cee
@@ -618,11 +668,12 @@ class SinGANFit:
     ):
         self.engine = Engine(reals.device, {}, mode=mode, log=log)
         self.recipe,self.seed,self.keys,self.device = recipe, seed, keys, reals.device
-        self.plan = pyramid(*reals.shape[2:], recipe=recipe)
-        top = resize(reals, self.plan.shapes[-1], eight_bit=recipe.eight_bit) if self.plan.shapes[-1] != reals.shape[2:] else reals
-        self.reals = [resize(top, s, scale=self.plan.factor**(len(self.plan.shapes)-1-i), eight_bit=recipe.eight_bit) for i,s in enumerate(self.plan.shapes)]
-        self.channels, self.merge_width = reals.shape[1], merge_width
-        self.nets = [SinGAN(self.plan.shapes, factor=self.plan.factor, widths=(), channels=self.channels, eight_bit=recipe.eight_bit).to(self.device) for _ in keys]
+        self.channels,self.merge_width,self.plan = reals.shape[1], merge_width, pyramid(*reals.shape[2:], recipe=recipe)
+        shapes,factor,cut = self.plan.shapes, self.plan.factor, dict(eight_bit=recipe.eight_bit)
+        top = resize(reals, shapes[-1], **cut) if shapes[-1] != reals.shape[2:] else reals
+        self.reals = [resize(top, s, scale=factor**(len(shapes)-1-i), **cut) for i,s in enumerate(shapes)]
+        empty = dict(factor=factor, widths=(), channels=self.channels, **cut)
+        self.nets = [SinGAN(shapes, **empty).to(self.device) for _ in keys]
         self.last_D = [None]*len(keys)
         self.scale = self.group = self.step = self.count = 0
         self.history, self.live = [], None
@@ -632,34 +683,49 @@ class SinGANFit:
         every = list(range(len(self.keys)))
         return [every] if self.recipe.width_at(self.scale) <= self.merge_width else [[i] for i in every]
 
-    def gen(self, image, *purpose): return torch_rng(self.seed, "singan", self.keys[image], self.scale, *purpose, device=self.device)
+    def gen(self, image, *purpose):
+        return torch_rng(self.seed, "singan", self.keys[image], self.scale, *purpose, device=self.device)
+
+    def up(self, x:Tensor, scale:int) -> Tensor:
+        "Images of the scale below at the size of this one."
+        return resize(x, self.plan.shapes[scale], scale=1/self.plan.factor, eight_bit=self.recipe.eight_bit)
 
     def done(self) -> bool: return self.scale == len(self.plan.shapes)
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #91aa0911
 @patch
+def start_net(self:SinGANFit, i:int, kind:type) -> nn.Module: # Number of an image; `SinGANG` or `SinGAND`
+    "A network of this scale: with the coarser scale's weights where that is as wide, else with new ones."
+    n,width = self.scale, self.recipe.width_at(self.scale)
+    old = None if not n else self.nets[i].G[n-1] if kind is SinGANG else self.last_D[i]
+    net = kind(width, self.channels)
+    if old is not None and self.recipe.width_at(n-1) == width: net.to(self.device).load_state_dict(old.state_dict())
+    else: init_(net, torch_rng(self.seed, "singan start", self.keys[i], n, kind.__name__))
+    return net.to(self.device).train()
+
+# %% ../../nbs/lib/47_gans.singan.ipynb #c5a8a91f
+@patch
+def handed_up(self:SinGANFit, who:list, real:Tensor) -> Tensor: # Image numbers; `(1,models*c,h,w)` -> same shape
+    "The reconstruction by the scales below; zeros at the coarsest."
+    if not self.scale: return torch.zeros_like(real)
+    made = [self.nets[i].climb(self.nets[i].rec_noises(self.scale)) for i in who]
+    return self.up(torch.cat(made, 1), self.scale)
+
+# %% ../../nbs/lib/47_gans.singan.ipynb #f6f3ef9a
+@patch
 @torch.no_grad()
 def begin(self:SinGANFit):
     "Set up the current scale for the current group."
-    r,n,who = self.recipe, self.scale, self.groups()[self.group]
-    width = r.width_at(n)
-    def fresh(i, kind, old):
-        if n and old is not None and r.width_at(n-1) == width:
-            net = type(old)(width, self.channels).to(self.device)
-            net.load_state_dict(old.state_dict())
-            return net
-        return init_(kind(width, self.channels), torch_rng(self.seed, "singan start", self.keys[i], n, kind.__name__)).to(self.device)
-    G = stack_nets([fresh(i, SinGANG, self.nets[i].G[n-1] if n else None).train() for i in who])
-    D = stack_nets([fresh(i, SinGAND, self.last_D[i]).train() for i in who])
+    n,who = self.scale, self.groups()[self.group]
+    G,D = (stack_nets([self.start_net(i, kind) for i in who]) for kind in (SinGANG, SinGAND))
     real = torch.cat([self.reals[n][i] for i in who])[None]
     below = [stack_nets([self.nets[i].G[m].eval() for i in who]) for m in range(n)]
-    shape = self.plan.shapes[n]
-    rec = [self.nets[i].climb(self.nets[i].rec_noises(n)) for i in who] if n else None
-    prev_rec = resize(torch.cat(rec,1), shape, scale=1/self.plan.factor, eight_bit=r.eight_bit) if n else torch.zeros_like(real)
+    prev_rec = self.handed_up(who, real)
     err = (real-prev_rec).square().view(len(who),-1).mean(1).sqrt()
-    amp = r.noise*err if n else torch.ones_like(err)
-    self.live = dict(who=who, G=G, D=D, real=real, below=below, prev_rec=prev_rec, amp=amp, z_rec=torch.zeros_like(real),
-                     amps=amp.repeat_interleave(self.channels).view(1,-1,1,1), acc=torch.zeros(5, len(who), device=self.device), block=None)
+    amp = self.recipe.noise*err if n else torch.ones_like(err)
+    self.live = dict(who=who, G=G, D=D, real=real, below=below, prev_rec=prev_rec, z_rec=torch.zeros_like(real),
+                     amp=amp, amps=amp.repeat_interleave(self.channels).view(1,-1,1,1), block=None,
+                     acc=torch.zeros(5, len(who), device=self.device))
     self.adam()
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #4d438822
@@ -678,24 +744,35 @@ def block_steps(self:SinGANFit) -> int:
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #7a3a23b8
 @patch
+def noise(self:SinGANFit, gens:list, k:int, scale:int) -> Tensor: # A generator an image -> `(k,models*c,rows,columns)`
+    "Noise of a scale; at the coarsest one map for all channels."
+    shape = k, self.channels if scale else 1, *self.plan.shapes[scale]
+    maps = (torch.randn(shape, generator=g, device=self.device) for g in gens)
+    return torch.cat([m.expand(-1, self.channels, -1, -1) for m in maps], 1)
+
+# %% ../../nbs/lib/47_gans.singan.ipynb #df59a7a9
+@patch
+def from_below(self:SinGANFit, gens:list, k:int) -> Tensor: # `(k,models*c,h,w)`
+    "New images by the frozen scales below, handed up; zeros at the coarsest scale."
+    L,x = self.live, None
+    for s,G in enumerate(L["below"]):
+        amps = torch.tensor([float(self.nets[i].amps[s]) for i in L["who"]]).repeat_interleave(self.channels)
+        z = amps.view(1,-1,1,1).to(self.device)*self.noise(gens, k, s)
+        x = G(z, torch.zeros_like(z) if x is None else self.up(x, s))
+    return torch.zeros(k, *L["real"].shape[1:], device=self.device) if x is None else self.up(x, self.scale)
+
+# %% ../../nbs/lib/47_gans.singan.ipynb #77819b04
+@patch
 @torch.no_grad()
 def draw_block(self:SinGANFit, number:int):
     "All chance of one block of steps, for each image from its own generator."
-    L,r,n,c,size = self.live, self.recipe, self.scale, self.channels, self.block_steps()
-    (h,w),m = self.plan.shapes[n], size*self.recipe.d_steps
-    gens = [self.gen(i, "block", number) for i in L["who"]]
-    def draw(k, scale):
-        s = self.plan.shapes[scale]
-        return torch.cat([torch.randn(k, 1 if scale == 0 else c, *s, generator=g, device=self.device).expand(-1,c,-1,-1) for g in gens], 1)
-    noise, z_rec = draw(size, n), draw(size, n) if n == 0 else None
-    mix = torch.stack([torch.rand(size, r.d_steps, generator=g, device=self.device) for g in gens], -1)
-    x = None
-    for s,G in enumerate(L["below"]):
-        amp = torch.cat([torch.full((c,), float(self.nets[i].amps[s])) for i in L["who"]]).view(1,-1,1,1).to(self.device)
-        z = amp*draw(m, s)
-        x = G(z, torch.zeros_like(z) if x is None else resize(x, z.shape[2:], scale=1/self.plan.factor, eight_bit=r.eight_bit))
-    prev = torch.zeros(m, *L["real"].shape[1:], device=self.device) if x is None else resize(x, (h,w), scale=1/self.plan.factor, eight_bit=r.eight_bit)
-    L["block"] = dict(number=number, noise=noise, z_rec=z_rec, mix=mix, prev=prev.unflatten(0, (size, r.d_steps)))
+    n,size,d_steps = self.scale, self.block_steps(), self.recipe.d_steps
+    gens = [self.gen(i, "block", number) for i in self.live["who"]]
+    noise = self.noise(gens, size, n)
+    z_rec = None if n else self.noise(gens, size, n)
+    mix = torch.stack([torch.rand(size, d_steps, generator=g, device=self.device) for g in gens], -1)
+    prev = self.from_below(gens, size*d_steps).unflatten(0, (size, d_steps))
+    self.live["block"] = dict(number=number, noise=noise, z_rec=z_rec, mix=mix, prev=prev)
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #88cefdd3
 @patch
@@ -708,26 +785,27 @@ def step_once(self:SinGANFit,
     L,r = self.live, self.recipe
     G,D,z = L["G"], L["D"], L["amps"]*noise
     with torch.no_grad():
-        fakes = list(make(G, z.expand(r.d_steps-1,-1,-1,-1), prev[:-1]).image.split(1)) if r.d_steps > 1 else []
+        fakes = make(G, z.expand(r.d_steps-1,-1,-1,-1), prev[:-1]).image.split(1) if r.d_steps > 1 else ()
         both = dict(z=torch.cat([z, L["amps"]*L["z_rec"]]), prev=torch.cat([prev[-1:], L["prev_rec"]]))
         pair = make(G, **both)
-    for fake,share in zip(fakes + [pair.image[:1]], mix): loss_d = d_step(D, L["opt_D"], L["real"], fake, mix=share, gp=r.gp)
-    loss_g = g_steps(G, D, L["opt_G"], pair=pair, real=L["real"], recipe=r, models=len(L["who"]), **both)
+    for fake,share in zip((*fakes, pair.image[:1]), mix):
+        loss_d = d_step(D, L["opt_D"], L["real"], fake, mix=share, gp=r.gp)
+    loss_g = g_steps(G, D, L["opt_G"], pair=pair, real=L["real"], recipe=r, **both)
     L["acc"] += torch.cat([loss_d, loss_g, torch.ones_like(loss_g[:1])])
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #39bf0df1
 @patch
 def advance(self:SinGANFit):
     "The next step, with its chance and its rate."
-    L,r,s = self.live, self.recipe, self.step
-    size = self.block_steps()
+    L,r,s,size = self.live, self.recipe, self.step, self.block_steps()
     if not L["block"] or L["block"]["number"] != s//size: self.draw_block(s//size)
-    if r.restart and s and s % r.restart == 0: [L[k].restart() for k in ("opt_G","opt_D")]
-    B,at = L["block"], s % size
     since = s % r.restart if r.restart else s
-    for o in (L["opt_G"], L["opt_D"]): set_rate(o, r.lr*(.1 if since+1 >= r.lr_drop else 1))
-    if B["z_rec"] is not None and (r.z_rec == "redrawn" or s == 0): L["z_rec"].copy_(B["z_rec"][at:at+1])
-    self.engine("step", self.step_once, noise=B["noise"][at:at+1], prev=B["prev"][at], mix=B["mix"][at])
+    for opt in (L["opt_G"], L["opt_D"]):
+        if s and not since: opt.restart()
+        set_rate(opt, r.lr*(.1 if since+1 >= r.lr_drop else 1))
+    block,at = L["block"], s % size
+    if block["z_rec"] is not None and (r.z_rec == "redrawn" or s == 0): L["z_rec"].copy_(block["z_rec"][at:at+1])
+    self.engine("step", self.step_once, noise=block["noise"][at:at+1], prev=block["prev"][at], mix=block["mix"][at])
     self.step += 1
     self.count += 1
 
@@ -752,9 +830,12 @@ def note(self:SinGANFit) -> dict: # Mean losses since the last note, over the gr
     L,names = self.live, ("critic","penalty","adversarial","reconstruction")
     mean = (L["acc"][:4]/L["acc"][4]).cpu().tolist()
     L["acc"].zero_()
-    for j,i in enumerate(L["who"]): self.history.append({"image": i, "scale": self.scale, "step": self.step} | {k: v[j] for k,v in zip(names, mean)})
+    for j,i in enumerate(L["who"]):
+        losses = {k: v[j] for k,v in zip(names, mean)}
+        self.history.append({"image": i, "scale": self.scale, "step": self.step} | losses)
     if not np.isfinite(mean).all():
-        raise RunError("a loss is no longer a number; the last checkpoint was kept", f"SinGAN scale {self.scale}, step {self.step}", "lower lr, or try another seed")
+        raise RunError("a loss is no longer a number; the last checkpoint was kept",
+                       f"SinGAN scale {self.scale}, step {self.step}", "lower lr, or try another seed")
     return {k: float(np.mean(v)) for k,v in zip(names, mean)}
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #eda0bbc3
@@ -762,8 +843,8 @@ def note(self:SinGANFit) -> dict: # Mean losses since the last note, over the gr
 def state(self:SinGANFit) -> dict:
     "Everything a checkpoint needs."
     live = None if self.live is None else {k: self.live[k] for k in ("G","D","opt_G","opt_D","z_rec","acc")}
-    return dict(place=[self.scale, self.group, self.step, self.count], history=self.history, live=live, last_D=self.last_D,
-                nets=[dict(config=n.config, state=n) for n in self.nets])
+    return dict(place=[self.scale, self.group, self.step, self.count], history=self.history, live=live,
+                last_D=self.last_D, nets=[dict(config=n.config, state=n) for n in self.nets])
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #5c9e6e17
 @patch
@@ -793,81 +874,107 @@ def check_singan_image(
     "Raise a `DataError` for an image that no SinGAN can learn."
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (2,3) or (image.ndim == 3 and image.shape[2] not in (1,3)):
-        raise DataError(f"an array of type {image.dtype} and shape {image.shape}", where, "give uint8 of shape (h,w) or (h,w,3)")
+        raise DataError(f"an array of type {image.dtype} and shape {image.shape}", where,
+                        "give uint8 of shape (h,w) or (h,w,3)")
     pyramid(*image.shape[:2], recipe=recipe, where=where)
-    if image.min() == image.max(): raise DataError(f"constant patch (every pixel is {image.min()})", where, "choose another patch: there is nothing to learn")
+    if image.min() == image.max():
+        raise DataError(f"constant patch (every pixel is {image.min()})", where,
+                        "choose another patch: there is nothing to learn")
 
-# %% ../../nbs/lib/47_gans.singan.ipynb #337d8a4f
+# %% ../../nbs/lib/47_gans.singan.ipynb #c0be112f
+@dataclass(frozen=True)
+class SinGANRun:
+    "Where and how SinGANs are trained; `auto` and None are settled as it is made."
+    device:str = "auto"      # Where
+    merge_width:int = None   # Scales up to this width train all images at once; None: 64 on a GPU, 8 elsewhere
+    mode:str = "exact"       # Arithmetic: `exact`, or on a GPU `fast` (TF32)
+    checkpoint_every_s:float = 60.
+
+    def __post_init__(self):
+        check_mode(self.mode)
+        device = pick_device(str(self.device))
+        object.__setattr__(self, "device", device)
+        if self.merge_width is None: object.__setattr__(self, "merge_width", 64 if device.type == "cuda" else 8)
+
+# %% ../../nbs/lib/47_gans.singan.ipynb #125aeba1
+def _resume(fit, ck, log):
+    kept = ck.load()
+    if kept: fit.restore(kept["state"])
+    try:
+        while not fit.done():
+            if fit.live is None: fit.begin()
+            with _threads_for(fit), fit.engine.ready(): _scale(fit, ck, log)
+            fit.finish()
+    except KeyboardInterrupt:
+        ck.save(fit.state(), step=fit.count)
+        raise
+
+def _scale(fit, ck, log):
+    steps = fit.recipe.steps
+    every = max(1, steps//20)
+    while fit.step < steps:
+        fit.advance()
+        if fit.step % every == 0 or fit.step == steps:
+            losses = fit.note()
+            place = dict(scale=fit.scale, scales=len(fit.plan.shapes), images=fit.live["who"], step=fit.step)
+            if log: log(stage="singan", **place, **losses)
+        if ck.due(): ck.save(fit.state(), step=fit.count)
+
+@contextlib.contextmanager
+def _threads_for(fit): # Maps of a few kilobytes are slower on several cores than on one, many times slower on busy ones
+    n, (h,w) = torch.get_num_threads(), fit.plan.shapes[fit.scale]
+    small = len(fit.live["who"])*fit.recipe.width_at(fit.scale)*h*w < 2**20
+    if fit.device.type == "cpu" and small: torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
+
+# %% ../../nbs/lib/47_gans.singan.ipynb #d18a736e
 def fit_singans(
     images, # uint8 `(k,h,w)` or `(k,h,w,3)`, or a list of images of any sizes
     *,
     recipe:SinGANRecipe,
-    folder:Path, # Checkpoints, histories and finished pyramids; a second call with the same arguments goes on or just loads
+    folder:Path, # Checkpoints, histories, finished pyramids; the same call again goes on or just loads
     seed:int,
-    device="auto",
-    merge_width:int=None, # Scales up to this width train all images at once, default 64 on a GPU, 8 elsewhere
-    mode:str="exact", # Arithmetic: `exact`, or on a GPU `fast` (TF32)
     cards:list=None, # One dict of plain values an image, kept beside its weights (patient, source patch)
     log=None,
-    checkpoint_every_s:float=60.,
+    **how, # Fields of `SinGANRun`
 ) -> list: # One `SinGAN` an image, in order
     "Train one SinGAN on each image; images of one size train together."
-    images,dev,folder = [np.asarray(i) for i in images], pick_device(str(device)), Path(folder)
+    images,how,folder = [np.asarray(i) for i in images], SinGANRun(**how), Path(folder)
     if not images: raise DataError("no image was given", "fit_singans", "give at least one")
     for i,image in enumerate(images): check_singan_image(image, recipe=recipe, where=f"image {i}")
-    merge = merge_width if merge_width is not None else 64 if dev.type == "cuda" else 8
-    shapes = list(dict.fromkeys(i.shape for i in images))
-    out = [None]*len(images)
+    cards, out = cards or [{}]*len(images), [None]*len(images)
     with locked(folder/"singans"), global_seed(seed, "constructors draw and are overwritten"):
-        for shape in shapes:
+        for shape in dict.fromkeys(i.shape for i in images):
             who = [i for i,image in enumerate(images) if image.shape == shape]
-            name = "x".join(map(str, shape))
-            nets = _fit_one_size([images[i] for i in who], recipe=recipe, folder=folder, name=name, seed=seed, dev=dev, merge=merge, mode=check_mode(mode), log=log,
-                                 every_s=checkpoint_every_s, cards=[(cards or [{}]*len(images))[i] for i in who])
+            nets = _fit_one_size([images[i] for i in who], recipe=recipe, folder=folder, seed=seed, how=how, log=log,
+                                 cards=[cards[i] for i in who])
             for i,net in zip(who, nets): out[i] = net
     return out
 
-# %% ../../nbs/lib/47_gans.singan.ipynb #c0be112f
-def _fit_one_size(images, *, recipe, folder, name, seed, dev, merge, mode, log, every_s, cards):
+# %% ../../nbs/lib/47_gans.singan.ipynb #064df9df
+def _keys(images): # The hash of each, and how many equal ones came before it
     keys = []
-    for i in images: keys.append(f"{hash_of(i)}-{sum(k.startswith(hash_of(i)) for k in keys)}")
-    identity = dict(recipe=asdict(recipe), seed=seed, images=keys, device=dev.type, merge_width=merge, mode=mode)
+    for h in map(hash_of, images): keys.append(f"{h}-{sum(k.startswith(h) for k in keys)}")
+    return keys
+
+def _fit_one_size(images, *, recipe, folder, seed, how, cards, log):
+    name, keys = "x".join(map(str, images[0].shape)), _keys(images)
+    identity = dict(recipe=asdict(recipe), seed=seed, images=keys, device=how.device.type, merge_width=how.merge_width,
+                    mode=how.mode)
     homes = [folder/f"singan_{name}_{j:02d}" for j in range(len(images))]
     finished = folder/f"history_{name}.json"
     if finished.exists():
         old = read_json(finished).get("identity", {})
-        if old != json.loads(json.dumps(identity)):
-            raise RunError(f"other SinGANs are in this folder; {differs(old, identity)}", finished, "choose another folder, or remove this one")
-        return [SinGAN.load(h, dev) for h in homes]
-    fit = SinGANFit(to_tanh(np.stack(images), dev), keys=keys, recipe=recipe, seed=seed, merge_width=merge, mode=mode, log=log)
-    ck = Checkpoint(folder, f"singan_{name}", identity=identity, every_s=every_s, log=log)
-    kept = ck.load()
-    if kept: fit.restore(kept["state"])
-    try: _run(fit, ck, log)
-    except KeyboardInterrupt:
-        ck.save(fit.state(), step=fit.count)
-        raise
-    for net,home,key,card in zip(fit.nets, homes, keys, cards): net.save(home, card | {"image_hash": key, "recipe": asdict(recipe), "seed": seed})
+        if old == json.loads(json.dumps(identity)): return [SinGAN.load(h, how.device) for h in homes]
+        raise RunError(f"other SinGANs are in this folder; {differs(old, identity)}", finished,
+                       "choose another folder, or remove this one")
+    fit = SinGANFit(to_tanh(np.stack(images), how.device), keys=keys, recipe=recipe, seed=seed, mode=how.mode, log=log,
+                    merge_width=how.merge_width)
+    ck = Checkpoint(folder, f"singan_{name}", identity=identity, every_s=how.checkpoint_every_s, log=log)
+    _resume(fit, ck, log)
+    told = dict(recipe=asdict(recipe), seed=seed)
+    for net,home,key,card in zip(fit.nets, homes, keys, cards): net.save(home, card | {"image_hash": key} | told)
     write_json(finished, {"identity": identity, "history": fit.history})
     ck.prune(0)
     return [n.eval() for n in fit.nets]
-
-def _run(fit, ck, log):
-    every = max(1, fit.recipe.steps//20)
-    while not fit.done():
-        if fit.live is None: fit.begin()
-        with _threads_for(fit), fit.engine.ready():
-            while fit.step < fit.recipe.steps:
-                fit.advance()
-                if fit.step % every == 0 or fit.step == fit.recipe.steps:
-                    losses = fit.note()
-                    if log: log(stage="singan", scale=fit.scale, scales=len(fit.plan.shapes), images=fit.live["who"], step=fit.step, **losses)
-                if ck.due(): ck.save(fit.state(), step=fit.count)
-        fit.finish()
-
-@contextlib.contextmanager
-def _threads_for(fit): # Maps of a few kilobytes are slower on several cores than on one, and many times slower on busy ones
-    n, (h,w) = torch.get_num_threads(), fit.plan.shapes[fit.scale]
-    if fit.device.type == "cpu" and len(fit.live["who"])*fit.recipe.width_at(fit.scale)*h*w < 2**20: torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)

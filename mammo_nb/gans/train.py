@@ -224,7 +224,7 @@ class Game:
         if fast and has_bfloat16(self.device):
             for net in (self.G, self.D): narrow(net, lambda: self.wide, device=self.device.type)
         self.fake, self.rows, self.sums, self.drawn = None, None, {}, 0
-        self.clock = torch.zeros((), dtype=torch.int64, device=self.device) # Finished batches, counted through the epochs
+        self.clock = torch.zeros((), dtype=torch.int64, device=self.device) # Finished batches of all epochs
         self.rng = {k: torch.Generator(self.device) for k in (*self.CHANCE, *recipe.chance)}
         self.engine = Engine(self.device, self.rng, mode=mode, graph=recipe.graph, log=log)
         self.place(recipe.g_every - 1)
@@ -599,7 +599,8 @@ def train_gan(
     identity = identity_of(recipe, data, seed=seed, epochs=epochs, device=torch.device(device).type, options=options)
     with locked(folder/"training"):
         if done := _finished(folder, identity): return done
-        t = Training(recipe, data, folder=folder, seed=seed, device=device, epochs=epochs, options=options, identity=identity)
+        t = Training(recipe, data, folder=folder, seed=seed, device=device, epochs=epochs, options=options,
+                     identity=identity)
         t.resume()
         try: t.run()
         except torch.OutOfMemoryError as e:

@@ -1,0 +1,235 @@
+"Paper 04: as a process (refused parameters, same seed same tables, killed and resumed, any folder, left-out stages), and what its keys and parameters do."
+import ast, json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from mammo_nb.core import ParameterError, rng, write_json
+from mammo_nb.data.patches import PatchSet, patch_table
+from mammo_nb.paper import settle
+from mammo_nb.papers import sharing as paper, sharing_patches
+from mammo_nb.papers.sharing_rows import Counts
+from mammo_nb.params import Params
+from mammo_nb.runs import Run, job_key
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("seed",1, "patients",24, "scopes","lesions", "models","cnn", "arms","none,bcdr_dcgan", "regimes","100", "gan_epochs",2, "clf_epochs",2, "boots",50)
+
+def tables(run): return {p.relative_to(run).as_posix():p.read_bytes() for p in sorted([*(run/"tables").glob("*.csv"), run/"results.csv"])}
+
+@pytest.mark.parametrize("paper", sorted(p.stem for p in (ROOT/"nbs").glob("0[0-4]_*.ipynb")))
+@pytest.mark.parametrize("name,value,said", [("sead",1,"did you mean 'seed'"), ("seed","abc","must be int"), ("preset","papr","did you mean 'paper'"), ("data_dir","/nowhere/at/all","no such folder")])
+def test_wrong_parameter_is_refused(papermill, tmp_path, paper, name, value, said):
+    r = papermill(paper, tmp_path/"out.ipynb", name, value, "run_dir", tmp_path/"run", check=False)
+    assert r.returncode != 0 and said in r.stderr and name in r.stderr
+    assert not (tmp_path/"run").exists(), "nothing was begun"
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    "One uninterrupted small run, from a folder that is not the repository."
+    d = tmp_path_factory.mktemp("whole")
+    cmd = [sys.executable, "-m", "papermill", str(ROOT/"nbs"/"04_sharing.ipynb"), "out.ipynb", "--no-progress-bar", "-p", "run_dir", str(d/"run")]
+    for k,v in zip(SMALL[::2], SMALL[1::2]): cmd += ["-p", k, str(v)]
+    r = subprocess.run(cmd, cwd=d, env=os.environ | {"MAMMO_NB_CACHE":str(cache)}, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-3000:]
+    return d/"run"
+
+def test_run_folder_explains_itself(whole):
+    info = json.loads((whole/"run.json").read_text())
+    assert info["status"] == "done" and info["parameters"]["seed"] == 1 and info["versions"]["torch"] and info["data_hash"]
+    for line in (whole/"steps.jsonl").read_text().splitlines(): json.loads(line)
+    results = pd.read_csv(whole/"results.csv")
+    assert set(results.arm) == {"none","bcdr_dcgan"} and (results.lo <= results.value).all() and (results.value <= results.hi).all()
+    page = (whole/"report.html").read_text()
+    assert "PHANTOM DATA" in page and page.count("<script") == page.count("<script>") == 1 and 'src="http' not in page and len(page) < 10_000_000
+    for heading in ("What holds", "Table 1, ours beside published", "Curves", "Generators", "What the generators give away", "Data"): assert f"{heading}</h2>" in page, heading
+
+def test_asked_again_nothing_is_done_twice(whole, papermill, tmp_path):
+    before, t = tables(whole), json.loads((whole/"run.json").read_text())["stages"]
+    papermill("04_sharing", tmp_path/"out.ipynb", *SMALL, "run_dir", whole)
+    after = json.loads((whole/"run.json").read_text())["stages"]
+    assert after.keys() == t.keys() and all(s["reused"] for s in after.values()) and tables(whole) == before
+
+def test_killed_and_resumed_run_ends_with_the_same_bytes(whole, cache, tmp_path):
+    env = os.environ | {"MAMMO_NB_CACHE":str(tmp_path/"cache")}
+    os.makedirs(tmp_path/"cache"); os.symlink(cache/"phantoms", tmp_path/"cache"/"phantoms")     # the phantoms need not be drawn again
+    cmd = [sys.executable, "-m", "papermill", str(ROOT/"nbs"/"04_sharing.ipynb"), str(tmp_path/"out.ipynb"), "--no-progress-bar", "-p", "run_dir", str(tmp_path/"run")]
+    for k,v in zip(SMALL[::2], SMALL[1::2]): cmd += ["-p", k, str(v)]
+    for event in ("gan-", "clf-"):
+        p = subprocess.Popen(cmd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        log, end = tmp_path/"run"/"steps.jsonl", time.time()+300
+        while time.time() < end and p.poll() is None:
+            if log.exists() and any(f'"stage": "{event}' in l and '"start"' in l for l in log.read_text().splitlines()): break
+            time.sleep(.1)
+        assert p.poll() is None, "the run ended before it could be killed"
+        os.killpg(p.pid, signal.SIGKILL); p.wait()
+    r = subprocess.run(cmd, env=env, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-3000:]
+    one, two = tables(whole), tables(tmp_path/"run")
+    drop_run = lambda b: b.replace(b"phantom-paper-seed1", b"run")
+    assert one.keys() == two.keys() and all(drop_run(one[k]) == drop_run(two[k]) for k in one)
+
+def test_fast_arithmetic_is_stated_and_never_taken_for_exact(whole, papermill, tmp_path):
+    papermill("04_sharing", tmp_path/"out.ipynb", *SMALL, "mode","fast", "run_dir", tmp_path/"run")
+    fast, exact = (json.loads((r/"run.json").read_text()) for r in (tmp_path/"run", whole))
+    assert (fast["mode"], exact["mode"]) == ("fast", "exact")
+    assert not {s["folder"] for s in fast["stages"].values()} & {s["folder"] for s in exact["stages"].values()}
+    assert re.search(r"Arithmetic.{0,200}fast", (tmp_path/"run"/"report.html").read_text(), re.S)
+    r = papermill("04_sharing", tmp_path/"out.ipynb", *SMALL, "mode","fast", "run_dir", whole, check=False)
+    assert r.returncode != 0 and "mode='exact'" in r.stderr
+
+def test_left_out_stages_leave_the_rest_out(papermill, tmp_path):
+    papermill("04_sharing", tmp_path/"out.ipynb", *SMALL, "only","data,patches,report", "gan_seed",7, "run_dir", tmp_path/"run")
+    info = json.loads((tmp_path/"run"/"run.json").read_text())
+    assert any(n.startswith("gan-") for n,_ in info["skipped"]) and any(n.startswith("clf-") for n,_ in info["skipped"])
+    verdicts = pd.read_csv(tmp_path/"run"/"tables"/"claims.csv")
+    assert set(verdicts.shown) == {"cannot tell (not run)"}
+
+def test_a_folder_with_another_run_is_refused(whole, papermill, tmp_path):
+    r = papermill("04_sharing", tmp_path/"out.ipynb", *SMALL[2:], "seed",2, "run_dir", whole, check=False)
+    assert r.returncode != 0 and "seed=1" in r.stderr
+
+
+# ---------------------------------------------------------------- what a job's key knows, without any training
+def declared():
+    "The parameters of the notebook as they stand there."
+    cell = next(c for c in nbformat.read(ROOT/"nbs"/"04_sharing.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []))
+    return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+
+def toy(name, lesions, healthy, views=2):
+    "Small patches of made-up patients."
+    rows = [dict(patch_id=f"{name}:{i}", patient_id=f"{name}:p{i//2}", target=int(i < lesions), label="normal", dataset=name) for i in range(lesions+healthy)]
+    pixels = rng(0, name).integers(0, 255, (len(rows), views, 8, 8)).astype(np.uint8)
+    return PatchSet(pixels, patch_table(rows))
+
+A = dict(train=toy("a", 20, 30), val=toy("v", 6, 6), test=toy("t", 6, 6))
+B = {scope: toy(f"b {scope}", 12, 0) for scope in paper.SCOPES}
+C = toy("c", 10, 0)
+HELD = toy("h", 8, 0)
+
+def jobs_of(tmp_path, *, a=A, b=B, **changes):
+    "Every job of a run on the toys, by name."
+    params = Params(**declared() | dict(run_dir=str(tmp_path/f"run{len(list(tmp_path.iterdir()))}"), device="cpu") | changes)
+    settled = settle(paper.PAPER, params)
+    run = Run(params, paper=paper.PAPER.name, **vars(settled))
+    def at(ps): return {size: ps for size in run.setup.sizes}
+    cuts = paper.Cuts({s: sharing_patches.Cut({size: a for size in run.setup.sizes}, Counts(16, 12, 8), None, None) for s in run.grid.scope.unique()},
+                      {("b", s): at(ps) for s,ps in b.items()} | {("c", "masses"): at(C)})
+    stages = {}
+    for k in paper.plan_generators(run.grid):
+        stages[k] = tmp_path/f"gan-{'-'.join(k)}-key"
+        write_json(stages[k]/"done.json", {})
+    drawn = {k: at(toy(f"drawn {k}", 12, 0, 1)) for k in stages}
+    held = {k: HELD for k in stages if paper.GENERATORS[k[0]][0] not in paper.handed_over(params)}
+    found = [*paper.generators(run, cuts).values(), *paper.draws(run, cuts, stages).values(), *paper.classifiers(run, cuts, drawn).values(),
+             *paper.audits(run, cuts, {k: stages[k] for k in held}, held).values()]
+    return run, {j.name: j for j in found}
+
+def keys_of(tmp_path, **changes):
+    run, jobs = jobs_of(tmp_path, **changes)
+    return {name: job_key(j, "cpu", run.params.mode) for name,j in jobs.items()}
+
+SOME = dict(arms="none,bcdr_dcgan,bcdr_real", scopes="masses", models="cnn", regimes="50")
+
+def differ(a, b, *begins):
+    "The jobs that changed are those whose names begin so, and all of these changed."
+    changed = {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
+    assert changed == {name for name in a.keys() | b.keys() if name.startswith(begins)}, changed
+
+def test_keys_are_the_same_twice(tmp_path):
+    assert keys_of(tmp_path, **SOME) == keys_of(tmp_path, **SOME)
+
+def test_gan_seed_counts_in_draws_of_an_imported_generator(tmp_path):
+    "It did not: another gan_seed was answered with the patches of the seed before."
+    (tmp_path/"theirs").mkdir()
+    given = SOME | dict(generator_b=str(tmp_path/"theirs"))
+    differ(keys_of(tmp_path, **given), keys_of(tmp_path, **given, gan_seed=1), "draw-")
+    differ(keys_of(tmp_path, **SOME), keys_of(tmp_path, **SOME, gan_seed=1), "gan-", "draw-", "audit-")
+
+def test_a_replaced_generator_is_another(tmp_path):
+    (tmp_path/"theirs").mkdir()
+    (tmp_path/"theirs"/"G.bin").write_bytes(b"old")
+    given = SOME | dict(generator_b=str(tmp_path/"theirs"))
+    before = keys_of(tmp_path, **given)
+    (tmp_path/"theirs"/"G.bin").write_bytes(b"new")
+    differ(before, keys_of(tmp_path, **given), "import-")
+
+def test_the_secret_of_private_training_counts_by_content(tmp_path):
+    "A key file with other words in the same place: another generator."
+    secret = tmp_path/"secret"
+    secret.write_text("one")
+    private = SOME | dict(dp_epsilon=8., dp_key=str(secret))
+    before = keys_of(tmp_path, **private)
+    secret.write_text("two")
+    differ(before, keys_of(tmp_path, **private), "gan-")
+    differ(before, keys_of(tmp_path, **SOME), "gan-")
+
+def relabelled(ps):
+    ps = ps.subset(np.arange(len(ps)))
+    ps.table.loc[0, "label"] = "benign"
+    return ps
+
+def repainted(ps):
+    pixels = np.array(ps.pixels)
+    pixels[0,-1,0,0] ^= 1
+    return PatchSet(pixels, ps.table)
+
+@pytest.mark.parametrize("edit", [relabelled, repainted])
+def test_labels_and_all_views_count(tmp_path, edit):
+    before = keys_of(tmp_path, **SOME)
+    differ(before, keys_of(tmp_path, **SOME, a=A | dict(train=edit(A["train"]))), "clf-")
+    differ(before, keys_of(tmp_path, **SOME, a=A | dict(test=edit(A["test"]))), "clf-")
+    theirs = keys_of(tmp_path, **SOME, b=B | dict(masses=edit(B["masses"])))
+    differ(before, theirs, "gan-", "audit-", "clf-masses-cnn-50-bcdr_real")
+
+def test_switches_reach_what_they_name(tmp_path):
+    before = keys_of(tmp_path, **SOME)
+    for switch in ("eval_after_first_val", "sampler_skips_synthetic", "exp_logit_score", "same_half"):
+        differ(before, keys_of(tmp_path, **SOME, switches=switch), "clf-")
+    for switch in ("g_every_second_batch", "real_in_unit_range"): differ(before, keys_of(tmp_path, **SOME, switches=switch), "gan-")
+
+def test_a_left_out_generator_leaves_its_rows_out(tmp_path):
+    run, _ = jobs_of(tmp_path, **SOME)
+    cuts = paper.Cuts({"masses": sharing_patches.Cut({64: A}, Counts(16, 12, 8), None, None)}, {("b", "masses"): {64: B["masses"]}})
+    jobs = paper.classifiers(run, cuts, {("bcdr_dcgan", "masses"): None})
+    assert {c.arm for c,j in jobs.items() if j.given["added"] is None} == {"bcdr_dcgan"}
+
+
+# ---------------------------------------------------------------- every parameter does something
+OTHER = dict(seed=5, preset="paper", protocol="clean", switches="crop_faults", scopes="masses", models="cnn", arms="none", regimes="50", scaling="voi", margin=30,
+             patients=36, gan_epochs=2, clf_epochs=2, boots=50, split_seed=4, gan_seed=4, phantom_seed=4, holdout=.2, dp_epsilon=8., mode="fast")
+ELSEWHERE = dict(run_dir="where the run goes", only="which stages are done, see test_left_out_stages_leave_the_rest_out", device="counts in every key as cpu, cuda or mps",
+                 show_real="what the page shows, see test_report.py")
+
+def what_is_done(tmp_path, monkeypatch, **changes):
+    "Settings, keys, and what the loaders are asked for."
+    asked = []
+    def ask(*given, **more):
+        asked.append((given, {k: v for k,v in more.items() if k != "fresh"}, str(more.get("fresh"))))
+        return ({c: None for c in "abc"}, "words")
+    for name in ("phantom_centres", "real_centres", "kept_from"): monkeypatch.setattr(paper, name, ask)
+    monkeypatch.setattr(paper, "phantom_centres", lambda *g, **m: ask(*g, **m)[0])
+    run, jobs = jobs_of(tmp_path, **SOME | changes)
+    paper.load(run)
+    keys = {name: job_key(j, "cpu", run.params.mode) for name,j in jobs.items()}
+    return str((run.setup, run.protocol, run.seeds, run.grid.to_csv(), keys, asked))
+
+def test_every_parameter_has_an_effect(tmp_path, monkeypatch):
+    (tmp_path/"theirs").mkdir()
+    (tmp_path/"secret").write_text("secret")
+    real, private = dict(data_dir=str(tmp_path)), dict(dp_epsilon=8.)
+    tried = {k: ({}, v) for k,v in OTHER.items()} | dict(
+        data_dir=({}, str(tmp_path)), centres=(real, "a=x,b=y,c=z"), split_by=(real, "image"), dp_key=(private, str(tmp_path/"secret")),
+        generator_b=({}, str(tmp_path/"theirs")), generator_c=(dict(arms="optimam_dcgan"), str(tmp_path/"theirs")))
+    assert tried.keys() | ELSEWHERE.keys() == declared().keys() and not tried.keys() & ELSEWHERE.keys()
+    for name,(base,value) in tried.items():
+        free = {k: "" for k in SOME if k == name}           # the small grid must not hide it
+        assert what_is_done(tmp_path, monkeypatch, **free, **base) != what_is_done(tmp_path, monkeypatch, **base, **{name: value}), f"{name} does nothing"
+
+def test_contradictions_are_refused():
+    for changes,said in ((dict(centres="a=x"), "phantoms have their roles"), (dict(split_by="image"), "phantoms have patients"), (dict(dp_key="x"), "does nothing"),
+                         (dict(dp_epsilon=1., mode="fast"), "exact only"), (dict(generator_c="/no/such/thing"), "generator_c")):
+        with pytest.raises(ParameterError, match=said): settle(paper.PAPER, Params(**declared() | changes))
