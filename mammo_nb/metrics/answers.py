@@ -6,7 +6,7 @@
 __all__ = ['KEYS', 'UNIT', 'RUN', 'FEWEST', 'OVER', 'NOTHING', 'SCORE', 'Cell', 'said', 'write_answers', 'read_answers',
            'drawn_units', 'Answers', 'two_classes', 'Intervals', 'contrast', 'scores']
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #ea4310a6
+# %% ../../nbs/lib/39_metrics.answers.ipynb #7012cab1
 import gzip
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,9 +19,8 @@ from fastcore.basics import patch
 from ..core import DataError, ParameterError, nearest, write_csv, write_whole
 from .auc import NAMES, binary_scores
 from .boot import boot_contrasts, corrected_t
-from ..runs import Run
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #a45d193c
+# %% ../../nbs/lib/39_metrics.answers.ipynb #653e958d
 KEYS = ["protocol", "scope", "model", "arm", "regime"]      # What names a row of a table
 UNIT = [*KEYS, "replicate", "side"]                         # What names one classifier's answers on one side of a split
 RUN = ["seed", "gan", "split"]                              # More replicates, where several runs are joined
@@ -36,7 +35,7 @@ class Cell:
     protocol:str = "" # Where one run holds several
     replicate:str = "" # Fold, trial or draw, where there are several
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #d9b9aa14
+# %% ../../nbs/lib/39_metrics.answers.ipynb #8143d6bf
 def said(
     table:pd.DataFrame, # Patches with `patch_id` and `patient_id`
     y, # Class number of each patch
@@ -57,7 +56,7 @@ def said(
     out |= {k: np.asarray(v) for k,v in flags.items()}
     return pd.DataFrame(out | dict(classes="|".join(names)))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #9ee81cd0
+# %% ../../nbs/lib/39_metrics.answers.ipynb #279e1d96
 def write_answers(
     folder:Path, # Stage folder
     sides:dict, # `val`, `test`, … -> frame of `said`
@@ -66,7 +65,7 @@ def write_answers(
     t = pd.concat([t.assign(side=side) for side,t in sides.items()], ignore_index=True)
     return write_csv(Path(folder)/"answers.csv", t)
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #95be1c5e
+# %% ../../nbs/lib/39_metrics.answers.ipynb #b49063aa
 def read_answers(
     path:Path, # File of `write_answers` or `Answers.save`
 ) -> pd.DataFrame: # Names as text, numbers exact
@@ -76,7 +75,7 @@ def read_answers(
     t = pd.read_csv(path, float_precision="round_trip", **as_text)
     return t.fillna({k:"" for k in UNIT if k in t})
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #ebe10ac7
+# %% ../../nbs/lib/39_metrics.answers.ipynb #4075a74b
 FEWEST = 4 # Patients a class must have for a bootstrap over patients
 
 def drawn_units(
@@ -87,7 +86,7 @@ def drawn_units(
     few = [k for k,g in t.groupby("y") if g.patient_id.nunique() < fewest]
     return t.patient_id.where(~t.y.isin(few), t.patch_id)
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #cbd1bb8f
+# %% ../../nbs/lib/39_metrics.answers.ipynb #4bf9da80
 @dataclass(frozen=True, eq=False)
 class Answers:
     "What tested classifiers said: one row a patch, cell, replicate and side."
@@ -104,7 +103,7 @@ class Answers:
     @cached_property
     def _units(self): return [_unit(names, t) for names,t in self.parts]
 
-    def units(self) -> list: # Dicts: UNIT, classes, y, p, rank, patients, patch_id, P where classes are many
+    def units(self) -> list: # Dicts: UNIT, classes, y, p, rank, patients (drawn), patient_id, patch_id, P
         "Every unit as arrays, for `boot_contrasts`, `paired_test` and figures."
         return list(self._units)
 
@@ -115,7 +114,9 @@ class Answers:
 def _unit(names, t):
     classes = tuple(t.classes.iloc[0].split("|"))
     out = dict(names, classes=classes, y=t.y.to_numpy(), p=t.p.to_numpy(), rank=t["rank"].to_numpy(),
-               patients=t.unit.to_numpy(dtype=object), patch_id=t.patch_id.to_numpy(dtype=object))
+               patients=t.unit.to_numpy(dtype=object), patch_id=t.patch_id.to_numpy(dtype=object),
+               patient_id=t.patient_id.to_numpy(dtype=object))
+    if "weight" in t: out["weights"] = t.weight.to_numpy()
     if len(classes)>2: out["P"] = t[[f"p_{c.lower()}" for c in classes]].to_numpy()
     return out
 
@@ -123,7 +124,7 @@ def _in_order(t): # Columns that every table of answers has come first
     first = [*UNIT, *RUN, "classes", "patch_id", "patient_id", "unit", "y", "p", "rank"]
     return t[[*(k for k in first if k in t), *(k for k in t if k not in first)]]
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #d39b3535
+# %% ../../nbs/lib/39_metrics.answers.ipynb #2a118e90
 @patch(cls_method=True)
 def of(
     cls:Answers,
@@ -143,7 +144,7 @@ def of(
     if not out: return cls(pd.DataFrame(columns=[*UNIT, "classes", "patch_id", "patient_id", "unit", "y", "p", "rank"]))
     return cls(_in_order(pd.concat(out, ignore_index=True)))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #ac14efd8
+# %% ../../nbs/lib/39_metrics.answers.ipynb #4c32e980
 @patch
 def where(
     self:Answers,
@@ -156,20 +157,20 @@ def where(
         at &= self.frame[k].isin([v] if isinstance(v, (str, bool, int, float)) else list(v)).to_numpy()
     return Answers(self.frame[at].reset_index(drop=True))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #d02dd148
+# %% ../../nbs/lib/39_metrics.answers.ipynb #f0cb8825
 @patch
 def named(self:Answers, **keys) -> Answers: # keys: column -> value of every row
     "The same answers under another name, so that two runs of the same cells can stand in one table."
     return Answers(_in_order(self.frame.assign(**keys)))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #87ea2f32
+# %% ../../nbs/lib/39_metrics.answers.ipynb #4fdd8f34
 @patch(cls_method=True)
 def join(cls:Answers, *parts) -> Answers:
     "Several tables of answers as one, in this order; empty ones do not count."
     frames = [a.frame for a in parts if len(a)]
     return cls(_in_order(pd.concat(frames, ignore_index=True))) if frames else Answers.of({})
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #77acca86
+# %% ../../nbs/lib/39_metrics.answers.ipynb #64c4a2d4
 @patch
 def groups(
     self:Answers,
@@ -181,14 +182,14 @@ def groups(
         out += [t[mask].assign(scope=scope) for scope,mask in cut(t).items() if t.y[mask].nunique() > 1]
     return Answers(pd.concat(out, ignore_index=True) if out else self.frame[:0])
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #8352b967
+# %% ../../nbs/lib/39_metrics.answers.ipynb #7d343066
 @patch
 def few(self:Answers) -> list: # Names of classes, sorted
     "Classes of which the bootstrap draws patches, because they come from fewer than `FEWEST` patients."
     t = self.frame[self.frame.unit != self.frame.patient_id] if len(self) else self.frame
     return sorted({classes.split("|")[y] for classes,y in zip(t.classes, t.y)})
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #a14f2771
+# %% ../../nbs/lib/39_metrics.answers.ipynb #634fe88e
 @patch
 def save(self:Answers, path:Path) -> Path: # e.g. `answers.csv.gz`
     "Write the table, packed, without a time and with every digit."
@@ -197,27 +198,13 @@ def save(self:Answers, path:Path) -> Path: # e.g. `answers.csv.gz`
     with write_whole(path) as tmp: Path(tmp).write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
     return Path(path)
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #fa614a87
+# %% ../../nbs/lib/39_metrics.answers.ipynb #cdeb84db
 @patch(cls_method=True)
 def load(cls:Answers, path:Path) -> Answers:
     "Read what `save` wrote."
     return cls(read_answers(path))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #fccfbeb6
-@patch
-def answers(
-    self:Run,
-    cells:dict, # `Cell` -> folder, as `Run.do` gives them
-    side:str="test", # Side of the split; several as a tuple
-    *,
-    fewest:int=FEWEST, # See `drawn_units`
-) -> Answers:
-    "The answers of a run's classifiers, also kept in its answers.csv.gz."
-    found = Answers.of(cells, side, fewest=fewest)
-    found.save(self.dir/"answers.csv.gz")
-    return found
-
-# %% ../../nbs/lib/39_metrics.answers.ipynb #ca7d57a6
+# %% ../../nbs/lib/39_metrics.answers.ipynb #b0a1a5bf
 @patch
 def rows(
     self:Answers,
@@ -244,7 +231,7 @@ def _best(units, at, pool): # That one of `at` which is the best replicate of `p
     best = max(pool, key=lambda i: ((units[i]["p"] > .5) == units[i]["y"]).mean(), default=None)
     return [i for i in at if best is not None and which(i)==which(best)][:1]
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #c42be413
+# %% ../../nbs/lib/39_metrics.answers.ipynb #4e040e45
 def two_classes(
     unit:dict, # One of `Answers.units`
     positive:str, # Class that is looked at; empty: right against wrong
@@ -261,7 +248,7 @@ def two_classes(
     k = names.index(positive)
     return unit | dict(y=(unit["y"]==k).astype(int), p=P[:,k], rank=P[:,k], classes=(f"not {positive}", positive))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #a3a028a8
+# %% ../../nbs/lib/39_metrics.answers.ipynb #cccbf4d6
 OVER = ("patients", "wider")
 
 @dataclass(frozen=True)
@@ -278,7 +265,7 @@ class Intervals:
         if self.over in OVER: return
         raise ParameterError(f"unknown interval '{self.over}'", "over", nearest(self.over, list(OVER)))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #78f134bd
+# %% ../../nbs/lib/39_metrics.answers.ipynb #a33c0cb2
 def contrast(
     answers:Answers, # What was said
     W, # Weights `(rows, units)`, see `Answers.rows`
@@ -326,7 +313,7 @@ def _over_folds(units, w, each, how):
     t = corrected_t(d, test_share=how.test_share, level=how.level)
     return dict(lo_folds=t["lo"], hi_folds=t["hi"], p_folds=t["p"], sd_folds=float(np.std(d, ddof=1)), n=n)
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #50d45baa
+# %% ../../nbs/lib/39_metrics.answers.ipynb #03e2fdc1
 def scores(
     answers:Answers, # What was said
     asked, # (metric, positive) pairs; an empty positive is for accuracy alone

@@ -77,8 +77,12 @@ def weighted_metric(
     positive:str=NAMES[1], # Positive class
     names:tuple=NAMES, # Class names
     threshold:float=.5, # A patch is called class 1 above it
+    base=None, # Weight of each patch before any resampling, `(n,)`; None: all alike
 ): # Function from weights `(b,n)` to `(b,)`; NaN where a class got no weight
     "The metric as a function of patch weights, equal to scikit-learn's `sample_weight`."
+    if base is not None:
+        plain = weighted_metric(name, y, p, positive=positive, names=names, threshold=threshold)
+        return lambda w: plain(w*np.asarray(base, float))
     pos, score = as_positive(y, p, positive, names)
     called = (p > threshold) == (positive==names[1])
     if name in ("auroc","auprc"):
@@ -182,7 +186,7 @@ def _contrast_row(value, draws, jack, c, *, patients, level):
 
 # %% ../../nbs/lib/35_metrics.boot.ipynb #58cec96f
 def boot_contrasts(
-    cells:list, # One dict a cell: `y`, `p`, `patients` (None: each patch its own), `rank` if AUROC orders by it
+    cells:list, # One dict a cell: `y`, `p`, `patients` (None: each patch its own); `rank` of AUROC, `weights` if any
     C, # Coefficients, `(q, len(cells))` or `(len(cells),)`
     *,
     metric:str, # Metric of every cell
@@ -195,7 +199,7 @@ def boot_contrasts(
     cells, C = _used_cells(cells, C)
     names = seen.get("names", NAMES)
     ys, ps = zip(*(check_scores(c["y"], _score(c, metric), names=names, what=metric) for c in cells))
-    fs = [weighted_metric(metric, y, p, **seen) for y,p in zip(ys,ps)]
+    fs = [weighted_metric(metric, y, p, base=c.get("weights"), **seen) for c,y,p in zip(cells,ys,ps)]
     parts, k = _joint_patients([c.get("patients") for c in cells], [len(y) for y in ys])
     value = C @ np.array([f(np.ones((1,len(y))))[0] for f,y in zip(fs,ys)])
     draws = _values(fs, parts, k, n_boot=n_boot, rng=rng(seed,"bootstrap",metric))@C.T

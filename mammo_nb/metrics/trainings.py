@@ -171,7 +171,7 @@ def left_out(
     value, jack, held = np.empty(len(units)), np.empty((K,len(units))), np.zeros((2,K,len(units)), bool)
     for i,(unit,codes) in enumerate(zip(units, parts)):
         y, p = check_scores(unit["y"], _score(unit, metric), names=names, what=metric)
-        f = weighted_metric(metric, y, p, positive=positive, names=names, threshold=threshold)
+        f = weighted_metric(metric, y, p, positive=positive, names=names, threshold=threshold, base=unit.get("weights"))
         value[i], jack[:,i] = _without_each(f, codes, K)
         held[y.astype(int),codes,i] = True
     cells = tuple(tuple(_text(u, k) for k in CELL) for u in units)

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import ParameterError, RunError, write_text
+from .rules import group_of, tally_of
 from .tables import beside, cell_ours, lay_out, paper_record, printed, to_html
 from ..runs import figure_bytes
 
@@ -233,8 +234,8 @@ border-bottom:1px solid var(--line)}.claims li:last-child{border:0}.claims .say{
 .claims small{display:block;color:var(--soft);font-size:.82rem;font-weight:400}.claims .nums{font-size:.88rem}
 .claims .nums b{font-weight:650}.v{text-align:right}.v small{margin-top:.15rem}
 .badge{display:inline-block;padding:.12rem .6rem;border-radius:99px;font-size:.8rem;font-weight:700;white-space:nowrap}
-.holds{color:var(--ok);background:var(--okbg)}.differs{color:var(--no);background:var(--nobg)}
-.cannot{color:var(--dk);background:var(--dkbg)}
+.holds{color:var(--ok);background:var(--okbg)}.refuted{color:var(--no);background:var(--nobg)}
+.cannot,.provisional{color:var(--dk);background:var(--dkbg)}
 """
 
 # %% ../../nbs/lib/63_report.html.ipynb #89eecb6e
@@ -304,7 +305,7 @@ TEMPLATE = """<!doctype html>
 <ul class="claims">{% for v in s.verdicts %}
 <li><div class="say">{{ v.claim }}<small>{{ v.where }}</small>
 {% if v.note %}<small>{{ v.note }}</small>{% endif %}</div>
-<div class="v"><span class="badge {{ v.verdict.split()[0] }}">{{ v.shown }}</span><small>{{ v.why }}</small></div>
+<div class="v"><span class="badge {{ v.group.split()[0] }}">{{ v.shown }}</span><small>{{ v.why }}</small></div>
 <div class="nums">paper {{ v.published }}{% if v.ours %} · ours <b>{{ v.ours }}</b> {{ v.interval }}
 {% if v.p %} · {{ v.p }}{% endif %}<small>{{ v.how }}</small>{% endif %}</div></li>{% endfor %}</ul>{% endif %}
 {% for t in s.tables %}<div class="scroll{{ ' wide' if t.wide }}" tabindex="0">{{ t.html }}</div>
@@ -331,18 +332,24 @@ def signed(
     return f"{value:+.{digits}f}".replace("-", "−") if value is not None and np.isfinite(value) else ""
 
 # %% ../../nbs/lib/63_report.html.ipynb #eb943545
+def _span(number, kind=""): return f"[{signed(number[kind+'lo'])}, {signed(number[kind+'hi'])}]"
+
 def verdict_parts(
     row:pd.Series, # Of `report.claims.verdict_table`
 ) -> dict: # Texts by name
     "One verdict as the template wants it."
-    number = {k: float(row[k]) if pd.notna(row[k]) else np.nan for k in ("published","ours","lo","hi","p_holm")}
-    p = number["p_holm"]
+    numbers = ("published","ours","lo","hi","p_holm","p_other_holm","expected_lo","expected_hi")
+    number = {k: float(row[k]) if pd.notna(row.get(k)) else np.nan for k in numbers}
+    group = group_of(str(row["verdict"]))
+    p = number["p_other_holm" if group=="refuted" else "p_holm"]
     small = "p < 0.001 (Holm)" if p < .001 else f"p = {p:.3f} (Holm)"
-    span = f"[{signed(number['lo'])}, {signed(number['hi'])}]" if np.isfinite(number["lo"]) else ""
+    span = _span(number) if np.isfinite(number["lo"]) else ""
     texts = ("claim","where","note","verdict","shown","why","strata","how","on")
     told = {k: "" if pd.isna(row[k]) else str(row[k]) for k in texts}
-    how = [f"{told['strata']} comparisons" if told["strata"] else "", told["how"], told["on"]]
-    return told | dict(how=" · ".join(filter(None, how)), published=signed(number["published"]) or "–",
+    size = f"the published size is {row['size']} our interval" if row.get("size") in ("inside","outside") else ""
+    if np.isfinite(number["expected_lo"]): size += f" (a repetition was to be expected in {_span(number, 'expected_')})"
+    how = [size, f"{told['strata']} comparisons" if told["strata"] else "", told["how"], told["on"]]
+    return told | dict(group=group, how=" · ".join(filter(None, how)), published=signed(number["published"]) or "–",
                        ours=signed(number["ours"]), interval=span, p=small if np.isfinite(p) else "")
 
 # %% ../../nbs/lib/63_report.html.ipynb #467067c3
@@ -361,7 +368,7 @@ def section_parts(
 ) -> dict: # For the template
     "A section as the template wants it."
     told = [] if section.verdicts is None else [verdict_parts(r) for _,r in section.verdicts.iterrows()]
-    count = {k: sum(v["verdict"]==k for v in told) for k in ("holds","differs","cannot tell")}
+    count = tally_of(v["verdict"] for v in told)
     return dict(id=_slug(section.heading, taken), heading=section.heading, text=markdown(section.text), verdicts=told,
                 tally=[(k,n) for k,n in count.items() if n], tables=[table_parts(t) for t in section.tables],
                 figures=[picture_parts(f, show_real) for f in section.figures])

@@ -23,7 +23,8 @@ from ..core import MammoError, RunError, read_json, repo_root, write_csv
 from .claims import claims, verdict_table
 from .figures import forest, sheet
 from .html import Picture, Section, Table, banner_for, write_report
-from .page import RunFolder, page, sections_of, weigh
+from .page import RunFolder, as_told, page, sections_of, verdicts_of
+from .rules import GROUPS, tally_of
 from .tables import paper_record, papers, read_results
 
 # %% ../../nbs/lib/66_report.overview.ipynb #21fa8b98
@@ -105,7 +106,8 @@ def find_runs(
 # %% ../../nbs/lib/66_report.overview.ipynb #a4cf0372
 KEPT = {"runs":RUN_COLUMNS, "costs":COST_COLUMNS, "results":[], "claims":[]} # Columns of a table without rows
 
-NUMBERS = ("seconds","work_s","value","sd","lo","hi","n","n_patients","ours","p","p_holm","published")
+NUMBERS = ("seconds","work_s","value","sd","lo","hi","n","n_patients","ours","p","p_holm","p_other","p_other_holm",
+           "published","smallest","margin","expected_lo","expected_hi","trainings")
 
 def _read_kept(folder, name):
     "A table of an earlier page."
@@ -129,7 +131,7 @@ RUN_KEY = ["paper","preset","run"] # What names a run on a page
 def collect(
     roots:list, # Folders that hold runs
     page:Path, # Folder of the page; its `collected` is read too
-) -> dict: # runs, costs, results, claims: DataFrames
+) -> dict: # runs, costs, results, claims: DataFrames; folders: (paper, preset, run) -> Path of what was found now
     "Runs, their results and what each says about the claims: those found now over those kept from before."
     page = Path(page)
     runs, where = find_runs(roots, page)
@@ -141,7 +143,8 @@ def collect(
            "results":read_results(list(done.values())) if done else pd.DataFrame(),
            "claims":pd.concat(own, ignore_index=True) if own else pd.DataFrame()}
     kept = {name:_read_kept(page/"collected", name) for name in now}
-    return {name:_join_kept(kept[name], new, set(where), page, KEPT[name]) for name,new in now.items()}
+    tables = {name:_join_kept(kept[name], new, set(where), page, KEPT[name]) for name,new in now.items()}
+    return tables | dict(folders=where)
 
 # %% ../../nbs/lib/66_report.overview.ipynb #6171c652
 GROUP = ["paper","data","preset","protocol","knobs"] # Runs that differ in one of these are never averaged
@@ -179,10 +182,15 @@ def _judged(g, runs, found):
         return t[(t.paper==g["paper"]) & (t.preset==g["preset"]) & t.run.isin(runs.run)] if len(t) else t
     own, results = mine(found["claims"]), mine(found["results"])
     if not len(own) and not len(results): return None
-    if len(results): results = results[results.protocol==g["protocol"]]
-    evidence = weigh(g["paper"], results, own)
-    verdicts = verdict_table(claims(g["paper"]), evidence, data=g["data"], preset=g["preset"], protocol=g["protocol"])
-    return g | dict(runs=runs, verdicts=verdicts)
+    folders = [found["folders"].get(key) for key in runs[RUN_KEY].itertuples(index=False, name=None)]
+    told = _together(g, folders) if len(folders)>1 else None
+    if told is None: told = as_told(g["paper"], own, data=g["data"], preset=g["preset"], protocol=g["protocol"])
+    return g | dict(runs=runs, verdicts=told)
+
+def _together(g, folders):
+    "Several runs judged from all their answers; None where one of them is gone or of an older version."
+    try: return verdicts_of([RunFolder(f) for f in folders], g["protocol"]) if all(folders) else None
+    except (RunError, KeyError): return None
 
 # %% ../../nbs/lib/66_report.overview.ipynb #54c73f61
 WANTED = [("demo","paper",(0,1,2)), ("demo","authors",(0,)), ("demo","clean",(0,)),
@@ -242,12 +250,12 @@ def run_words(
 # %% ../../nbs/lib/66_report.overview.ipynb #d6a2f80e
 def _tally_row(paper, g, price):
     "One line of the tally; g is None where the paper was not run."
-    columns = ["Paper","Data","Size","Protocol","Seeds","Holds","Differs","Cannot tell","Time"]
+    columns = ["Paper","Data","Size","Protocol","Seeds",*(w.capitalize() for w in GROUPS),"Time"]
     row = dict.fromkeys([*columns, *(["Cost"] if price else []), "Other settings"], "")
     row |= {"Paper":f"{paper[:2]} {paper_record(paper)['short']}", "Data":"not run", "Seeds":0}
     if g is None: return row
-    seconds, n = g["runs"].work_s.sum(), g["verdicts"].verdict.value_counts()
-    row |= {w: int(n.get(w.lower(), 0)) for w in ("Holds","Differs","Cannot tell")}
+    seconds = g["runs"].work_s.sum()
+    row |= {w.capitalize(): n for w,n in tally_of(g["verdicts"].verdict).items()}
     row |= {"Data":"REAL: "+g["data"] if is_real(g["data"]) else "phantoms", "Size":g["preset"],
             "Protocol":g["protocol"], "Seeds":g["runs"].seed.nunique(), "Time":duration(seconds),
             "Other settings":g["knobs"]}
@@ -324,10 +332,11 @@ def group_section(
                    verdicts=g["verdicts"].assign(on=group_name(g)), figures=[picture] if picture else [])
 
 # %% ../../nbs/lib/66_report.overview.ipynb #6cbda5db
-RULE = ("A claim **holds** when its whole 95 % interval lies on the claimed side, **differs** when it lies on the "
-        "other side by more than the margin that the package fixes for it, and else we **cannot tell**. p-values are "
-        "of paired tests, corrected after Holm within each table. The papers' page numbers are not in the texts we "
-        "hold; tables and sections are named instead.")
+RULE = ("A claim **holds** when its whole 95 % interval, over test patients and over trainings, lies on the claimed "
+        "side; it is **refuted** when any effect is smaller than the margin that the package fixes for it, or on the "
+        "other side; else we **cannot tell**. All claims of a paper are one family (Holm). What is true of a single "
+        "training is **provisional**. The papers' page numbers are not in the texts we hold; tables and sections are "
+        "named instead.")
 
 def not_run(
     paper:str, # `04_sharing`
@@ -366,7 +375,7 @@ def build_page(
         tags = {k:g[k] for k in GROUP[1:]}
         return g["verdicts"].assign(**tags, seeds=g["runs"].seed.nunique(), work_s=g["runs"].work_s.sum())
     verdicts = pd.concat([tagged(g) for g in got], ignore_index=True) if got else pd.DataFrame()
-    made = found | {"verdicts":verdicts}
+    made = {k:t for k,t in found.items() if k!="folders"} | {"verdicts":verdicts}
     for name,t in made.items():
         if len(t): write_csv(out.parent/"collected"/f"{name}.csv", t)
     real = any(is_real(g["data"]) for g in got)
@@ -415,8 +424,8 @@ def _report(p):
     if p.page: return [f"page {f}" for f in pages_again(roots)]
     out = Path(p.out or reports/"index.html")
     got = build_page(roots, out, price=p.price_per_hour)
-    n = got["verdicts"].verdict.value_counts() if len(got["verdicts"]) else {}
-    count = ", ".join(f"{int(n.get(w,0))} {w}" for w in ("holds","differs","cannot tell"))
+    n = tally_of(got["verdicts"].verdict if len(got["verdicts"]) else [])
+    count = ", ".join(f"{k} {w}" for w,k in n.items())
     return [f"{len(got['runs'])} runs; {count}", f"page {out}"]
 
 # %% ../../nbs/lib/66_report.overview.ipynb #a8b40f3f

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'FREE', 'GRAY', 'DRAW', 'PROBE', 'DISCRIMINATOR', 'ATTACKS', 'AUDIT_NOTE', 'RunFolder', 'check_alike',
-           'find_folders', 'mean_over', 'on_file', 'ours', 'over_runs', 'weigh', 'verdicts_of', 'said', 'words',
-           'Shown', 'part', 'headline', 'seeds_words', 'verdicts_section', 'labels', 'spaced', 'scatter_figure',
-           'beside_section', 'gain_figure', 'gains_section', 'curve_figure', 'curves_section', 'probe_words',
-           'probe_section', 'leaks_section', 'data_section', 'generators_section', 'audit_headline', 'audit_lines',
-           'audits_on_file', 'audit_section', 'check_words', 'published_section', 'left_out', 'left_out_section',
-           'facts', 'meta_of', 'cited', 'page', 'sections_of', 'gather', 'gather_main']
+           'find_folders', 'mean_over', 'on_file', 'ours', 'as_told', 'verdicts_of', 'said', 'words', 'Shown', 'part',
+           'headline', 'seeds_words', 'verdicts_section', 'labels', 'spaced', 'scatter_figure', 'beside_section',
+           'gain_figure', 'gains_section', 'curve_figure', 'curves_section', 'probe_words', 'probe_section',
+           'leaks_section', 'data_section', 'generators_section', 'audit_headline', 'audit_lines', 'audits_on_file',
+           'audit_section', 'check_words', 'published_section', 'left_out', 'left_out_section', 'facts', 'meta_of',
+           'cited', 'page', 'sections_of', 'gather', 'gather_main']
 
 # %% ../../nbs/lib/65_report.page.ipynb #7373701f
 import argparse
@@ -23,12 +23,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from scipy import stats
 
 from ..core import MammoError, ParameterError, RunError, read_json, repo_root, write_csv
 from ..metrics.answers import Answers
-from ..metrics.boot import over_seeds
-from .claims import SHARES, Claim, Evidence, claims, from_seeds, verdict_table
+from .claims import claims, joined, verdict_table, verdicts
+from .rules import tally_of
 from .figures import forest, ours_vs_published, pr_curves, roc_curves, sheet
 from .html import Picture, Section, Table, banner_for, beside_html, write_report
 from .tables import (beside, bounds, paper_record, prevalence_check, read_results, seed_interval,
@@ -185,60 +184,36 @@ def ours(
     return summarise(results) if len(results) else None
 
 # %% ../../nbs/lib/65_report.page.ipynb #5fc77fbc
-def over_runs(
-    claim:Claim, # What is claimed
-    own:pd.DataFrame, # Rows of this claim in the runs' own tables
-) -> Evidence: # t over seeds; the run's own interval where there is one seed
-    "One claim, from what each run says about it."
-    rows = own[own.ours.notna()]
-    if not len(rows): return Evidence()
-    one = rows.iloc[0]
-    used, of = (int(v) for v in str(one.strata).split(" of "))
-    if len(rows)==1: return Evidence(one.ours, one.lo, one.hi, one.p, how=one.how, used=used, of=of, seeds=1)
-    if rows.strata.nunique()>1:
-        return Evidence(rows.ours.mean(), how="runs cover different strata", used=used, of=of, seeds=len(rows))
-    return _student(claim, rows.ours, used, of)
-
-def _student(claim, values, used, of):
-    "Evidence from one value a seed, by Student's t."
-    s = over_seeds(values)
-    n = s["n"]
-    t = s["mean"]/(s["sd"]/np.sqrt(n)) if s["sd"]>0 else np.nan
-    lo, hi = np.clip([s["lo"],s["hi"]], -1, 1) if claim.metric in SHARES else (s["lo"],s["hi"])
-    p = 2*stats.t.sf(abs(t), n-1) if np.isfinite(t) and claim.side in "<>" else np.nan
-    return Evidence(s["mean"], float(lo), float(hi), float(p), how=f"t over {n} seeds", used=used, of=of, seeds=n)
-
-# %% ../../nbs/lib/65_report.page.ipynb #3796e899
-def weigh(
+def as_told(
     paper:str, # `04_sharing`
-    results:pd.DataFrame, # Tidy results of one group
-    own:pd.DataFrame, # The runs' own claim tables, same group
-) -> dict: # Claim id -> Evidence
-    "All claims of a paper for one group of runs."
-    seeds = results.seed.nunique() if len(results) else 0
-    out = {}
-    for c in claims(paper):
-        mine = own[own.id==c.id] if len(own) else own
-        strata = len(results) and (not len(mine) or c.kind=="every" and seeds>1)
-        out[c.id] = from_seeds(c, results) if strata else over_runs(c, mine) if len(mine) else Evidence()
-    return out
+    own:pd.DataFrame, # The runs' own claim tables, one below the other
+    **on # data, preset, protocol
+) -> pd.DataFrame: # As `report.claims.verdict_table`
+    "Verdicts where no answers are at hand: what the only run left; of several only the mean, and no verdict."
+    t, seen = verdict_table(claims(paper), {}, **on), own[own.ours.notna()] if len(own) else own
+    for i,name in enumerate(t.id):
+        mine = seen[seen.id==name] if len(seen) else seen
+        if not len(mine): continue
+        for k in (k for k in t if k in mine): t[k] = t[k].astype(object).where(t.index!=i, mine[k].iloc[0])
+        if len(mine)==1: continue
+        nothing = dict(ours=mine.ours.mean(), lo=np.nan, hi=np.nan, p=np.nan, p_holm=np.nan, verdict="cannot tell")
+        nothing |= dict(shown=f"cannot tell ({on['data']}, {on['preset']})", how=f"mean of {len(mine)} runs")
+        nothing |= dict(why="the answers of these runs are not here; gather them where the runs are")
+        for k,v in nothing.items(): t[k] = t[k].astype(object).where(t.index!=i, v)
+    return t.infer_objects()
 
-# %% ../../nbs/lib/65_report.page.ipynb #a5f7bb6c
+# %% ../../nbs/lib/65_report.page.ipynb #479e3d54
 def verdicts_of(
     runs:list, # Of RunFolder
     protocol:str=None, # Judged under this one; None: that of the runs
-    judge=None, # Of several seeds: function (runs, protocol) -> claim id -> Evidence; None: `weigh`
 ) -> pd.DataFrame: # As `report.claims.verdict_table`; None where nothing was judged
-    "The verdicts of one run as it left them, or of several seeds together."
+    "The verdicts of one run as it left them, or of several together."
     own = [t for t in (r.table("claims") for r in runs) if t is not None]
     if len(runs)==1: return own[0] if own else None
-    one, protocol = runs[0], protocol or runs[0].protocol
-    if judge: evidence = judge(runs, protocol)
-    else:
-        results = read_results([r.path for r in runs])
-        own = pd.concat(own) if own else pd.DataFrame()
-        evidence = weigh(one.paper, results[results.protocol==protocol], own)
-    return verdict_table(claims(one.paper), evidence, data=one.data, preset=one.preset, protocol=protocol)
+    one, said = runs[0], [(r.answers(), r.info["resolved"]["seeds"]) for r in runs]
+    on = dict(data=one.data, preset=one.preset, protocol=protocol or one.protocol)
+    if all(a is not None for a,_ in said): return verdicts(one.paper, joined(said), **on)
+    return as_told(one.paper, pd.concat(own, ignore_index=True), **on) if own else None
 
 # %% ../../nbs/lib/65_report.page.ipynb #ca3f31b5
 def said(
@@ -318,17 +293,18 @@ def headline(
     verdicts:pd.DataFrame, # Verdict table
 ) -> str:
     "The verdicts counted, in one sentence."
-    n = verdicts.verdict.value_counts()
-    return (f"Of {len(verdicts)} claims {n.get('holds',0)} hold, {n.get('differs',0)} differ, "
-            f"and {n.get('cannot tell',0)} cannot be told from this.")
+    n = tally_of(verdicts.verdict)
+    passing = f"{n['provisional']} are told for one training only, " if n["provisional"] else ""
+    return (f"Of {len(verdicts)} claims {n['holds']} hold, {n['refuted']} are refuted, {passing}"
+            f"and {n['cannot tell']} cannot be told from this.")
 
 # %% ../../nbs/lib/65_report.page.ipynb #5ad2aa1b
 def seeds_words(
     runs:list, # Of RunFolder
 ) -> str:
     "What the intervals of a page stand on."
-    if len(runs)==1: return "one seed gives an interval over test patients only"
-    return f"intervals are over {len(runs)} seeds ({', '.join(str(r.seed) for r in runs)})"
+    if len(runs)==1: return "one run that trained once gives an interval over test patients only, and provisional verdicts"
+    return f"intervals are over test patients and over {len(runs)} seeds ({', '.join(str(r.seed) for r in runs)})"
 
 # %% ../../nbs/lib/65_report.page.ipynb #099363e8
 def verdicts_section(
@@ -336,13 +312,12 @@ def verdicts_section(
     text="", # More words, or function of the runs
     heading:str="What holds", # Of the section
     protocol:str=None, # Judged under this one; None: that of the runs
-    judge=None, # As `verdicts_of`
 ): # Section function
     "Every claim with its verdict."
     def section(runs):
-        verdicts = verdicts_of(runs, protocol, judge)
+        verdicts = verdicts_of(runs, protocol)
         if verdicts is None: return None
-        rule = f"A verdict needs a 95 % interval that lies wholly on one side; {seeds_words(runs)}."
+        rule = f"A verdict has to hold among all claims of the paper; {seeds_words(runs)}."
         return Section(heading, f"{headline(verdicts)} {rule} {said(text, runs)}".strip(), verdicts=verdicts)
     return section
 
