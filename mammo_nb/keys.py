@@ -11,7 +11,6 @@ import ast
 import contextlib
 import dataclasses
 import importlib.metadata
-import importlib.util
 import inspect
 import re
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+import mammo_nb
 from .core import RunError, cache_dir, file_hash, hash_of, read_json, write_json
 
 # %% ../nbs/lib/12_keys.ipynb #2b99b506
@@ -107,9 +107,9 @@ def without_docstrings(
 # %% ../nbs/lib/12_keys.ipynb #3c8eb19f
 def package_file(
     module:str, # `mammo_nb.core`
-) -> Path: # None where it is no module of this package
+) -> Path|None: # None where it is no module of this package
     "The source file of a module of this package."
-    root = Path(importlib.util.find_spec("mammo_nb").origin).parent
+    root = Path(str(mammo_nb.__file__)).parent
     parts = module.split(".")[1:]
     places = [root.joinpath(*parts).with_suffix(".py")] if parts else []
     return next((path for path in (*places, root.joinpath(*parts)/"__init__.py") if path.is_file()), None)
@@ -133,6 +133,7 @@ def imports_of(
 # %% ../nbs/lib/12_keys.ipynb #44151e56
 def _read_module(module): # Digest of a module's code, modules it imports
     path = package_file(module)
+    assert path is not None
     tree = ast.parse(path.read_text(encoding="utf-8"))
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     imports = sorted(imports_of(tree, package))
@@ -194,7 +195,7 @@ def _text_of(fn):
 # %% ../nbs/lib/12_keys.ipynb #7e58db49
 def package_key() -> str: # 16 hex digits
     "Key of the code of the whole package."
-    root = package_file("mammo_nb").parent
+    root = Path(str(mammo_nb.__file__)).parent
     names = [".".join(("mammo_nb", *p.relative_to(root).with_suffix("").parts)) for p in sorted(root.rglob("*.py"))]
     modules = [n.removesuffix(".__init__") for n in names if not n.endswith("._modidx")]
     return hash_of(sys.version_info[:2], libraries(), {m: _known_module(m)[0] for m in modules})

@@ -33,14 +33,14 @@ class Paper:
     protocol:type # Its frozen dataclass of decisions; the defaults are the text
     plan:Callable # `plan(params, setup)` -> DataFrame, one row a cell
     switches:dict = field(default_factory=dict) # Departure of the published code -> fields of the protocol
-    authors:tuple = None # Switches that protocol `authors` turns on; None: all
+    authors:tuple|None = None # Switches that protocol `authors` turns on; None: all
     clean:dict = field(default_factory=dict) # Fields that protocol `clean` sets
     lists:dict = field(default_factory=dict) # Parameter -> words it may hold, separated by commas
     choices:dict = field(default_factory=dict) # Parameter -> words, one of which it is
     rules:dict = field(default_factory=dict) # Parameter -> further rule
     knobs:dict = field(default_factory=dict) # Parameter -> field of the sizes; 0 or "" leaves it as the preset says
     stages:tuple = () # Groups that `only` may name
-    settle:Callable = None # `settle(params, settled)` -> Settled: what the paper decides itself
+    settle:Callable|None = None # `settle(params, settled)` -> Settled: what the paper decides itself
     title:str = "" # Of its page; empty: as its record in published/index.json
 
 # %% ../nbs/lib/14_paper.ipynb #96c93eab
@@ -96,8 +96,8 @@ def settle(
     protocol = protocol_of(paper, params.protocol, getattr(params, "switches", ""))
     turned = {field: getattr(params, k) for k, field in paper.knobs.items() if getattr(params, k)}
     setup = replace(paper.presets[params.preset], **turned)
-    settled = Settled(setup, protocol, seeds_of(params, getattr(protocol, "seed_all", False)), None)
-    if paper.settle: settled = paper.settle(params, settled)
+    settled = Settled(setup, protocol, seeds_of(params, getattr(protocol, "seed_all", False)), pd.DataFrame())
+    if paper.settle is not None: settled = paper.settle(params, settled)
     return replace(settled, grid=paper.plan(params, settled.setup))
 
 # %% ../nbs/lib/14_paper.ipynb #2f47ef88

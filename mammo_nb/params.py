@@ -111,8 +111,8 @@ def check_params(
         fix = "declare each as `name:type = default # meaning`"
         raise ParameterError(f"the parameters cell lacks {', '.join(lost)}", "parameters cell", fix)
     errors = [f"{k}: no such parameter – {nearest(k, list(types))}" for k in given if k not in types]
-    model = create_model("Params", __config__=ConfigDict(strict=True, extra="ignore"),
-                         **{k:(_ruled(t, rules.get(k)), ...) for k,t in types.items()})
+    fields = {k:(_ruled(t, rules.get(k)), ...) for k,t in types.items()}
+    model = create_model("Params", __config__=ConfigDict(strict=True, extra="ignore"), **fields) # type: ignore
     try: checked = model(**{k:v for k,v in given.items() if k in types})
     except ValidationError as e: errors += [_explain(i, types) for i in e.errors()]
     if errors:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -248,7 +249,7 @@ FROM_RUN = ("device", "mode", "log") # What a job's function may ask of the run
 class Job:
     "A function that fills a folder, and what it is given."
     name:str # Begins the name of its folder
-    fn:object # `fn(folder, **given)`
+    fn:Callable # `fn(folder, **given)`
     group:str # Name for `only`
     shared:bool = False # Keep in the cache for other runs
     given:dict = field(default_factory=dict) # Every argument

@@ -9,7 +9,7 @@ __all__ = ['ACTIVATIONS', 'conv_block', 'n_params', 'SharingCNN', 'NotebookCNN',
 import torch
 from torch import nn, Tensor
 
-from ..core import ParameterError, global_seed, nearest
+from ..core import ParameterError, nearest
 
 # %% ../../nbs/lib/51_clf.cnn.ipynb #f4b6255a
 def conv_block(

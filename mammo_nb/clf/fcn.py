@@ -9,7 +9,7 @@ __all__ = ['ThesisFCN']
 import torch
 from torch import nn, Tensor
 
-from ..core import ParameterError, global_seed
+from ..core import ParameterError
 
 # %% ../../nbs/lib/54_clf.fcn.ipynb #1bb3b2e0
 class ThesisFCN(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import nn, Tensor
 from torchvision.models.swin_transformer import SwinTransformer
 
-from ..core import ParameterError, global_seed
+from ..core import ParameterError
 
 # %% ../../nbs/lib/53_clf.swin.ipynb #166170f8
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def rows(
     keys = [key for s,*key in index if s==side]
     W = np.zeros((len(keys), len(units)))
     for row,key in zip(W, keys):
-        at = index[(side, *key)]
+        at = index[tuple([side, *key])]
         pool = index.get((chosen_side, key[0], chosen_on or key[1], *key[2:]), [])       # after protocol comes scope
         if what=="mean": row[at] = 1/len(at)
         else: row[_best(units, at, pool)] = 1
@@ -279,9 +279,10 @@ def contrast(
     used = (W!=0).any(0)
     units = [two_classes(u, positive) if on else u for u,on in zip(answers.units(), used)]
     names = next((u["classes"] for u,on in zip(units, used) if on), NAMES)
-    asked = dict(metric=metric, positive=positive if positive in names else names[1], names=names)
+    asked:dict = dict(metric=metric, positive=positive if positive in names else names[1], names=names)
     if how.over=="wider": return _wider(units, W, asked, how)
-    draw = partial(boot_contrasts, units, n_boot=how.boots, seed=how.seed, level=how.level, **asked)
+    drawn:dict = dict(n_boot=how.boots, seed=how.seed, level=how.level)
+    def draw(weights): return boot_contrasts(units, weights, **drawn, **asked)
     t = draw(W) if how.together else pd.concat([_alone(draw, w) for w in W], ignore_index=True)
     return t.assign(n=[next((len(units[i]["y"]) for i in np.flatnonzero(w)), 0) for w in W])
 

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn, Tensor
 
-from ..core import *
+from ..core import DataError, ParameterError, WeightsError, cache_dir, file_hash, hash_of, nearest, rng
 
 # %% ../../nbs/lib/30_metrics.features.ipynb #466d21b7
 def texture_patches(

@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 from scipy.spatial.distance import cdist
 
-from ..core import *
-from .features import *
+from ..core import DataError, rng
+from .features import Extractor, features
 
 # %% ../../nbs/lib/31_metrics.fid.ipynb #8b582edc
 class Estimate(NamedTuple):

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist
 
-from ..core import *
-from .features import *
-from .fid import *
+from ..core import DataError, rng
+from .features import Extractor, features
+from .fid import Estimate, REPORT_COLUMNS, report_row
 
 # %% ../../nbs/lib/36_metrics.memory.ipynb #1ee221ac
 def nearest_rows(

@@ -168,7 +168,7 @@ def departure_effects(
         both = Answers.join(theirs.named(protocol=switch), answers)
         names, weights = both.rows()
         at = {tuple(row): w for row,w in zip(names.itertuples(index=False), weights)}
-        pairs = [at[switch, *row[1:]] - at[tuple(row)] for row in cells.itertuples(index=False)]
+        pairs = [at[(switch,) + tuple(row)[1:]] - at[tuple(row)] for row in cells.itertuples(index=False)]
         t = contrast(both, np.array(pairs), metric="auroc", positive="Malignant", how=replace(how, together=True))
         tables.append(cells.assign(switch=switch, **{k: t[k] for k in ("value", "lo", "hi", "p")}))
     return pd.concat(tables, ignore_index=True)[EFFECTS] if tables else pd.DataFrame(columns=EFFECTS)
