@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SPLITS', 'AT_SHARES', 'constant_answers', 'at_shares', 'at_threshold', 'scores_beside']
 
-# %% ../../nbs/lib/39a_metrics.baselines.ipynb #cbdf3c7c
+# %% ../../nbs/lib/39a_metrics.baselines.ipynb #4febbc01
 import numpy as np, pandas as pd
 
 from ..core import DataError, ParameterError, nearest
 from .answers import KEYS, RUN, Answers, Intervals, scores
 from .auc import best_threshold
 
-# %% ../../nbs/lib/39a_metrics.baselines.ipynb #5d14beed
+# %% ../../nbs/lib/39a_metrics.baselines.ipynb #9d853713
 def constant_answers(
     answers:Answers, # What tested classifiers said
 ) -> Answers: # Model `constant`, arm `always <class>`, on each of their test sets
@@ -29,7 +29,7 @@ def constant_answers(
                 out.append(new.assign(**{c: float(c==f"p_{name.lower()}") for c in each}))
     return Answers(pd.concat(out, ignore_index=True)) if out else answers
 
-# %% ../../nbs/lib/39a_metrics.baselines.ipynb #b93915bf
+# %% ../../nbs/lib/39a_metrics.baselines.ipynb #f5d92230
 def at_shares(
     answers:Answers, # What tested classifiers said
     shares:dict, # Scope -> {class: share of the test set}; classes that are not named share the rest
@@ -46,7 +46,7 @@ def at_shares(
         out.append(t.assign(weight=(share/np.maximum(count, 1)*len(t))[t.y] if told else 1.))
     return Answers(pd.concat(out)[[*answers.frame, "weight"]].sort_index()) if out else answers
 
-# %% ../../nbs/lib/39a_metrics.baselines.ipynb #6d3df8f4
+# %% ../../nbs/lib/39a_metrics.baselines.ipynb #a379bcb9
 def at_threshold(
     answers:Answers, # With the sides `val` and `test`
     *,
@@ -68,8 +68,8 @@ def at_threshold(
         out.append(t.assign(p=np.where(p > cut, np.clip(high, np.nextafter(.5, 1), 1), np.clip(low, 0, .5))))
     return Answers(pd.concat(out, ignore_index=True)) if out else Answers.of({})
 
-# %% ../../nbs/lib/39a_metrics.baselines.ipynb #af88c404
-SPLITS = dict(shares="test, published shares", threshold="test, threshold from validation") # How the test set was counted
+# %% ../../nbs/lib/39a_metrics.baselines.ipynb #1c166553
+SPLITS = dict(shares="test, published shares", threshold="test, threshold from validation") # How it was counted
 AT_SHARES = ("f1", "accuracy", "auprc", "precision") # Metrics that depend on the shares of the classes
 
 def scores_beside(
