@@ -6,7 +6,7 @@
 __all__ = ['KEYS', 'UNIT', 'RUN', 'FEWEST', 'OVER', 'NOTHING', 'SCORE', 'Cell', 'said', 'write_answers', 'read_answers',
            'drawn_units', 'Answers', 'two_classes', 'Intervals', 'contrast', 'scores']
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #7012cab1
+# %% ../../nbs/lib/39_metrics.answers.ipynb #00c7becf
 import gzip
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,8 +19,9 @@ from fastcore.basics import patch
 from ..core import DataError, ParameterError, nearest, write_csv, write_whole
 from .auc import NAMES, binary_scores
 from .boot import boot_contrasts, corrected_t
+from ..runs import Run
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #653e958d
+# %% ../../nbs/lib/39_metrics.answers.ipynb #32bc480d
 KEYS = ["protocol", "scope", "model", "arm", "regime"]      # What names a row of a table
 UNIT = [*KEYS, "replicate", "side"]                         # What names one classifier's answers on one side of a split
 RUN = ["seed", "gan", "split"]                              # More replicates, where several runs are joined
@@ -35,7 +36,7 @@ class Cell:
     protocol:str = "" # Where one run holds several
     replicate:str = "" # Fold, trial or draw, where there are several
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #8143d6bf
+# %% ../../nbs/lib/39_metrics.answers.ipynb #5b3fb9d5
 def said(
     table:pd.DataFrame, # Patches with `patch_id` and `patient_id`
     y, # Class number of each patch
@@ -56,7 +57,7 @@ def said(
     out |= {k: np.asarray(v) for k,v in flags.items()}
     return pd.DataFrame(out | dict(classes="|".join(names)))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #279e1d96
+# %% ../../nbs/lib/39_metrics.answers.ipynb #0fc5a8da
 def write_answers(
     folder:Path, # Stage folder
     sides:dict, # `val`, `test`, … -> frame of `said`
@@ -65,7 +66,7 @@ def write_answers(
     t = pd.concat([t.assign(side=side) for side,t in sides.items()], ignore_index=True)
     return write_csv(Path(folder)/"answers.csv", t)
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #b49063aa
+# %% ../../nbs/lib/39_metrics.answers.ipynb #1a60a6b3
 def read_answers(
     path:Path, # File of `write_answers` or `Answers.save`
 ) -> pd.DataFrame: # Names as text, numbers exact
@@ -75,7 +76,7 @@ def read_answers(
     t = pd.read_csv(path, float_precision="round_trip", **as_text)
     return t.fillna({k:"" for k in UNIT if k in t})
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #4075a74b
+# %% ../../nbs/lib/39_metrics.answers.ipynb #cf62978b
 FEWEST = 4 # Patients a class must have for a bootstrap over patients
 
 def drawn_units(
@@ -86,7 +87,7 @@ def drawn_units(
     few = [k for k,g in t.groupby("y") if g.patient_id.nunique() < fewest]
     return t.patient_id.where(~t.y.isin(few), t.patch_id)
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #4bf9da80
+# %% ../../nbs/lib/39_metrics.answers.ipynb #5df57c7a
 @dataclass(frozen=True, eq=False)
 class Answers:
     "What tested classifiers said: one row a patch, cell, replicate and side."
@@ -124,7 +125,7 @@ def _in_order(t): # Columns that every table of answers has come first
     first = [*UNIT, *RUN, "classes", "patch_id", "patient_id", "unit", "y", "p", "rank"]
     return t[[*(k for k in first if k in t), *(k for k in t if k not in first)]]
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #2a118e90
+# %% ../../nbs/lib/39_metrics.answers.ipynb #e06a8acf
 @patch(cls_method=True)
 def of(
     cls:Answers,
@@ -144,7 +145,7 @@ def of(
     if not out: return cls(pd.DataFrame(columns=[*UNIT, "classes", "patch_id", "patient_id", "unit", "y", "p", "rank"]))
     return cls(_in_order(pd.concat(out, ignore_index=True)))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #4c32e980
+# %% ../../nbs/lib/39_metrics.answers.ipynb #a50714ab
 @patch
 def where(
     self:Answers,
@@ -157,20 +158,20 @@ def where(
         at &= self.frame[k].isin([v] if isinstance(v, (str, bool, int, float)) else list(v)).to_numpy()
     return Answers(self.frame[at].reset_index(drop=True))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #f0cb8825
+# %% ../../nbs/lib/39_metrics.answers.ipynb #2bcc00cc
 @patch
 def named(self:Answers, **keys) -> Answers: # keys: column -> value of every row
     "The same answers under another name, so that two runs of the same cells can stand in one table."
     return Answers(_in_order(self.frame.assign(**keys)))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #4fdd8f34
+# %% ../../nbs/lib/39_metrics.answers.ipynb #93f34071
 @patch(cls_method=True)
 def join(cls:Answers, *parts) -> Answers:
     "Several tables of answers as one, in this order; empty ones do not count."
     frames = [a.frame for a in parts if len(a)]
     return cls(_in_order(pd.concat(frames, ignore_index=True))) if frames else Answers.of({})
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #64c4a2d4
+# %% ../../nbs/lib/39_metrics.answers.ipynb #d74fc4d2
 @patch
 def groups(
     self:Answers,
@@ -182,14 +183,14 @@ def groups(
         out += [t[mask].assign(scope=scope) for scope,mask in cut(t).items() if t.y[mask].nunique() > 1]
     return Answers(pd.concat(out, ignore_index=True) if out else self.frame[:0])
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #7d343066
+# %% ../../nbs/lib/39_metrics.answers.ipynb #2caac7e0
 @patch
 def few(self:Answers) -> list: # Names of classes, sorted
     "Classes of which the bootstrap draws patches, because they come from fewer than `FEWEST` patients."
     t = self.frame[self.frame.unit != self.frame.patient_id] if len(self) else self.frame
     return sorted({classes.split("|")[y] for classes,y in zip(t.classes, t.y)})
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #634fe88e
+# %% ../../nbs/lib/39_metrics.answers.ipynb #4c9bc9f6
 @patch
 def save(self:Answers, path:Path) -> Path: # e.g. `answers.csv.gz`
     "Write the table, packed, without a time and with every digit."
@@ -198,13 +199,27 @@ def save(self:Answers, path:Path) -> Path: # e.g. `answers.csv.gz`
     with write_whole(path) as tmp: Path(tmp).write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
     return Path(path)
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #cdeb84db
+# %% ../../nbs/lib/39_metrics.answers.ipynb #4a80ec00
 @patch(cls_method=True)
 def load(cls:Answers, path:Path) -> Answers:
     "Read what `save` wrote."
     return cls(read_answers(path))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #b0a1a5bf
+# %% ../../nbs/lib/39_metrics.answers.ipynb #a245f74f
+@patch
+def answers(
+    self:Run,
+    cells:dict, # `Cell` -> folder, as `Run.do` gives them
+    side:str="test", # Side of the split; several as a tuple
+    *,
+    fewest:int=FEWEST, # See `drawn_units`
+) -> Answers:
+    "The answers of a run's classifiers, also kept in its answers.csv.gz."
+    found = Answers.of(cells, side, fewest=fewest)
+    found.save(self.dir/"answers.csv.gz")
+    return found
+
+# %% ../../nbs/lib/39_metrics.answers.ipynb #99fe3223
 @patch
 def rows(
     self:Answers,
@@ -231,7 +246,7 @@ def _best(units, at, pool): # That one of `at` which is the best replicate of `p
     best = max(pool, key=lambda i: ((units[i]["p"] > .5) == units[i]["y"]).mean(), default=None)
     return [i for i in at if best is not None and which(i)==which(best)][:1]
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #4e040e45
+# %% ../../nbs/lib/39_metrics.answers.ipynb #6c921347
 def two_classes(
     unit:dict, # One of `Answers.units`
     positive:str, # Class that is looked at; empty: right against wrong
@@ -248,7 +263,7 @@ def two_classes(
     k = names.index(positive)
     return unit | dict(y=(unit["y"]==k).astype(int), p=P[:,k], rank=P[:,k], classes=(f"not {positive}", positive))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #cccbf4d6
+# %% ../../nbs/lib/39_metrics.answers.ipynb #e56d7b05
 OVER = ("patients", "wider")
 
 @dataclass(frozen=True)
@@ -265,7 +280,7 @@ class Intervals:
         if self.over in OVER: return
         raise ParameterError(f"unknown interval '{self.over}'", "over", nearest(self.over, list(OVER)))
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #a33c0cb2
+# %% ../../nbs/lib/39_metrics.answers.ipynb #98273357
 def contrast(
     answers:Answers, # What was said
     W, # Weights `(rows, units)`, see `Answers.rows`
@@ -314,7 +329,7 @@ def _over_folds(units, w, each, how):
     t = corrected_t(d, test_share=how.test_share, level=how.level)
     return dict(lo_folds=t["lo"], hi_folds=t["hi"], p_folds=t["p"], sd_folds=float(np.std(d, ddof=1)), n=n)
 
-# %% ../../nbs/lib/39_metrics.answers.ipynb #03e2fdc1
+# %% ../../nbs/lib/39_metrics.answers.ipynb #54e9e4f5
 def scores(
     answers:Answers, # What was said
     asked, # (metric, positive) pairs; an empty positive is for accuracy alone

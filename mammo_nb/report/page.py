@@ -210,7 +210,8 @@ def verdicts_of(
     "The verdicts of one run as it left them, or of several together."
     own = [t for t in (r.table("claims") for r in runs) if t is not None]
     if len(runs)==1: return own[0] if own else None
-    one, said = runs[0], [(r.answers(), r.info["resolved"]["seeds"]) for r in runs]
+    one = runs[0]
+    said = [(r.answers(), r.info.get("resolved", {}).get("seeds", {}) | dict(seed=r.seed)) for r in runs]
     on = dict(data=one.data, preset=one.preset, protocol=protocol or one.protocol)
     if all(a is not None for a,_ in said): return verdicts(one.paper, joined(said), **on)
     return as_told(one.paper, pd.concat(own, ignore_index=True), **on) if own else None
