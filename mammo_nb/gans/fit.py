@@ -200,10 +200,12 @@ def quality_of(
     train:PatchSet, # Those the generator was trained on
     *,
     how:Measure, # Spaces, seeds
+    known = None, # Ids of all patients it was trained on, default those of `train`
     device = "cpu", # Where the extractor runs
 ) -> list: # Tables with REPORT_COLUMNS: quality, copies; what cannot be told of a class is left out
     "Quality of one set of fakes, and the search for copies."
-    held = test.subset(~test.table.patient_id.isin(train.table.patient_id).to_numpy()) if how.unseen else test
+    known = train.table.patient_id if known is None else known
+    held = test.subset(~test.table.patient_id.isin(known).to_numpy()) if how.unseen else test
     by, held_by = patient_groups(test, 4), patient_groups(held, 2 if how.classes else 4)
     strict, out = bool(how.classes), []
     if not strict or (min(len(test), len(fake)) >= 6 and by is not None):
@@ -230,7 +232,8 @@ def measure(
         made, out = drawn(drawing, test.size), []
         for name in how.classes:
             fake, real, seen = (p.subset((p.table.label == name).to_numpy()) for p in (made, test, train))
-            out += [t.assign(label=name) for t in quality_of(fake.pixels[:,0], real, seen, how=how, device=device)]
+            tables = quality_of(fake.pixels[:,0], real, seen, how=how, known=train.table.patient_id, device=device)
+            out += [t.assign(label=name) for t in tables]
     else: out = quality_of(drawn(drawing, test.size, len(test)).pixels[:,0], test, train, how=how, device=device)
     table = pd.concat(out, ignore_index=True) if out else pd.DataFrame(columns=["metric", "value", "lo", "hi", "label"])
     write_csv(Path(folder)/"quality.csv", table)

@@ -99,8 +99,8 @@ def leak_words(
     "What the splits let through."
     def line(r):
         return (f"- `{r.protocol}`: {r.test:g} test images, {r.patient_in_training:.1%} with their patient in "
-                f"training, {r.image_in_training:.1%} with their very mammogram; knowing only the patient's name scores "
-                f"{r.name_accuracy:.2f} (majority class {r.majority:.2f}), AUC {r.name_auroc:.2f}")
+                f"training, {r.image_in_training:.1%} with their very mammogram; knowing only the patient's name "
+                f"scores {r.name_accuracy:.2f} (majority class {r.majority:.2f}), AUC {r.name_auroc:.2f}")
     return "\n".join(map(line, t.itertuples()))
 
 def forensic_words(
