@@ -17,7 +17,8 @@ from ..metrics.delong import auc_interval, delong, joint_test, paired_test
 from .context_decay import ARMS, RULES, Decay
 
 # %% ../../nbs/papers/81d_papers.context_arms.ipynb #16d9b44a
-COLUMNS = ["arm", "auc", "lo", "hi", "diff", "diff_lo", "diff_hi", "p_delong", "p_patients", "p_holm", "n", "n_patients"]
+COLUMNS = ["arm", "auc", "lo", "hi", "diff", "diff_lo", "diff_hi", "p_delong", "p_patients", "p_holm", "n",
+           "n_patients"]
 CONTROLS = ("baseline", "baseline_again") # Arms that no synthetic patch reaches
 
 def against(
@@ -96,8 +97,8 @@ def draws_table(
     "Synthetic patches each training was shown, and what the paper's was by either reading."
     t = pd.DataFrame([read_json(f/"draws.json") for f in folders.values() if f is not None])
     if not len(t): return t
-    theirs = {f"published_{rule}": [Decay(ARMS[a], rule=rule).expected(samples, every) for a in t.arm] for rule in RULES}
-    return t.assign(**theirs)
+    def theirs(rule): return [Decay(ARMS[a], rule=rule).expected(samples, every) for a in t.arm]
+    return t.assign(**{f"published_{rule}": theirs(rule) for rule in RULES})
 
 # %% ../../nbs/papers/81d_papers.context_arms.ipynb #a97296d9
 def tidy(
