@@ -32,9 +32,10 @@ def against(
                 p_patients=together["p"])
 
 def compare_arms(
-    units:list, # `Answers.units`, the baseline among them
+    units:list, # `Answers.units`, the baseline among them; empty where nothing was trained
 ) -> pd.DataFrame: # `COLUMNS`; `.attrs["joint"]`: all arms at once
     "AUROC of each arm with an interval over patients, and its difference to the baseline with both tests."
+    if not units: return pd.DataFrame(columns=COLUMNS)
     base = next(u for u in units if u["arm"] == "baseline")
     y, patients = base["y"], base["patients"]
     d, rows = delong(y, np.stack([u["p"] for u in units]), patients=patients), []
@@ -82,7 +83,7 @@ def rescue(
     n:int=5, # How many to show
 ) -> tuple: # (table of the shown cancers, table of mean gains: the arm's, then the second baseline's)
     "Rescued cancers of the augmented arm, beside those that another seed rescues."
-    have = list(answers.cells().arm)
+    have = list(answers.cells().arm) if len(answers) else []
     arm = augmented_arm(have)
     if not arm or "baseline" not in have: return pd.DataFrame(columns=RESCUED), pd.DataFrame()
     both = [rescued(answers, a, n) for a in (arm, "baseline_again") if a in have]

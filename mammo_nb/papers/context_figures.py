@@ -106,11 +106,13 @@ def row_figure(
     return dict(fig=fig, alt="A row of patches in a mammogram before and after", real=True)
 
 def row_words(
-    done:dict, # `row` -> folder of `edit_mammogram`, None where left out; empty where no image has a row
-) -> str:
+    done:dict, # `row` -> folder of `edit_mammogram`, None where left out; empty where there is none
+    trained:dict, # Task -> folder of a training, None where left out
+) -> str: # Empty where nothing could be edited
     "What changed in the mammogram, and what did not."
-    if not done: return "No normal mammogram of the test patients has touching patches on tissue."
-    if done["row"] is None: return ""
+    adding = [trained[t] for t in ("mass", "calc") if trained.get(t)]
+    if not done and adding: return "No normal mammogram of the test patients has touching patches on tissue."
+    if not done.get("row"): return ""
     c = read_json(done["row"]/"row.json")
     return (f"{c['patches']} touching patches of a normal mammogram, {c['kept']} edits kept. Pixels changed: "
             f"{c['changed']:,}; outside the patches {c['changed_outside_patches']}, outside the painted masks "
