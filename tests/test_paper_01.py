@@ -1,75 +1,127 @@
-"Paper 01: the notebook run small by papermill, the sampler, the parts at their edges."
+"Paper 01: the notebook run small by papermill, the sampler, the parts at their edges, and what its keys count."
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from mammo_nb.core import DataError, ParameterError, WeightsError, read_json, repo_root, rng
+from mammo_nb.core import DataError, ParameterError, WeightsError, read_json, repo_root
+from mammo_nb.data.patches import PatchSet, patch_table
+from mammo_nb.metrics.answers import Answers, Cell, said
+from mammo_nb.paper import settle
 from mammo_nb.papers import context as paper
-from mammo_nb.report.tables import RESULT_COLUMNS
+from mammo_nb.papers.context_arms import compare_arms, rescue
+from mammo_nb.papers.context_decay import Decay, decay_order
+from mammo_nb.papers.context_figures import layer_table
+from mammo_nb.papers.context_patches import Cut, check_kinds, wanted_kinds
+from mammo_nb.params import Params
+from mammo_nb.runs import RESULT_COLUMNS, Run, job_key
 
 
 def parameters(**more):
-    P = dict(seed=0, preset="demo", mode="exact", protocol="paper", switches="", data_dir="", arms="", tasks="", patients=0, train_share=1., gan_updates=0, d_mult=0, synthetic=0, clf_samples=0, boots=0, weights="",
-             min_tissue=.9, scaling="minmax", dataset="", split_seed=-1, gan_seed=-1, phantom_seed=0)
-    return SimpleNamespace(**{**P, **more})
+    usual = dict(seed=0, preset="demo", mode="exact", protocol="paper", switches="", data_dir="", run_dir="", only="", device="cpu", arms="", tasks="", patients=0, train_share=1.,
+                 gan_updates=0, d_mult=0, synthetic=0, clf_samples=0, boots=0, weights="", min_tissue=.9, scaling="minmax", dataset="", split_seed=-1, gan_seed=-1, phantom_seed=0,
+                 show_real=False)
+    return Params(**usual | more)
+
+
+def settled(**more): return settle(paper.PAPER, parameters(**more))
+
+
+def a_run(folder, **more):
+    p = parameters(run_dir=str(folder), **more)
+    return Run(p, paper=paper.PAPER.name, **vars(settle(paper.PAPER, p)))
 
 
 @pytest.mark.parametrize("rule,published", [("multiplicative", 25_000), ("subtractive", 7_500)])
 def test_synthetic_draws_of_half_a_million(rule, published):
-    d, g = paper.Decay(.5, rule=rule), np.random.default_rng(0)
+    d, g = Decay(.5, rule=rule), np.random.default_rng(0)
     y, s = np.repeat([0, 1, 0, 1], [400, 60, 50, 100]), np.repeat([False, True], [460, 150])
-    drawn = sum(int(s[paper.decay_order(y, s, 5000, share=d.share(k), draws=g)].sum()) for k in range(100))
+    drawn = sum(int(s[decay_order(y, s, 5000, share=d.share(k), draws=g)].sum()) for k in range(100))
     expected = d.expected(500_000, 5000)
     assert round(expected, -2) == published and abs(drawn-expected) < 5*np.sqrt(expected)
 
 
 def test_published_size_is_what_was_published():
-    R = paper.resolve(parameters(preset="paper"))
-    S = R.setup
+    of = settled(preset="paper", only="data")
+    S, protocol = of.setup, of.protocol
     assert (S.size, S.synthetic, S.samples, S.every, S.decay, S.clf_lr, S.weights, S.min_tissue) == (256, 5000, 500_000, 5000, .1, 1e-5, "imagenet_v2", .9)
     assert S.train == dict(normal=400_000, malignant_mass=42_280, malignant_calc=24_100, benign_mass=3_500, benign_calc=6_580) and set(S.held.values()) == {1000}
     for task, steps in (("mass", 2), ("calc", 1), ("remove", 1)):
-        r = paper.gan_recipe(task, R)
+        r = paper.gan_recipe(task, S, protocol)
         assert (r.lr_g, r.lr_d, r.betas, r.penalty, r.k, r.weight, r.d_mult, r.fade, r.steps_g) == (1e-5, 1e-5, (0., .99), 10, 1., .2, 8, 3000, steps)
-    assert paper.gan_recipe("mass", paper.resolve(parameters(preset="paper", d_mult=4))).d_mult == 4
-    assert not paper.gan_recipe("mass", R, benign=False).benign
-    t = paper.layer_table(paper.gan_recipe("mass", R))
+    assert paper.gan_recipe("mass", settled(preset="paper", only="data", d_mult=4).setup, protocol).d_mult == 4
+    assert not paper.gan_recipe("mass", S, protocol, benign=False).benign
+    t = layer_table(paper.gan_recipe("mass", S, protocol))
     assert t[t.net == "generator"].weights.sum() == 4_391_111
 
 
 def test_one_lesion_type_can_be_left_out():
-    R = paper.resolve(parameters(tasks="mass,remove"))
-    assert set(paper.wanted_kinds(R, "train")) == {"normal", "malignant_mass", "benign_mass"}
-    with pytest.raises(DataError, match="-p tasks calc,remove"): paper.check_kinds({"normal": 3}, {"normal": 3, "malignant_mass": 5}, "train")
+    S = settled(tasks="mass,remove").setup
+    assert set(wanted_kinds(S.train, S.tasks)) == {"normal", "malignant_mass", "benign_mass"}
+    with pytest.raises(DataError, match="-p tasks calc,remove"): check_kinds({"normal": 3}, {"normal": 3, "malignant_mass": 5}, "train")
 
 
 def test_missing_weights_stop_the_run_at_its_start(tmp_path):
-    R = paper.resolve(parameters(weights=str(tmp_path/"none.pth")))
-    with pytest.raises(WeightsError): paper.check_weights(R, [])
-    paper.check_weights(R, ["generators"])
-    with pytest.raises(ParameterError, match="did you mean"): paper.plan_arms("decay500")
+    missing = str(tmp_path/"none.pth")
+    with pytest.raises(WeightsError): settled(weights=missing)
+    assert settled(weights=missing, only="generators").setup.depth == "50"
 
 
 def test_ready_patches_are_refused(tmp_path):
     import PIL.Image
-    (tmp_path/"set").mkdir(); PIL.Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64)).save(tmp_path/"set"/"a.png")
+    (tmp_path/"set").mkdir()
+    PIL.Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64)).save(tmp_path/"set"/"a.png")
     pd.DataFrame([dict(patch_id="a", patient_id="p", path="a.png", target=1, lesion_type="mass", label="malignant")]).to_csv(tmp_path/"set"/"patches.csv", index=False)
-    P = parameters(data_dir=str(tmp_path))
-    with pytest.raises(DataError, match="ready patches"): paper.load_sets(P, paper.resolve(P))
+    with pytest.raises(DataError, match="whole mammograms"): paper.load(a_run(tmp_path/"run", data_dir=str(tmp_path/"set")))
 
 
 def test_rescue_is_not_asked_of_one_model():
-    cell = dict(scope="lesions", model="resnet50", arm="baseline", regime="", y=np.array([0, 1]*8), p=np.linspace(0, 1, 16), patients=np.arange(16).astype(str), patch_id=np.arange(16).astype(str), kind=np.array(["normal", "malignant_mass"]*8))
-    shown, gains = paper.rescue([cell], "", paper.resolve(parameters()))
-    assert not len(shown) and gains == []
-    t = paper.compare_arms([cell])
+    t = pd.DataFrame(dict(patch_id=np.arange(16).astype(str), patient_id=np.arange(16).astype(str)))
+    y = np.array([0, 1]*8)
+    answers = Answers.of({Cell("lesions", "resnet50", "baseline"): said(t, y, np.linspace(0, 1, 16), kind=np.where(y, "malignant_mass", "normal"))})
+    shown, gains = rescue(answers)
+    assert not len(shown) and not len(gains)
+    t = compare_arms(answers.units())
     assert len(t) == 1 and np.isfinite(t.auc[0]) and "joint" not in t.attrs
+
+
+def toy_cut():
+    "Patches of three sides, two views each."
+    sets = {}
+    for side in ("train", "val", "test"):
+        kind = np.arange(15) % 5
+        rows = dict(patch_id=[f"{side}{i}" for i in range(15)], patient_id=[f"{side}:{i//3}" for i in range(15)], dataset="toy", target=(kind > 0).astype(int), synthetic=False,
+                    label=np.where(kind == 0, "normal", np.where(kind < 3, "malignant", "benign")), lesion_type=np.where(kind == 0, "healthy", np.where(kind % 2 == 1, "mass", "calcification")))
+        sets[side] = PatchSet(np.random.default_rng(1).integers(0, 250, (15, 2, 64, 64)).astype(np.uint8), patch_table(pd.DataFrame(rows)))
+    return Cut(sets, pd.Series(dtype=object), pd.DataFrame(), pd.DataFrame())
+
+
+def keys(run, cut):
+    jobs = paper.generators(run, cut) | paper.classifiers(run, cut, {})
+    return {str(getattr(k, "arm", k)): job_key(j, "cpu", "exact") for k, j in jobs.items()}
+
+
+def test_keys_count_labels_views_and_seeds(tmp_path):
+    "The label-free keys of earlier versions took up stale generators and classifiers."
+    run, cut = a_run(tmp_path/"run", arms="baseline,baseline_again"), toy_cut()
+    before = keys(run, cut)
+    assert len(set(before.values())) == len(before) == 5
+    def changed(edit):
+        ps = cut.sets["train"].subset(np.arange(15))
+        edit(ps)
+        after = keys(run, replace(cut, sets=cut.sets | dict(train=ps)))
+        return {k for k in before if after[k] != before[k]}
+    def relabel(ps): ps.table.loc[1, "label"] = "benign"
+    def retype(ps): ps.table.loc[1, "lesion_type"] = "calcification"
+    def last_view(ps): ps.pixels[1, 1, 0, 0] ^= 1
+    assert not changed(lambda ps: None)
+    for edit in (relabel, retype, last_view): assert {"mass", "remove", "baseline", "baseline_again"} <= changed(edit), edit.__name__
+    other = keys(a_run(tmp_path/"other", arms="baseline,baseline_again", gan_seed=5), cut)
+    assert {k for k in before if other[k] != before[k]} == {"mass", "calc", "remove"}
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +167,9 @@ def test_wrong_parameters_are_named(tmp_path, papermill, name, value, words):
 @pytest.mark.gpu
 def test_a_generator_and_a_classifier_on_cuda(tmp_path):
     "Written, never run on a GPU."
-    import torch
-    P = parameters(patients=16, gan_updates=2, synthetic=4, clf_samples=40); R = paper.resolve(P); R.setup = replace(R.setup, patients=24)
-    sets, _ = paper.load_sets(P, R); cut = paper.cut_patches(sets, R); dev = torch.device("cuda")
-    for k in ("gan", "made", "clf"): (tmp_path/k).mkdir()
-    paper.fit_generator(tmp_path/"gan", "mass", cut.sets["train"], R, dev)
-    paper.draw_synthetic(tmp_path/"made", "mass", tmp_path/"gan", cut.sets["train"], R, dev)
-    paper.fit_arm(tmp_path/"clf", "baseline", cut.sets, {}, R, dev)
-    assert (tmp_path/"clf"/"predictions.csv").exists()
+    run = a_run(tmp_path/"run", patients=24, gan_updates=2, synthetic=4, clf_samples=40, arms="baseline", device="cuda")
+    sets, _ = paper.load(run)
+    cut = paper.cut(run, sets)
+    made = run.do(paper.synthetic(run, cut, run.do(paper.generators(run, cut))))
+    folders = run.do(paper.classifiers(run, cut, made))
+    assert (folders[Cell("lesions", "resnet50", "baseline")]/"answers.csv").exists()
