@@ -35,6 +35,7 @@ class Paper:
     switches:dict = field(default_factory=dict) # Departure of the published code -> fields of the protocol
     authors:tuple|None = None # Switches that protocol `authors` turns on; None: all
     clean:dict = field(default_factory=dict) # Fields that protocol `clean` sets
+    clean_departs:bool = False # May `clean` take switches too?
     lists:dict = field(default_factory=dict) # Parameter -> words it may hold, separated by commas
     choices:dict = field(default_factory=dict) # Parameter -> words, one of which it is
     rules:dict = field(default_factory=dict) # Parameter -> further rule
@@ -51,7 +52,7 @@ def protocol_of(
 ): # The paper's dataclass of decisions
     "The decisions of a protocol, with single departures of the authors' code turned on."
     words = split_words(switches)
-    if name == "clean" and words:
+    if name == "clean" and words and not paper.clean_departs:
         fix = "use protocol paper with switches, or authors for all of them"
         raise ParameterError("clean has no departures", "switches", fix)
     if name == "authors": words = [*(paper.switches if paper.authors is None else paper.authors), *words]

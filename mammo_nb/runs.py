@@ -33,7 +33,7 @@ from fastcore.basics import patch
 
 from .core import (MammoError, RunError, cache_dir, file_hash, hash_of, kernels, locked, pick_device, progress,
                            read_json, repo_root, write_csv, write_json, write_whole)
-from .keys import MOVES_NUMBERS, code_key, key_of, package_key
+from .keys import MOVES_NUMBERS, code_key, key_of
 from .params import Params, split_words
 
 # %% ../nbs/lib/13_runs.ipynb #dbbaaa80
@@ -87,7 +87,6 @@ class Run:
         protocol=None, # The paper's own dataclass of decisions
         seeds:Seeds=None, # Default: `params.seed` for classifiers, 0 for the others
         grid:pd.DataFrame=None, # One row a cell
-        data:str="", # OLD
         resolved:dict=None, # The settings as run.json holds them
     ):
         self.params, self.paper, self.setup, self.protocol, self.grid = params, paper, setup, protocol, grid
@@ -286,7 +285,6 @@ def job_key(
     mode:str, # Arithmetic
 ) -> str: # 12 hex digits
     "Key of a job: its code, every argument by content, the kind of device and the arithmetic."
-    if hasattr(job, "inputs"): return hash_of(job.name, {k: key_of(v) for k, v in job.inputs.items()}, package_key(), device, mode)[:12]
     try: given = {k: key_of(v) for k, v in job.given.items()}
     except RunError as e: raise RunError(e.what, f"job {job.name}", e.fix) from e
     return hash_of(job.name, code_key(job.fn), given, device, mode)[:12]
@@ -374,7 +372,7 @@ def do(self:Run,
 @patch
 def _placed(self:Run, job): # Folder of a job, None when it is left out
     folder, why = None, ""
-    if any(v is None for v in getattr(job, "inputs", job.given).values()): why = "an earlier stage was left out"
+    if any(v is None for v in job.given.values()): why = "an earlier stage was left out"
     else:
         root = cache_dir("stages", self.paper) if job.shared else self.dir/"checkpoints"
         folder = root/f"{job.name}-{job_key(job, self.device.type, self.params.mode)}"
@@ -446,23 +444,6 @@ def _side_by_side(calls, workers): # calls: key -> arguments of do_job
 def write_json_into(folder:Path, content, name:str="result.json"):
     "Simplest job: one JSON file in the folder."
     write_json(Path(folder)/name, content)
-
-# %% ../nbs/lib/13_runs.ipynb #ebbd6b7f
-@dataclass(frozen=True)
-class _OldJob(Job): # Of papers that have not moved to `do` yet: a list of inputs typed by hand
-    inputs:dict = field(default_factory=dict)
-    def __post_init__(self): pass
-
-@patch
-def stages(self:Run, jobs, *, workers=0, label=""):
-    "As `do`, for papers that have not moved yet."
-    old = {i: _OldJob(j["name"], j["fn"], j["group"], j.get("shared", False), {}, j["inputs"]) for i, j in enumerate(jobs)}
-    return list(self.do(old, label, workers).values())
-
-@patch
-def stage(self:Run, name, fn, *, inputs, group, shared=False):
-    "As `do`, for papers that have not moved yet."
-    return self.stages([dict(name=name, fn=fn, inputs=inputs, group=group, shared=shared)], workers=1)[0]
 
 # %% ../nbs/lib/13_runs.ipynb #c8800db7
 def last_words(

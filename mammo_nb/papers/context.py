@@ -137,7 +137,7 @@ def settle(
 
 PAPER = Paper(
     "01_contextual_gan", presets=dict(demo=DEMO, paper=PUBLISHED), protocol=Protocol, plan=plan, switches=SWITCHES,
-    authors=(), clean=CLEAN, lists=LISTS, choices=dict(scaling=("minmax", "voi")), settle=settle,
+    authors=(), clean=CLEAN, clean_departs=True, lists=LISTS, choices=dict(scaling=("minmax", "voi")), settle=settle,
     rules=dict(min_tissue=between(0., 1.), patients=between(0, 100_000), train_share=between(1e-4, 1.),
                d_mult=between(0, 64), gan_updates=between(0, 10_000_000), clf_samples=between(0, 100_000_000),
                boots=between(0, 100_000)),
