@@ -110,10 +110,10 @@ def start(
     params = check_params(namespace, stages=paper.stages, **rules_of(paper, namespace.get("__annotations__", {})))
     settled = settle(paper, params)
     exact_mode()
-    resolved = {k: asdict(getattr(settled, k)) for k in ("setup", "protocol", "seeds")} | dict(cells=len(settled.grid))
-    parts = {f.name: getattr(settled, f.name) for f in fields(settled)}
+    parts:dict = {f.name: getattr(settled, f.name) for f in fields(settled)}
+    resolved = {k: asdict(getattr(settled, k)) for k in ("setup", "protocol", "seeds")} | dict(cells=len(parts["grid"]))
     run = Run(params, paper=paper.name, resolved=resolved, **parts)
     if paper.title: run.note(title=paper.title)
-    print(f"{paper.name}: {params.preset} size, protocol {params.protocol}, seed {params.seed}, {len(run.grid)} cells, "
+    print(f"{paper.name}: {params.preset} size, protocol {params.protocol}, seed {params.seed}, {resolved['cells']} cells, "
           f"{run.device}, into {run.dir}")
     return run

@@ -6,7 +6,6 @@
 __all__ = ['ThesisFCN']
 
 # %% ../../nbs/lib/54_clf.fcn.ipynb #b331d24a
-import torch
 from torch import nn, Tensor
 
 from ..core import ParameterError

@@ -9,7 +9,7 @@ __all__ = ['RESNET_FILES', 'FrozenResNet', 'Preparation', 'resnet_file', 'frozen
 
 # %% ../../nbs/lib/52_clf.resnet.ipynb #c90ff2c3
 import contextlib, copy, math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 

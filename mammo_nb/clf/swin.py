@@ -8,7 +8,6 @@ __all__ = ['SwinPlan', 'Swin']
 # %% ../../nbs/lib/53_clf.swin.ipynb #d9993344
 from dataclasses import dataclass
 
-import torch
 from torch import nn, Tensor
 from torchvision.models.swin_transformer import SwinTransformer
 

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from ..core import DataError, ParameterError, rng, seed_of
 from ..data.boxes import Box, put_back
-from .context import ContextGenerator, edit, task_of
+from .context import edit, task_of
 from .share import load_generator
 
 # %% ../../nbs/lib/46a_gans.paint.ipynb #1b0e7cc1

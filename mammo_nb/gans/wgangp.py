@@ -6,7 +6,7 @@
 __all__ = ['piece_gradient', 'is_piecewise', 'penalty_of', 'WGANGP']
 
 # %% ../../nbs/lib/44_gans.wgangp.ipynb #dc1f3439
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch

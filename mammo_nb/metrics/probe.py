@@ -26,12 +26,14 @@ def patch_cues(
     background:int=10, # Greatest grey value of air
 ) -> pd.DataFrame: # One row a patch, columns `CUES`
     "Mean, standard deviation, share of air and high-frequency energy of each patch."
-    if pixels.ndim!=3: raise DataError(f"pixels have shape {pixels.shape}", "patch_cues", "give (n, s, s), e.g. patches.pixels[:,0]")
+    if pixels.ndim!=3:
+        raise DataError(f"pixels have shape {pixels.shape}", "patch_cues", "give (n, s, s), e.g. patches.pixels[:,0]")
     rows = []
     for k in range(0, len(pixels), 256):
         x = np.asarray(pixels[k:k+256], np.float32)
         high = x-uniform_filter(x, size=(1,3,3), mode="nearest")
-        rows.append(np.stack([x.mean((1,2)), x.std((1,2)), (x<=background).mean((1,2)), np.log10((high**2).mean((1,2))+1e-3)], 1))
+        rows.append(np.stack([x.mean((1,2)), x.std((1,2)), (x<=background).mean((1,2)),
+                              np.log10((high**2).mean((1,2))+1e-3)], 1))
     return pd.DataFrame(np.concatenate(rows or [np.zeros((0,4))]).astype(float), columns=list(CUES))
 
 # %% ../../nbs/lib/37_metrics.probe.ipynb #e05dcfd8
@@ -62,7 +64,9 @@ def probe_auc(
     "AUROC of a logistic regression on `patch_cues`, by patient."
     y, (_,groups) = np.asarray(y).astype(int), np.unique(np.asarray(groups).astype(str), return_inverse=True)
     per_class = [len(set(groups[y==c])) for c in (0,1)]
-    if min(per_class)<2: raise DataError(f"{per_class[1]} patients with lesion and {per_class[0]} with healthy patches", "probe", "at least two of each are needed")
+    if min(per_class)<2:
+        raise DataError(f"{per_class[1]} patients with lesion and {per_class[0]} with healthy patches", "probe",
+                        "at least two of each are needed")
     x = patch_cues(pixels)
     cues = {c: float(_pairs(y, v.to_numpy()).mean()) for c,v in x.items()}
     cv = StratifiedGroupKFold(min(folds,*per_class), shuffle=True, random_state=seed_of(seed,"probe folds")%2**32)

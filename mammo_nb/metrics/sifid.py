@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn, Tensor
+from torch import nn
 from torchvision.models.inception import BasicConv2d
 
 from ..core import DataError, ParameterError, WeightsError, cache_dir, file_hash, hash_of, nearest, rng

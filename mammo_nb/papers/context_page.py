@@ -7,8 +7,6 @@ __all__ = ['SELECTION', 'TABLE1', 'TESTS', 'MAP', 'PAIRS', 'TRUTH', 'FEW', 'ERRO
            'arms_table', 'row_section', 'data_words']
 
 # %% ../../nbs/papers/81h_papers.context_page.ipynb #16109747
-import pandas as pd
-
 from .context_decay import ARMS
 from .context_figures import GROUPS, named
 from .context_words import (contradictions, implied_errors, lost, lost_words, removal_words,

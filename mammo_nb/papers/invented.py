@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from ..core import DataError
 from ..data.patches import PatchSet, extract, healthy_patches, lesion_patches
 from ..data.readers import sets_for
-from ..data.splits import check_leaks, split_patients
+from ..data.splits import split_patients
 from ..data.trees import Phantoms
 from ..metrics.answers import Cell, said, write_answers
 from ..paper import Paper

@@ -6,7 +6,7 @@
 __all__ = ['SECTIONS']
 
 # %% ../../nbs/papers/89a_papers.invented_page.ipynb #59bab523
-from ..report.page import (Shown, beside_section, data_section, gains_section, leaks_section, left_out_section,
+from ..report.page import (beside_section, data_section, gains_section, leaks_section, left_out_section,
                                   verdicts_section)
 
 # %% ../../nbs/papers/89a_papers.invented_page.ipynb #d849ef22

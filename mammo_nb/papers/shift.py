@@ -10,10 +10,9 @@ __all__ = ['SWITCHES', 'CLEAN', 'DEMO', 'PUBLISHED', 'PAPER', 'NOTHING_ADDED', '
 
 # %% ../../nbs/papers/80_papers.shift.ipynb #8503ffb0
 import contextlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..clf.resnet import HeadRecipe, resnet_file

@@ -15,8 +15,8 @@ import pandas as pd
 from safetensors.numpy import load_file
 
 from ..clf.augment import patch_arrays
-from ..clf.resnet import (HeadJob, HeadRecipe, Preparation, ResNetClassifier, fit_heads, frozen_resnet,
-                                 load_heads, resnet_features, save_heads)
+from ..clf.resnet import (HeadRecipe, Preparation, ResNetClassifier, fit_heads, frozen_resnet, load_heads,
+                                 resnet_features, save_heads)
 from ..clf.train import FitRecipe, fit_classifier, predict_proba
 from ..core import hash_of, read_json, write_json
 from ..metrics.answers import Answers, Cell, Intervals, contrast, said

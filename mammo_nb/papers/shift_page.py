@@ -8,9 +8,8 @@ __all__ = ['NUMBERS', 'FOLDS', 'SCALE', 'SIFID', 'DEPARTURES', 'FILLED', 'SECTIO
 
 # %% ../../nbs/papers/80a_papers.shift_page.ipynb #55114258
 import numpy as np
-import pandas as pd
 
-from .shift import PAPER, Protocol
+from .shift import Protocol
 from ..report.html import Section, Table
 from ..report.page import (RunFolder, Shown, beside_section, data_section, left_out_section, ours, part,
                                   verdicts_section)

@@ -19,8 +19,7 @@ from ..metrics.answers import KEYS, Answers, Cell, said, two_classes
 from ..metrics.baselines import at_shares
 from ..metrics.boot import holm
 from ..metrics.trainings import Trainings, decidable, effect_of, interval_of, left_out, prediction_interval
-from .rules import (CELL, TRAININGS, VERDICTS, Claim, claim, claims, contrasts, family, fixed_rules, judge,
-    of_metric, published_value, strata_needed, on_claimed_side)
+from .rules import (CELL, TRAININGS, Claim, claims, contrasts, family, judge, of_metric, published_value, strata_needed, on_claimed_side)
 from .tables import paper_record, published
 
 # %% ../../nbs/lib/62_report.claims.ipynb #c3111380
@@ -32,7 +31,7 @@ def as_answers(
     for c in cells:
         patches = pd.DataFrame(dict(patient_id=c["patients"]), dtype=object)
         patches["patch_id"] = [str(i) for i in range(len(patches))]
-        key = Cell(*(str(c[k]) for k in CELL), replicate=str(c.get("replicate", "")))
+        key = Cell(*(str(c[k]) for k in CELL), replicate=str(c.get("replicate", "")))  # type: ignore
         out[key] = said(patches, c["y"], c["p"], c.get("rank"))
     return Answers.of(out, fewest=0)
 
@@ -73,7 +72,7 @@ def measure(
     positive:str="", # Class that is looked at; empty: the second
     *,
     side:str="test", # Of the split
-) -> Measured: # None where no cell has this class
+) -> Measured|None: # None where no cell has this class
     "A metric of all trainings."
     units = [two_classes(u, positive) for u in answers.units() if u["side"]==side and positive_of(u, positive)]
     if not units: return None
@@ -452,7 +451,7 @@ def verdicts(
         here = answers.frame.protocol.isin(["", protocol])
         judged = Answers(answers.frame[here].reset_index(drop=True))
         bench = Bench(at_shares(judged, paper_record(paper).get("shares", {})))
-        found = {c.id: evidence(c, bench) for c in claims(paper)}
+        found = {c.id: evidence(c, bench) for c in claims(paper)} # type: ignore
     return verdict_table(claims(paper), found, data=data, preset=preset, protocol=protocol)
 
 # %% ../../nbs/lib/62_report.claims.ipynb #67901029
@@ -466,7 +465,7 @@ def joined(
 # %% ../../nbs/lib/62_report.claims.ipynb #b2bf0ce3
 def from_predictions(claim:Claim, cells:list, **kw) -> Evidence: # kw is not used
     "`evidence` of predictions in arrays."
-    return evidence(claim, as_answers(cells))
+    return evidence(claim, as_answers(cells)) # type: ignore
 
 def evidence_of(claim:Claim, rows:pd.DataFrame, **kw) -> Evidence: # rows: value, lo, hi, p
     "Evidence from intervals that were made elsewhere; of several strata the worst."

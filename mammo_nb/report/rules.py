@@ -12,7 +12,6 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np, pandas as pd
-from scipy import stats
 
 from ..core import DataError, ParameterError, hash_of, nearest, read_json
 from ..metrics.trainings import could_have_known
