@@ -81,7 +81,7 @@ def child(folder, config, die):
         def __repr__(self): return "Shake"
         def __call__(self, x, g): seen.append(0); (die[0] == "batch" and len(seen) == die[1]) and kill(); return (x + .02*torch.randn(x.shape, generator=g)).clamp(0, 1)
     if die[0] == "write":
-        import mammo_nb.gans.train as G
+        import mammo_nb.gans.checkpoint as G
         save = G.write_json
         def write_json(path, obj): (obj.get("step") == die[1]) and kill(); return save(path, obj)
         G.write_json = write_json           # tensors written, the JSON that makes them count is not

@@ -113,7 +113,9 @@ def settle(
     head = head_for(replace(setup.head, epochs=epochs), protocol)
     return replace(settled, setup=replace(setup, head=head), protocol=protocol)
 
-def plan(params:Params, setup:Setup) -> pd.DataFrame: return plan_cells() # the same for every size
+def plan(params:Params, setup:Setup) -> pd.DataFrame:
+    "The grid, the same for every size."
+    return plan_cells()
 
 # %% ../../nbs/papers/80_papers.shift.ipynb #1950cc3e
 PAPER = Paper(

@@ -16,7 +16,9 @@ from ..report.page import (RunFolder, Shown, beside_section, data_section, left_
 from ..report.tables import cell_ours
 
 # %% ../../nbs/papers/80a_papers.shift_page.ipynb #784a73e3
-def settled(run:RunFolder, what:str) -> dict: return run.info["resolved"][what] # what: `setup` or `protocol`
+def settled(run:RunFolder, what:str) -> dict: # what: `setup` or `protocol`
+    "Settings of a run, as its folder holds them."
+    return run.info["resolved"][what]
 
 def intro(
     runs:list, # Of RunFolder
@@ -82,7 +84,9 @@ whole run): bn_train, loose_sources, subset_patients, stretched_singan."""
 FILLED = "Trained on G3, tested on G1, malignant patches filled up by one, two or four SinGANs."
 
 # and where the data come from
-def about_folds(runs:list) -> str: return "\n\n".join(filter(None, [FOLDS, runs[0].words("data")]))
+def about_folds(runs:list) -> str:
+    "What the page says of folds and data."
+    return "\n\n".join(filter(None, [FOLDS, runs[0].words("data")]))
 
 SECTIONS = [
     verdicts_section(text=intro),
