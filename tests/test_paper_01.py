@@ -146,7 +146,7 @@ def test_notebook_leaves_tables_figures_and_report(small_run):
     results = pd.read_csv(run/"results.csv")
     assert list(results.columns) == RESULT_COLUMNS and "auroc" in set(results.metric)
     claims = pd.read_csv(run/"tables"/"claims.csv")
-    assert len(claims) == 5 and claims.shown.str.contains("phantom, demo|not run").all()
+    assert len(claims) == 12 and claims.shown.str.contains("phantom, demo|not run|not testable").all()
     assert read_json(run/"run.json")["status"] == "done"
 
 

@@ -187,7 +187,7 @@ def test_notebook_leaves_every_table_figure_and_report(small_run):
     body = results[results.metric != "fid"]
     assert (body.lo <= body.value).all() and (body.value <= body.hi).all()
     claims = pd.read_csv(small_run/"tables"/"claims.csv")
-    assert len(claims) >= 9 and claims.shown.str.contains("phantom, demo|not run").all()
+    assert len(claims) == 21 and claims.shown.str.contains("phantom, demo|not run|not testable").all()
 
 
 @pytest.mark.parametrize("name,value,words", [("sead", 1, "did you mean 'seed'"), ("sizes", "100,200", "is not possible"),

@@ -280,7 +280,7 @@ def test_notebook_leaves_every_table_and_the_report(small_run):
     assert len(RunFolder(small_run).answers()) > 0
     text = (small_run/"report.html").read_text()
     assert "PHANTOM DATA" in text and "223 images (real + synthetic" in text and "only the patient" in text and 'src="http' not in text and len(text) < 10_000_000
-    assert len(pd.read_csv(small_run/"tables"/"claims.csv")) == 3
+    assert len(pd.read_csv(small_run/"tables"/"claims.csv")) == 14
 
 
 def test_the_page_is_written_again_from_the_folder_alone(small_run):
