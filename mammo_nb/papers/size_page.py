@@ -91,8 +91,8 @@ def named(name:str, caption:str, note:str="", **more) -> Shown:
     return Shown(name, caption, note, rename=HEADS, **more)
 
 # %% ../../nbs/papers/82f_papers.size_page.ipynb #5a2c367c
-VERDICTS = """Each claim of the thesis as a difference between trainings of this run. Its interval is the wider of
-two: over patients, and over the folds with their own networks. The margin of each verdict was fixed beforehand."""
+VERDICTS = """Each claim of the thesis as a difference between trainings of this run. Its chance comes from test patients and
+from the folds, which count as clusters with networks of their own. Margins were fixed beforehand."""
 PROBE = """AUC of each cue alone and of a logistic regression on all four, without looking at a lesion. A mass is
 its box resized, tissue is a window as it is, so sharpness alone separates much of the task: this is how the thesis
 cuts patches."""
