@@ -263,6 +263,16 @@ def test_an_empty_lesion_table_proves_nothing(tmp_path):
     assert not data.images.normal.any()
 
 
+@pytest.mark.parametrize("harm", ["", "file lost", "side unknown"])
+def test_the_other_view_of_a_breast_with_a_lesion(tmp_path, harm):
+    "Not normal unless its own rating says 1; the other breast is."
+    side = "" if harm=="side unknown" else "L"
+    root = own_folder(tmp_path/"f", f"image_id,patient_id,path,laterality,birads\ncc,1,a.png,{side},\nmlo,1,b.png,{side},\nrated,1,c.png,{side},1\nright,1,d.png,R,\nother,2,e.png,L,\n", "image_id,x0,y0,x1,y1\ncc,5,5,40,40\n")
+    if harm=="file lost": (root/"a.png").unlink()
+    im = read_folder(root).images.set_index("image_id").normal
+    assert not im["f:mlo"] and im["f:rated"] and im["f:other"] and im["f:right"]==(harm!="side unknown")
+
+
 def test_no_healthy_rule_uses_an_unknown_image(tmp_path):
     "Neither do places beside lesions: not on an unknown image, not where the place of a lesion is lost."
     from mammo_nb.data.patches import healthy_patches, tissue_patches

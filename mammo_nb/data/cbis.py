@@ -124,7 +124,7 @@ def all_mask_boxes(
     "Boxes of many masks, from the cache where nothing changed."
     if not paths: return {}
     stat = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(set(paths))]
-    file = cache_dir("cbis")/f"boxes_{hash_of(stat, 1)}.json"
+    file = cache_dir("cbis")/f"boxes_{hash_of(stat, 2)}.json"
     if not file.is_file():
         with ThreadPoolExecutor(workers) as pool: found = list(pool.map(_boxes_of, [Path(p) for p,*_ in stat]))
         write_json(file, [[p,b] for (p,*_),b in zip(stat,found)])

@@ -97,14 +97,15 @@ def _spare(root, used, ledger):
     if n: ledger.note(root, "pictures on disk that images.csv does not name or that could not be used", n)
 
 def _folder_images(root, name, ledger):
-    "{key: image row}, the keys of rows whose file cannot be used, the ids that are not unique, and the files used."
-    table, rows, used, seen = root/"images.csv", {}, set(), set()
+    "{key: image row}, the same of rows whose file cannot be used, the ids that are not unique, and the files used."
+    table, rows, used, seen = root/"images.csv", {}, set(), {}
     df = read_table(table, need=IMAGES_NEED, fold=True)
     shared = _shared_ids(df)
     _note_shared(shared, table, ledger)
     for _,r in df.iterrows():
         key = _key(r, shared)
-        seen.add(key)
+        seen.setdefault(key, dict(patient_id=f"{name}:{word(r['patient_id'])}", laterality=side_of(r.get("laterality")),
+            has_lesion=False))
         path = _file(root, r, table, ledger)
         if path is None: continue
         why = _why_not(r, key, path, rows)
@@ -115,7 +116,7 @@ def _folder_images(root, name, ledger):
         if head is None: continue
         used.add(path)
         rows[key] = _image_row(r, key, head, name, path)
-    return rows, seen-set(rows)-{""}, shared, used
+    return rows, {k: im for k,im in seen.items() if k and k not in rows}, shared, used
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #967604a5
 def _lesion_box(r, polygon, size):
@@ -191,6 +192,7 @@ def _folder_lesions(root, images, lost, shared, ledger):
         im = images.get(image)
         if im is None:
             unmatched += image not in lost
+            if image in lost: lost[image]["has_lesion"] = True
             why = "whose file cannot be used" if image in lost else "which is not in images.csv"+_nearly(image, images)
             if image in shared: why = "which several patients have: add the column patient_id"
             ledger.skip(table, f"lesion on image {image[:60]!r}, {why}")
@@ -225,7 +227,7 @@ def _elsewhere(row):
     said = ((c, word(row.get(c))) for c in _OTHER_COLUMNS)
     return next((f"column '{c}' says '{v[:40]}'" for c,v in said if v.casefold() not in _HARMLESS), "")
 
-def _against(im, lesions_known, unmatched):
+def _against(im, lesions_known, unmatched, sick):
     "Why an image without a lesion row is not called normal, or an empty text."
     said, rating = im["_normal"], _rating(im["birads"])
     answer = answer_of(said)
@@ -237,11 +239,18 @@ def _against(im, lesions_known, unmatched):
     if word(said): return "the table calls it unknown"
     if rating not in ("","1"): return f"BI-RADS {rating[:20]}"
     if not lesions_known: return "there is no lesions.csv with rows, and the column normal is empty"
+    if rating!="1" and _breasts(im) & sick: return "another view of the same breast has a lesion"
     return f"{unmatched} row(s) of lesions.csv found no image, so a missing row proves nothing" if unmatched else ""
 
-def _mark_images(images, lesions_known, unmatched, table, ledger):
+def _breasts(im):
+    "The breasts an image may show: its own, or both where the side is unknown."
+    side = im["laterality"]
+    return {(im["patient_id"], s) for s in ((side,) if isinstance(side, str) else "LR")}
+
+def _mark_images(images, lost, lesions_known, unmatched, table, ledger):
     rows = list(images.values())
-    mark_normal(rows, lambda im: _against(im, lesions_known, unmatched), ledger=ledger, file=table)
+    sick = set().union(*(_breasts(im) for im in (*rows, *lost.values()) if im["has_lesion"]))
+    mark_normal(rows, lambda im: _against(im, lesions_known, unmatched, sick), ledger=ledger, file=table)
     for im in rows:
         if answer_of(im["_normal"])=="yes" and im["has_lesion"]:
             ledger.note(table, "image is called normal and has a row in lesions.csv: it is not")
@@ -326,12 +335,12 @@ def read_folder(
     has, full = {t: (root/f"{t}.csv").is_file() for t in ("images","lesions","patches")}, root.resolve()
     if not has["images"] and not has["patches"]:
         raise DataError("neither images.csv nor patches.csv", root, "see the layout in nbs/lib/22a_data.folder.ipynb")
-    images, lost, shared, used = _folder_images(full, name, led) if has["images"] else ({}, set(), set(), set())
+    images, lost, shared, used = _folder_images(full, name, led) if has["images"] else ({}, {}, set(), set())
     both = has["images"] and has["lesions"]
     lesions, rows, unmatched = _folder_lesions(full, images, lost, shared, led) if both else ([], 0, 0)
     if has["images"] and not has["patches"]:
         _spare(full, used | {Path(l["mask_path"]) for l in lesions if l["mask_path"]}, led)
-    _mark_images(images, rows>0, unmatched, full/"images.csv", led)
+    _mark_images(images, lost, rows>0, unmatched, full/"images.csv", led)
     patches = _folder_patches(full, name, led) if has["patches"] else None
     if not images and patches is None: raise DataError("no usable row in its tables", root, led.main_reasons())
     led.warn()
