@@ -53,7 +53,7 @@ def test_a_page_needs_nothing_but_what_a_run_writes(tmp_path):
     told = {Cell("lesions","swin",arm,"50"): said(pd.DataFrame(rows), y, [abs(v-d) for v in y]) for arm,d in (("none",.4),("bcdr_dcgan",.1))}
     answers = run.answers(told)
     run.results(scores(answers, [("f1","healthy"),("auroc","healthy")], Intervals(20)))
-    run.table("claims", verdicts("04_sharing", answers, Intervals(20), data=run.data, preset="demo", protocol="paper"))
+    run.table("claims", verdicts("04_sharing", answers, data=run.data, preset="demo", protocol="paper"))
     fig, ax = sheet(size=(2,2)); ax.plot([1,0]); run.figure("losses", fig, alt="Losses that fall", caption="Two epochs.", real=True)
     run.words("data", "Source: <phantoms>."); run.table("leaks", pd.DataFrame(dict(protocol=["paper"], test=[12]))); run.finish()
     moved = (tmp_path/"run").rename(tmp_path/"elsewhere")

@@ -21,6 +21,7 @@ from mammo_nb.metrics.answers import Answers, Intervals
 from mammo_nb.paper import settle
 from mammo_nb.papers import cbis as paper, cbis_answers as its, cbis_figures as figures, cbis_masses as masses_of, cbis_page, cbis_words as say
 from mammo_nb.params import Params
+from mammo_nb.report.claims import claims
 from mammo_nb.report.figures import show
 from mammo_nb.report.page import LAYOUT, RunFolder, gather, page
 from mammo_nb.report.tables import RESULT_COLUMNS
@@ -257,7 +258,12 @@ def test_several_seeds(tmp_path, studied):
         run.results(its.all_scores(answers, how)); run.table("questions", its.ask(answers, how)); run.finish()
     report = gather([tmp_path], out=tmp_path/"out")
     text, tables = report.read_text(), tmp_path/"out"/"tables"
-    assert len(text) < 5_000_000 and (tables/"claims_by_protocol.csv").is_file()
+    assert len(text) < 5_000_000
+    judged = pd.read_csv(tables/"claims_by_protocol.csv")
+    assert set(judged.id) == {c.id for c in claims("03_cgan_augmentation")} and len(judged) == 3*judged.id.nunique()
+    tested = judged[judged.ours.notna()]
+    assert len(tested) and (tested.trainings >= 2).all() and tested.how.str.contains("patients").all()     # both seeds are trainings, women are cases
+    assert (tested.lo <= tested.ours + 1e-9).all() and (tested.ours <= tested.hi + 1e-9).all()
     q = pd.read_csv(tables/"questions.csv")
     assert (q.seeds == 2).all() and (q.lo <= q.value + 1e-9).all() and (q.value <= q.hi + 1e-9).all()
     assert set(pd.read_csv(tables/"by_seed.csv").protocol) == set(pd.read_csv(tables/"protocols.csv").protocol) == set(masses_of.PROTOCOLS)

@@ -18,7 +18,7 @@ from ..clf.train import load_classifier
 from ..core import seed_of, write_csv
 from ..data.patches import PatchSet
 from ..data.splits import line_of
-from .context_decay import TunedResNet
+from ..clf.resnet import TunedResNet
 from .context_patches import kind_of
 
 # %% ../../nbs/papers/81c_papers.context_embedding.ipynb #d1a6a17f

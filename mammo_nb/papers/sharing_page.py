@@ -14,7 +14,7 @@ from PIL import Image
 from ..core import read_json
 from ..gans.dp import privacy_words
 from ..gans.fit import generator_folders
-from ..metrics.answers import FEWEST, Answers, Intervals
+from ..metrics.answers import FEWEST, Answers
 from .sharing import PAPER
 from ..report.claims import gains
 from ..report.figures import loss_curves, patch_grid, sheet
@@ -114,10 +114,9 @@ ASKED = [(metric, positive) for positive in ("healthy", "lesion") for metric in 
 
 def arm_gains(
     answers:Answers, # Of the run
-    how:Intervals, # How intervals come about
 ) -> pd.DataFrame: # scope, model, regime, arm, value (arm - none), lo, hi, se, p, p_holm, published, n_patients, metric
     "Each arm against `none` on the same test patches, healthy positive; Holm over the rows of a metric."
-    def of(m): return gains(answers, PAPER.name, metric=m, positive="healthy", how=how).assign(metric=m)
+    def of(m): return gains(answers, PAPER.name, metric=m, positive="healthy").assign(metric=m)
     return pd.concat([of(m) for m in METRICS], ignore_index=True)
 
 def data_words(

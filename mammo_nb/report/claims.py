@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PICKS', 'IDLE', 'STRATA', 'NULL', 'as_answers', 'picked', 'Measured', 'measure', 'positive_of', 'folds_apart',
            'Bench', 'learnt', 'Evidence', 'tests_of', 'effect_on', 'careful', 'combine', 'evidence', 'gains', 'decide',
-           'why', 'size_told', 'verdict_table', 'verdicts', 'joined', 'from_predictions', 'evidence_of', 'from_seeds',
-           'gains_over_seeds']
+           'why', 'size_told', 'verdict_table', 'verdicts', 'joined']
 
 # %% ../../nbs/lib/62_report.claims.ipynb #434cd465
 from dataclasses import dataclass, replace
@@ -289,7 +288,7 @@ STRATA = "only {} of {} strata were run and have learnt"
 
 def evidence(
     claim:Claim, # What is claimed
-    bench:Bench, # Answers, or a `Bench` of them
+    bench:Bench|Answers, # Answers, or a `Bench` of them
 ) -> Evidence:
     "What runs say about one claim; a mean is told from half of its strata, a sentence about most of them from all."
     bench = Bench(bench) if isinstance(bench, Answers) else bench
@@ -322,10 +321,8 @@ def gains(
     metric:str, # Metric
     positive:str, # Positive class
     baseline:str="none", # Arm that is compared against
-    how=None, n_boot=0, seed=0, # Not used: chance comes from patients and trainings
 ) -> pd.DataFrame: # scope, model, regime, arm, value, lo, hi, se, p, p_holm, published, n_patients, trainings
     "Paired difference of each arm to the baseline of its stratum."
-    answers = as_answers(answers) if isinstance(answers, list) else answers
     bench, out = Bench(answers), []
     what = Claim("", paper, "", "", metric, positive)
     for key,group in answers.cells().groupby(["scope","model","regime"], sort=False):
@@ -439,12 +436,10 @@ def _whole(claim, e): # Evidence with its tests, where only an interval is known
 def verdicts(
     paper:str, # e.g. `04_sharing`
     answers:Answers, # What the tested classifiers said, of one run or several (see `joined`); None or empty = not run
-    how=None, # Not used: chance comes from patients and trainings
     *,
     data:str, # e.g. `phantom` or `inbreast`
     preset:str, # `demo` or `paper`
     protocol:str="paper", # Under which is judged, where the answers hold several
-    rows=None, # Not used: claims name the average and the best of an arm themselves
 ) -> pd.DataFrame: # As `verdict_table`
     "Every claim of a paper against what classifiers said: the only judge."
     found = {}
@@ -452,7 +447,7 @@ def verdicts(
         here = answers.frame.protocol.isin(["", protocol])
         judged = Answers(answers.frame[here].reset_index(drop=True))
         bench = Bench(at_shares(judged, paper_record(paper).get("shares", {})))
-        found = {c.id: evidence(c, bench) for c in claims(paper)} # type: ignore
+        found = {c.id: evidence(c, bench) for c in claims(paper)}
     return verdict_table(claims(paper), found, data=data, preset=preset, protocol=protocol)
 
 # %% ../../nbs/lib/62_report.claims.ipynb #67901029
@@ -462,23 +457,3 @@ def joined(
     "Several runs as one table: their trainings are told apart by seed, generators by the seed that trained them."
     names = [k for k in ("seed","split","gan") if all(k in s for _,s in runs)]
     return Answers.join(*(a.named(**{k: str(s[k]) for k in names}) for a,s in runs if a is not None))
-
-# %% ../../nbs/lib/62_report.claims.ipynb #b2bf0ce3
-def from_predictions(claim:Claim, cells:list, **kw) -> Evidence: # kw is not used
-    "`evidence` of predictions in arrays."
-    return evidence(claim, as_answers(cells)) # type: ignore
-
-def evidence_of(claim:Claim, rows:pd.DataFrame, **kw) -> Evidence: # rows: value, lo, hi, p
-    "Evidence from intervals that were made elsewhere; of several strata the worst."
-    up, v = claim.side in (">","no less"), rows.value.to_numpy()
-    pick, worst = (min, int(v.argmin())) if up else (max, int(v.argmax()))
-    return Evidence(float(v[worst]), float(pick(rows.lo)), float(pick(rows.hi)), float(rows.p.iloc[worst]), **kw)
-
-def from_seeds(claim:Claim, results:pd.DataFrame) -> Evidence:
-    "Results of several seeds without their answers say nothing: every seed would count the same test women anew."
-    return Evidence(unsure="judged from answers alone")
-
-def gains_over_seeds(results, paper, **kw) -> pd.DataFrame: # Empty
-    "See `gains` of joined answers."
-    columns = ["scope","model","regime","arm","value","sd","lo","hi","p","p_holm","seeds","published"]
-    return pd.DataFrame(columns=columns)
