@@ -54,20 +54,20 @@ def between(
     return Field(ge=low, le=high)
 
 # %% ../nbs/lib/11_params.ipynb #eedebecf
-def existing_folder(v:str) -> str:
+def existing_folder(folder:str) -> str:
     "Rule: empty, or a folder that is there."
-    if v and not Path(v).expanduser().is_dir():
-        raise ValueError(f"no such folder: {v!r} – give the folder that holds the data set")
-    return v
+    if folder and not Path(folder).expanduser().is_dir():
+        raise ValueError(f"no such folder: {folder!r} – give the folder that holds the data set")
+    return folder
 
 # %% ../nbs/lib/11_params.ipynb #d6488f33
-def writable_folder(v:str) -> str:
+def writable_folder(folder:str) -> str:
     "Rule: empty, or a folder that exists or can be made."
-    p = Path(v).expanduser() if v else None
+    p = Path(folder).expanduser() if folder else None
     while p is not None and not p.exists(): p = p.parent
     if p is not None and not (p.is_dir() and os.access(p, os.W_OK)):
-        raise ValueError(f"cannot write to {v!r} – choose another folder")
-    return v
+        raise ValueError(f"cannot write to {folder!r} – choose another folder")
+    return folder
 
 # %% ../nbs/lib/11_params.ipynb #d64749a8
 COMMON = dict(

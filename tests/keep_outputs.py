@@ -10,7 +10,8 @@ import nbformat
 from nbclient import NotebookClient
 
 FLAGS = ("slow", "gpu", "data", "eval: false")
-PRIVATE = re.compile(r"(?<![\w.:/…])/(?!data/)[A-Za-z]\w*/[.\w]|0x[0-9a-f]{6,}") # a path from the root of a machine, an address in memory; /data/… is the example of the docs
+# a path from the root of a machine (/data/… is the example of the docs), or an address in memory
+PRIVATE = re.compile(r"(?<![\w.:/…])/(?!data/)[A-Za-z]\w*/[.\w]|0x[0-9a-f]{6,}")
 LARGEST = 60_000
 
 

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT/"mammo_nb"
 SHELVES = [ROOT/"nbs"/"lib", ROOT/"nbs"/"papers"]
 QUIET = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-FIELD_LETTERS = set("xyzwnkGDpqtPSCTsbhdabcr")   # a one-letter parameter that is the field's own: see `ONE_LETTER`
 ONE_LETTER = set("xyznkGDpSw")                   # allowed in signatures: image, label, noise, counts, networks, probability, trainings, weights
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.patches import Rectangle
 
 from ..core import read_json
 from ..data.patches import PatchSet
@@ -96,13 +97,12 @@ def row_figure(
     "Touching patches before and after they were edited and put back (Figure 3)."
     if folder is None: return NOTHING
     with np.load(folder/"row.npz") as z: before, after, boxes = z["before"], z["after"], z["boxes"]
-    fig, axs = sheet(2, 1, size=(8, .9+8*2*before.shape[0]/before.shape[1]))
+    rows, columns = before.shape
+    fig, axs = sheet(2, 1, size=(8, .9+16*rows/columns))
     for ax,img,title in zip(axs, (before, after), ("normal mammogram", "the same with edited patches put back")):
         patch_grid(ax, img[None], title=title)
         for x0,y0,x1,y1 in boxes:
-            ax.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color=colour("synthetic"), lw=.8)
-        ax.set_xlim(-.5, img.shape[1]-.5)
-        ax.set_ylim(img.shape[0]-.5, -.5)
+            ax.add_patch(Rectangle((x0, y0), x1-x0, y1-y0, fill=False, color=colour("synthetic"), lw=.8))
     return dict(fig=fig, alt="A row of patches in a mammogram before and after", real=True)
 
 def row_words(

@@ -350,11 +350,11 @@ def confound(
         for name, what in (("healthy", "windows of one size (text)"), (f"matched{zoom[1]}", "matched to lesion sizes")):
             pair = [groups[zoom], groups[name]]
             if pair[1] is None: continue
-            pixels, women = (np.concatenate(part) for part in ([ps.pixels[:,0] for ps in pair],
-                                                               [ps.table.patient_id for ps in pair]))
-            y = np.repeat([1, 0], [len(ps) for ps in pair])
+            pixels = np.concatenate([part.pixels[:,0] for part in pair])
+            women = np.concatenate([part.table.patient_id for part in pair])
+            y = np.repeat([1, 0], [len(part) for part in pair])
             found = probe_auc(pixels, y, women, seed)
-            alone = {f"{k}_alone": v for k, v in found.cues.items()}
-            said = dict(auroc=found.auc, lo=found.lo, hi=found.hi, **alone, n=found.n, patients=found.patients)
-            rows.append(dict(zoom=zoom, healthy=what, **said))
+            alone = {f"{cue}_alone": auc for cue, auc in found.cues.items()}
+            rows.append(dict(zoom=zoom, healthy=what, auroc=found.auc, lo=found.lo, hi=found.hi, **alone,
+                             n=found.n, patients=found.patients))
     return pd.DataFrame(rows)

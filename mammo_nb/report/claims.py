@@ -283,7 +283,7 @@ def _conjunction(p, u): # p of "at least u of them"
     return float(min(1., (len(p)-u+1)*np.sort(p)[u-1])) if np.isfinite(p).all() else np.nan
 
 # %% ../../nbs/lib/62_report.claims.ipynb #c50ec70e
-IDLE = "the classifier did not learn: its AUROC is not above 0.5"
+IDLE = "the classifier did not learn: the interval of its AUROC is not above 0.5"
 STRATA = "only {} of {} strata were run and have learnt"
 
 def evidence(
@@ -381,6 +381,14 @@ def why(
     return said + (", in the one training there is" if e.conditional else "")
 
 # %% ../../nbs/lib/62_report.claims.ipynb #b1ab7f68
+def _error_of_theirs(claim):
+    "Standard error of the published value, from the printed spreads; None without them."
+    f = of_metric(claim, published(claim.paper))
+    C, used, _ = contrasts(claim, f)
+    on = (C!=0).any(0)
+    if not len(used) or f.sd[on].isna().any(): return None
+    return np.sqrt(C.mean(0)[on]**2 @ f.sd[on]**2/TRAININGS[claim.paper])
+
 def size_told(
     claim:Claim, # What is claimed
     e:Evidence, # What our runs say
@@ -389,11 +397,8 @@ def size_told(
     theirs = published_value(claim)["value"] if claim.sized else np.nan
     if not np.isfinite([theirs, e.lo, e.hi]).all(): return dict(size="", expected_lo=np.nan, expected_hi=np.nan)
     told = dict(size="inside" if e.lo<=theirs<=e.hi else "outside", expected_lo=np.nan, expected_hi=np.nan)
-    f = of_metric(claim, published(claim.paper))
-    C, used, _ = contrasts(claim, f)
-    on = (C!=0).any(0)
-    if not len(used) or f.sd[on].isna().any(): return told
-    se = np.sqrt(C.mean(0)[on]**2 @ f.sd[on]**2/TRAININGS[claim.paper])
+    se = _error_of_theirs(claim)
+    if se is None: return told
     lo, hi = prediction_interval(theirs, se, e.se)
     return told | dict(expected_lo=lo, expected_hi=hi)
 

@@ -700,7 +700,7 @@ def page(
     if note and parts: parts[0].text = f"{note}\n\n{parts[0].text}"
     _write_tables(folder, parts, runs)
     real = all(r.phantom or r.info["parameters"].get("show_real") for r in runs)
-    title = one.record["title"]
+    title = one.info.get("title") or one.record.get("title", one.record["short"])
     seeds = f"{len(runs)} seeds ({', '.join(str(r.seed) for r in runs)})" if many else f"seed {one.seed}"
     return write_report(
         folder/"report.html", title=title + (": all seeds" if many else ""), show_real=real, meta=meta_of(runs),

@@ -124,16 +124,18 @@ def published_value(
     claim:Claim, # What is claimed
 ) -> dict: # value (of the stratum that decides), holds (strata on the claimed side), of
     "The claim's contrast on the published numbers; the number of the text where the paper prints no table of it."
-    if claim.untested: return dict(value=np.nan if claim.published is None else claim.published, holds=None, of=0)
+    printed = np.nan if claim.published is None else claim.published
+    if claim.untested: return dict(value=printed, holds=None, of=0)
     f = of_metric(claim, published(claim.paper))
     C, used, of = contrasts(claim, f)
-    if not len(used): return dict(value=claim.published if claim.published is not None else np.nan, holds=None, of=of)
-    v = C@f.value.values - claim.base
-    ok = on_claimed_side(claim, v)
-    v = np.array([v.mean()]) if claim.kind=="mean" else v
-    ranked = np.sort(v if claim.side in ("<","no more") else -v)
-    value = ranked[strata_needed(claim, len(v))-1]
-    return dict(value=float(value if claim.side in ("<","no more") else -value), holds=int(ok.sum()), of=of)
+    if not len(used): return dict(value=printed, holds=None, of=of)
+    differences = C@f.value.values - claim.base
+    holds = int(on_claimed_side(claim, differences).sum())
+    if claim.kind=="mean": differences = differences.mean(keepdims=True)
+    sign = -1 if claim.side in ("<","no more") else 1
+    ranked = np.sort(-sign*differences)
+    value = -sign*ranked[strata_needed(claim, len(differences))-1]
+    return dict(value=float(value), holds=holds, of=of)
 
 # %% ../../nbs/lib/61a_report.rules.ipynb #9abfade6
 VERDICTS = ("holds", "holds, negligible", "no notable gain", "no notable loss", "opposite", "cannot tell")
