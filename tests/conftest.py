@@ -17,8 +17,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    "A cache folder of its own for processes a test starts, kept over the session so that phantoms are made once."
-    return tmp_path_factory.mktemp("cache")
+    "A cache folder for processes that tests start, kept over the session and shared by its workers: phantoms are made once."
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)/"cache"
+    shared.mkdir(exist_ok=True)
+    return shared
 
 @pytest.fixture
 def papermill(cache):
