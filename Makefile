@@ -21,8 +21,9 @@ test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg
 test: install
 	@# each notebook in a process of its own: nbdev_test reuses its workers, and one notebook's imports would colour the next
-	ls nbs/lib/*.ipynb nbs/papers/*.ipynb nbs/*.ipynb | xargs -P 2 -n 1 sh -c '$(BIN)/nbdev_test --path "$$0" --n_workers 0 --do_print || exit 255'
-	$(BIN)/pytest -n 2 --dist loadfile   # a file's tests share what they made
+	ls nbs/lib/*.ipynb nbs/papers/*.ipynb nbs/*.ipynb | xargs -P 2 -n 1 sh -c 'start=$$(date +%s); \
+	  $(BIN)/nbdev_test --path "$$0" --n_workers 0 --do_print || exit 255; echo "$$0: $$(($$(date +%s)-start)) s"'
+	$(BIN)/pytest --durations=25 -n 2 --dist loadfile   # a file's tests share what they made
 
 # What a change is tried with before it is pushed: contracts, ratchets, sync, lint, the lessons that changed, one paper.
 quick: export OMP_NUM_THREADS = 1
