@@ -579,7 +579,7 @@ def cut_image(
     return numbers, {s: np.array(c,np.uint8).reshape(-1,views,s,s) for s,c in cuts.items()}, facts, skipped
 
 # %% ../../nbs/lib/28_data.patches.ipynb #d223a0a6
-VERSION = 3 # Raise when a rule changes what it cuts, or a picture is read otherwise
+VERSION = 4 # Raise when a rule changes what it cuts, or a picture is read otherwise
 
 def _hash_or_none(p):
     try: return file_hash(p)
