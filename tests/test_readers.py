@@ -524,6 +524,15 @@ def test_doctor_offers_only_what_runs(tmp_path):
     assert not e["usable"] and text.endswith("not usable") and "runs:" not in text
 
 
+def test_doctor_into_a_closed_pipe(tmp_path):
+    "`mammo_doctor DIR | head -1` ends without a traceback."
+    own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n")
+    code = f"from mammo_nb.data.doctor import main; import sys; sys.exit(main([{str(tmp_path)!r}]))"
+    p = subprocess.Popen([sys.executable,"-c",code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=repo_root())
+    p.stdout.close()
+    assert p.wait(timeout=120)==1 and b"Traceback" not in p.stderr.read()
+
+
 def test_doctor_names_the_folder_absolutely(tmp_path, monkeypatch):
     own_folder(tmp_path/"mine", "image_id,patient_id,path\n"+"".join(f"i{k},p{k},{k}.png\n" for k in range(18)), "image_id,x0,y0,x1,y1,lesion_type,label\n"+"".join(f"i{k},9,9,60,60,mass,{'bm'[k%2]}\n" for k in range(12)))
     monkeypatch.chdir(tmp_path)

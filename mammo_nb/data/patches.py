@@ -669,7 +669,7 @@ def _build(plan, hashes, out, cut, threads, block_mb):
     there = [r for r in rows if hashes[r["path"]] is not None]
     missing = Counter(r["path"] for r in rows if hashes[r["path"]] is None)
     blocks = list(_blocks(there, cut, block_mb))
-    numbers = lambda block: [r["number"] for _,rows in block for r in rows]                    # a block is known by its rows
+    numbers = lambda block: [r["number"] for _,rows in block for r in rows]       # a block is known by its rows
     names = [parts/f"{i:06d}_{hash_of(numbers(block))}.npz" for i,block in enumerate(blocks)]
     with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
         for name,block in progress(list(zip(names,blocks)), "cutting patches"):
