@@ -524,6 +524,15 @@ def test_doctor_offers_only_what_runs(tmp_path):
     assert not e["usable"] and text.endswith("not usable") and "runs:" not in text
 
 
+def test_doctor_into_a_closed_pipe(tmp_path):
+    "`mammo_doctor DIR | head -1` ends without a traceback."
+    own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n")
+    code = f"from mammo_nb.data.doctor import main; import sys; sys.exit(main([{str(tmp_path)!r}]))"
+    p = subprocess.Popen([sys.executable,"-c",code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=repo_root())
+    p.stdout.close()
+    assert p.wait(timeout=120)==1 and b"Traceback" not in p.stderr.read()
+
+
 def test_doctor_names_the_folder_absolutely(tmp_path, monkeypatch):
     own_folder(tmp_path/"mine", "image_id,patient_id,path\n"+"".join(f"i{k},p{k},{k}.png\n" for k in range(18)), "image_id,x0,y0,x1,y1,lesion_type,label\n"+"".join(f"i{k},9,9,60,60,mass,{'bm'[k%2]}\n" for k in range(12)))
     monkeypatch.chdir(tmp_path)
@@ -574,6 +583,39 @@ def test_words_of_a_class(tmp_path, said, label):
     data = read_folder(own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n", f"image_id,x0,y0,x1,y1,lesion_type,label\na,1,1,30,30,mass,{said}\n"))
     assert data.lesions.label.tolist()==[label]
     assert data.skipped.reason.str.contains("read as unknown").any()==(label=="unknown")
+
+
+# ---------------------------------------------------------------- the breast on film
+def scanned(v, g, base, sd):
+    "A view as a scanned film: base and grain, brighter to one side, a scanner's border, tape and a lead letter."
+    m = v.mask; h,w = m.shape; far = slice(w-int(w*.22),w) if v.side=="L" else slice(0,int(w*.22))
+    im = np.where(m, base+(1-base/255)*np.clip(v.pixels,0,1)*255, base+np.linspace(0,6,w)[None]) + sd*g.standard_normal(m.shape)
+    b = max(2,h//60); rim = np.zeros_like(m); rim[:b] = rim[-b:] = True
+    rim[:,-b:] |= v.side=="L"; rim[:,:b] |= v.side=="R"
+    tape = np.zeros_like(m); tape[int(h*.85):int(h*.95),far] = True
+    im[rim&~m], im[tape&~m] = 235, 200
+    letter = np.zeros_like(m); letter[int(h*.05):int(h*.05)+h//25,far] = g.random((h//25,far.stop-far.start))>.4
+    im[letter&~m] = 225
+    return im.clip(0,255).astype(np.uint8)
+
+
+def test_breast_mask_on_films_and_digital_views():
+    "Mean Dice 0.96 and worst 0.92 at least, whatever the film base, and on digital views too."
+    g = np.random.default_rng(0); dice = lambda a,b: 2*(a&b).sum()/(a.sum()+b.sum())
+    found = {}
+    for c,n in (("a",3),("b",10),("c",3)):
+        for plan,vs in phantom.phantom_patients(n, style=c, seed=1, scale=.2):
+            for v in vs:
+                found.setdefault(v.device,[]).append(dice(breast_mask((np.clip(v.pixels,0,1)*255).round().astype(np.uint8)), v.mask))
+                for base,sd in ((5,2),(17,4),(35,6),(55,8)) if v.device=="film" else (): found.setdefault(base,[]).append(dice(breast_mask(scanned(v,g,base,sd)), v.mask))
+    assert all(np.mean(d)>=.96 and min(d)>=.92 for d in found.values()), {k:(np.mean(d),min(d)) for k,d in found.items()}
+
+
+@pytest.mark.parametrize("shape", [(1,1),(3,50),(64,48),(700,9)])
+def test_breast_mask_of_odd_pictures(shape):
+    for x in (np.zeros(shape,np.uint8), np.full(shape,255,np.uint8), np.random.default_rng(0).integers(0,256,shape).astype(np.uint8)):
+        m = breast_mask(x); assert m.shape==shape and m.dtype==bool
+    assert not breast_mask(np.zeros(shape,np.uint8)).any()
 
 
 # ---------------------------------------------------------------- pixels

@@ -292,7 +292,8 @@ def main(
     except MammoError as err:
         print(err, file=sys.stderr)
         return 1
-    print(report_text(e))
+    try: print(report_text(e), flush=True)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # | head has read enough
     return 0 if e["usable"] else 1
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules and sys.argv[0].endswith("doctor.py"): sys.exit(main())

@@ -223,6 +223,7 @@ def _bcdr_cells(lesion):
     flags = [int(kind=="mass"), 0, int(kind=="calcification"), 0, int(kind=="distortion"), 0]
     return xs, ys, flags, {"malignant":"Malign","benign":"Benign"}.get(lesion["label"], "NaN")
 
+# %% ../../nbs/lib/21a_data.lookalike.ipynb #02a12a06
 class BcdrSet:
     "One sub-set of BCDR, filled patient by patient inside a `with` block; only the rows of the tables are kept."
     def __init__(self,

@@ -109,29 +109,34 @@ class PatchSet:
         columns = {c: _cells(self.table[c]) for c in self.table.columns}
         return hash_of(json.dumps([columns, self.generators, self.pixel_key], sort_keys=True, default=str))
 
-    def subset(self,
-        idx, # Boolean mask or row numbers
-    ) -> "PatchSet":
-        "These patches only, in this order; their pixels are copied into memory."
-        idx = np.asarray(idx)
-        idx = np.flatnonzero(idx) if idx.dtype==bool else idx.astype(int)
-        t = self.table.iloc[idx].reset_index(drop=True)
-        used = set(t.generator_patients.dropna())
-        generators = {k: v for k,v in self.generators.items() if k in used}
-        return PatchSet(np.asarray(self.pixels[idx]), t, generators, self.skipped)
+# %% ../../nbs/lib/28_data.patches.ipynb #d3e38a27
+def _subset(self,
+    idx, # Boolean mask or row numbers
+) -> "PatchSet":
+    "These patches only, in this order; their pixels are copied into memory."
+    idx = np.asarray(idx)
+    idx = np.flatnonzero(idx) if idx.dtype==bool else idx.astype(int)
+    t = self.table.iloc[idx].reset_index(drop=True)
+    used = set(t.generator_patients.dropna())
+    generators = {k: v for k,v in self.generators.items() if k in used}
+    return PatchSet(np.asarray(self.pixels[idx]), t, generators, self.skipped)
 
-    def concat(self,
-        *others, # PatchSets of the same size
-    ) -> "PatchSet":
-        "One after the other. A set with fewer views shows them again, so one view (synthetic) joins any number."
-        everyone = (self,*others)
-        sets, views = [s for s in everyone if len(s)] or [self], max(s.views for s in everyone)
-        sizes = sorted({s.size for s in sets})
-        if len(sizes)>1: raise DataError(f"patch sizes {sizes} differ", "concat", "extract them at one size")
-        px = [s.pixels if s.views==views else s.pixels[:,np.arange(views)%s.views] for s in sets]
-        table = patch_table(pd.concat([s.table for s in sets], ignore_index=True))
-        skipped = pd.concat([s.skipped for s in everyone], ignore_index=True).drop_duplicates(ignore_index=True)
-        return PatchSet(np.concatenate(px), table, {k: v for s in sets for k,v in s.generators.items()}, skipped)
+PatchSet.subset = _subset
+
+def _concat(self,
+    *others, # PatchSets of the same size
+) -> "PatchSet":
+    "One after the other. A set with fewer views shows them again, so one view (synthetic) joins any number."
+    everyone = (self,*others)
+    sets, views = [s for s in everyone if len(s)] or [self], max(s.views for s in everyone)
+    sizes = sorted({s.size for s in sets})
+    if len(sizes)>1: raise DataError(f"patch sizes {sizes} differ", "concat", "extract them at one size")
+    px = [s.pixels if s.views==views else s.pixels[:,np.arange(views)%s.views] for s in sets]
+    table = patch_table(pd.concat([s.table for s in sets], ignore_index=True))
+    skipped = pd.concat([s.skipped for s in everyone], ignore_index=True).drop_duplicates(ignore_index=True)
+    return PatchSet(np.concatenate(px), table, {k: v for s in sets for k,v in s.generators.items()}, skipped)
+
+PatchSet.concat = _concat
 
 # %% ../../nbs/lib/28_data.patches.ipynb #b333dd9b
 def _write_table(path, table, generators):
@@ -579,7 +584,7 @@ def cut_image(
     return numbers, {s: np.array(c,np.uint8).reshape(-1,views,s,s) for s,c in cuts.items()}, facts, skipped
 
 # %% ../../nbs/lib/28_data.patches.ipynb #d223a0a6
-VERSION = 3 # Raise when a rule changes what it cuts, or a picture is read otherwise
+VERSION = 4 # Raise when a rule changes what it cuts, or a picture is read otherwise
 
 def _hash_or_none(p):
     try: return file_hash(p)
@@ -664,8 +669,8 @@ def _build(plan, hashes, out, cut, threads, block_mb):
     there = [r for r in rows if hashes[r["path"]] is not None]
     missing = Counter(r["path"] for r in rows if hashes[r["path"]] is None)
     blocks = list(_blocks(there, cut, block_mb))
-    names = [parts/f"{i:06d}_{hash_of([r['number'] for _,rs in b for r in rs])}.npz"
-        for i,b in enumerate(blocks)]   # known by its rows
+    numbers = lambda block: [r["number"] for _,rows in block for r in rows]       # a block is known by its rows
+    names = [parts/f"{i:06d}_{hash_of(numbers(block))}.npz" for i,block in enumerate(blocks)]
     with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
         for name,block in progress(list(zip(names,blocks)), "cutting patches"):
             if not name.is_file():

@@ -12,7 +12,7 @@ __all__ = ['CENTRES', 'GLANDULAR', 'LESION_CONTRAST', 'LESION_SHAPES', 'LESION_E
 # %% ../../nbs/lib/21_data.phantom.ipynb #a6f8b4c5
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -74,22 +74,29 @@ def centre_style(
     return CENTRES[style]
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #48e8e422
-@lru_cache(maxsize=6)
+@lru_cache(maxsize=10)
 def _amplitude(shape, beta, spacing_mm, stretch, low, high):
     fy,fx = fft.fftfreq(shape[0], spacing_mm)[:,None], fft.rfftfreq(shape[1], spacing_mm)[None]
     f2 = (fy/stretch)**2 + (fx*stretch)**2
     a = (f2 + low**2)**(-beta/4)
     if high: a = a*np.exp(-f2/high**2)
     a[0,0] = 0.
-    return (a/np.sqrt(4*(a**2).sum())*(shape[0]*shape[1])).astype(np.float32)
+    return (a/np.sqrt(4*(a**2).sum())*(shape[0]*shape[1])).astype(np.float32), _blocks(a, shape)
 
-def _white(shape, draws):
+def _blocks(a, shape):
+    "Halves of the blocks of frequencies, each twice the last, until amplitudes outside are lost in a sum."
+    loud, (y, x), blocks = a > 1e-15*a.max(), (26,20), [(26,20)]
+    rows, cols = loud.any(1), loud.any(0)[:(shape[1]+1)//2]
+    while rows[y:shape[0]-y].any() or cols[x:].any():
+        y, x = 2*y, 2*x
+        blocks.append((y,x))
+    return blocks
+
+def _white(shape, blocks, draws):
     "White noise in the Fourier half-plane, in blocks from the centre: a larger picture adds frequencies to these."
     h,w = shape
     up,down,half = (h+1)//2, h//2, (w+1)//2
     z = np.zeros((h,w//2+1), np.complex64)
-    blocks = [(26,20)]
-    while blocks[-1][0]<up or blocks[-1][1]<half: blocks.append((2*blocks[-1][0],2*blocks[-1][1]))
     drawn = [draws.standard_normal((2*by,bx,2), dtype=np.float32).view(np.complex64)[...,0] for by,bx in blocks]
     for (by,bx),n in zip(blocks[::-1], drawn[::-1]):
         u,l,x = min(up,by),min(down,by),min(half,bx)
@@ -108,7 +115,8 @@ def power_law_field(
     high:float = 0., # Frequency of a Gaussian cut-off, cycles/mm; 0 = none
 ) -> np.ndarray: # float32, mean 0, sd about 1
     "Gaussian random field of Burgess 1999: white noise shaped to a power-law spectrum."
-    return fft.irfft2(_white(shape, draws)*_amplitude(tuple(shape), beta, spacing_mm, stretch, low, high), s=shape)
+    amplitude, blocks = _amplitude(tuple(shape), beta, spacing_mm, stretch, low, high)
+    return fft.irfft2(_white(shape, blocks, draws)*amplitude, s=shape)
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #2b9c494a
 def radial_spectrum(
@@ -199,6 +207,16 @@ class Breast:
     nipple:tuple # (x,y), mm
     spacing_mm:float # Pixel, mm
 
+    @property
+    def box(self) -> tuple: # Slices
+        "The breast and a rim of 8 pixels: nothing is drawn outside. Rows start at a multiple of four."
+        rows, cols = (np.flatnonzero(self.mask.any(axis)) for axis in (1,0))
+        return slice(max(0, rows[0]-8)//4*4, rows[-1]+9), slice(0, cols[-1]+9)
+
+    def part(self) -> "Breast":
+        "What lies in the box."
+        return replace(self, mask=self.mask[self.box], muscle=self.muscle[self.box], depth=self.depth[self.box])
+
 # %% ../../nbs/lib/21_data.phantom.ipynb #2b6e8fc6
 def _depth(mask, spacing_mm):
     "Distance from the skin in mm, on a 1 mm grid; the wall and the frame are no skin."
@@ -269,6 +287,21 @@ def _disc(x, y, x0, y0, r, a, sharp):
     return (i,j), a*np.exp(-(((x[j]-x0)**2)[None]+((y[i]-y0)**2)[:,None])**sharp/r**(2*sharp))
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #eb0393e9
+def _whole(part, breast, air):
+    "What was worked out in the box of the breast, as a whole picture."
+    full = np.full(breast.mask.shape, air, part.dtype)
+    full[breast.box] = part
+    return full
+
+def _inner(breast, fields, *, share, axes):
+    "Attenuation of fat, gland, strands and muscle, for a breast of even thickness."
+    (rough,fine,web,mesh,hair), muscle = fields, breast.muscle
+    gland = _gland(breast, rough, web, share=share, axes=axes)
+    strands = _strands(web, mesh, hair, fine, breast.spacing_mm)
+    inner = .40 + .035*rough + .025*fine + gland*(.18+.06*fine+.09*rough) + strands*(.085+.075*gland)*(1-.8*muscle)
+    inner += muscle*(.33+.025*fine+.03*rough-.2*gland)
+    return inner
+
 def tissue(
     breast:Breast, # From `breast_shape`
     *,
@@ -277,20 +310,17 @@ def tissue(
     draws:np.random.Generator, # Source of chance
 ) -> tuple: # attenuation (float32, 0 in air), thickness (0 to 1)
     "Attenuation of a breast without lesions: thickness times fat, gland, strands and muscle."
-    mask, muscle, depth = breast.mask, breast.muscle, breast.depth
-    streams = iter(draws.integers(2**62, size=6))
-    x,y = ((np.arange(n, dtype=np.float32)+.5)*breast.spacing_mm for n in mask.shape[::-1])
-    rough,fine,web,mesh,hair = _fields(mask.shape, breast.spacing_mm, streams)
-    gland = _gland(breast, rough, web, share=share, axes=(x,y))
-    strands = _strands(web, mesh, hair, fine, breast.spacing_mm)
-    inner = .40 + .035*rough + .025*fine + gland*(.18+.06*fine+.09*rough) + strands*(.085+.075*gland)*(1-.8*muscle)
-    inner += muscle*(.33+.025*fine+.03*rough-.2*gland)
+    part, streams = breast.part(), iter(draws.integers(2**62, size=6))
+    axes = [((np.arange(n, dtype=np.float32)+.5)*breast.spacing_mm)[s]
+        for n,s in zip(breast.mask.shape[::-1], breast.box[::-1])]
+    fields = [field[breast.box] for field in _fields(breast.mask.shape, breast.spacing_mm, streams)]
+    inner = _inner(part, fields, share=share, axes=axes)
     for spot in _nodules(np.random.default_rng(next(streams)), breast.nipple):
-        where,value = _disc(x, y, *spot)
+        where,value = _disc(*axes, *spot)
         inner[where] += value
-    thick = .25+.75*np.sqrt(np.clip(1-(1-np.clip(depth/taper_mm, 0, 1))**2, 0, 1))
-    skin = .30*np.exp(-(depth/1.3)**2)
-    return (thick*np.clip(inner, .1, None) + skin)*mask, thick
+    thick = .25+.75*np.sqrt(np.clip(1-(1-np.clip(part.depth/taper_mm, 0, 1))**2, 0, 1))
+    skin = .30*np.exp(-(part.depth/1.3)**2)
+    return _whole((thick*np.clip(inner, .1, None) + skin)*part.mask, breast, 0.), _whole(thick, breast, .25)
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #031f6ba1
 # Attenuation at the centre, before `conspicuity`; 1 is the white of a breast
@@ -579,15 +609,15 @@ def draw_view(
     mirror:bool, # A right breast: chest wall at the last column
 ) -> tuple: # pixels with and without lesions, float32
     "The pictures of a view whose geometry is known."
-    mask, mm, blur = breast.mask, breast.spacing_mm, detector.blur_mm/breast.spacing_mm
+    mask, mm, blur, box = breast.mask, breast.spacing_mm, detector.blur_mm/breast.spacing_mm, breast.box
     clean,thick = tissue(breast, share=share, taper_mm=detector.taper_mm, draws=draws("tissue"))
     noise = draws("noise").standard_normal(mask.shape, dtype=np.float32)
-    if blur > .3: clean = ndimage.gaussian_filter(clean, blur)
+    if blur > .3: clean[box] = ndimage.gaussian_filter(clean[box], blur)
     grey = dict(window=window_of(clean, mask, contrast=detector.contrast), detector=detector, scale=scale)
-    base = to_grey(clean, noise, **grey)*mask
+    base = _whole(to_grey(clean[box], noise[box], **grey)*mask[box], breast, 0.)
     atten,pixels = clean.copy(),base.copy()
     touched = [_paint(atten, f, paint, at, thick=thick, spacing_mm=mm) for f,paint,at in found]
-    for box in touched: pixels[box] = to_grey(atten[box], noise[box], **grey)*mask[box]
+    for spot in touched: pixels[spot] = to_grey(atten[spot], noise[spot], **grey)*mask[spot]
     if detector.kind=="film":
         for p in (base,pixels): film_frame(p, mask, scale=scale, draws=draws("film"))
     return tuple(np.ascontiguousarray(p[:,::-1]) for p in (pixels,base)) if mirror else (pixels,base)

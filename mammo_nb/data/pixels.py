@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'RASTER', 'SCALINGS', 'AGAIN', 'BROKEN', 'HEADER_WORDS', 'is_dicom', 'read_dicom',
            'read_header', 'header_or_skip', 'window', 'to_uint8', 'read_image', 'mask_boxes', 'read_mask', 'mask_box',
-           'breast_mask', 'breast_side', 'pectoral_cut', 'area_matrix', 'area_resize', 'torch_area_resize']
+           'area_matrix', 'area_resize', 'torch_area_resize', 'low_threshold', 'breast_mask', 'breast_side',
+           'pectoral_cut']
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #55119ca0
 import io, warnings
@@ -400,49 +401,6 @@ def mask_box(
     boxes = np.array(mask_boxes(on.astype(np.uint8)))
     return (*map(int, boxes[:,:2].min(0)), *map(int, boxes[:,2:].max(0))), len(boxes)
 
-# %% ../../nbs/lib/22_data.pixels.ipynb #75966790
-def breast_mask(
-    img8:np.ndarray, # uint8 image
-    *,
-    threshold:int=10, # Greatest value of background
-) -> np.ndarray: # bool, same shape
-    "The largest connected part above the background, with its holes filled."
-    part, n = ndimage.label(img8>threshold)
-    if n==0: return np.zeros(img8.shape, bool)
-    size = np.bincount(part.ravel())
-    size[0] = 0
-    return ndimage.binary_fill_holes(part==size.argmax())
-
-# %% ../../nbs/lib/22_data.pixels.ipynb #f826dd6b
-def breast_side(
-    img8:np.ndarray, # uint8 image in display orientation
-) -> str: # `L` or `R`
-    "Side by the brighter half: in normal display the left breast has its chest wall at column 0."
-    half = img8.shape[1]//2
-    return "L" if img8[:,:half].mean() >= img8[:,-half:].mean() else "R"
-
-# %% ../../nbs/lib/22_data.pixels.ipynb #40609ff9
-def pectoral_cut(
-    img8:np.ndarray, # uint8 MLO view, displayed with the chest wall on the side `side`
-    side:str, # `L` (wall at column 0) or `R`
-    *,
-    grid:int=128, # Height the search works at
-) -> np.ndarray: # bool, True on muscle; nowhere when no edge stands out
-    "Triangle at the chest-wall corner whose edge has the largest drop in mean brightness (after Karssemeijer 1998)."
-    h, w = img8.shape
-    gw = max(8, round(grid*w/h))
-    x = area_resize(img8 if side=="L" else img8[:,::-1], (grid,gw)).astype(float)
-    yy, xx = np.mgrid[:grid,:gw]
-    best, found = 12., np.zeros((grid,gw), bool)                     # grey levels the edge must drop at least
-    for top in np.arange(gw//5, int(.75*gw), 3):
-        for bottom in np.arange(grid//4, int(.9*grid), 4):
-            t = xx/top + yy/bottom                                   # 1 on the line from (top,0) to (0,bottom)
-            inside, outside = (t<1)&(t>.85), (t>=1)&(t<1.15)
-            drop = x[inside].mean() - x[outside].mean()
-            if drop>best: best, found = drop, t<1
-    full = area_resize(found.astype(np.uint8)*255, (h,w))>127
-    return full if side=="L" else full[:,::-1]
-
 # %% ../../nbs/lib/22_data.pixels.ipynb #ce7a2886
 def area_matrix(
     n:int, # Source length
@@ -480,3 +438,82 @@ def torch_area_resize(
     if tuple(x.shape[-2:])==(h,w): return x
     a, b = (torch.from_numpy(area_matrix(n,m)).to(x) for n,m in ((x.shape[-2],h),(x.shape[-1],w)))
     return a @ x @ b.T
+
+# %% ../../nbs/lib/22_data.pixels.ipynb #75966790
+def low_threshold(
+    x:np.ndarray, # Grey values, 0 to 255
+) -> float: # Grey value
+    "The lower of the two thresholds that part grey values in three classes with the least spread within (Otsu 1979)."
+    n, edges = np.histogram(x, 64, (0,256))
+    share, mass = (np.concatenate([[0], np.cumsum(v)]) for v in (n/n.sum(), n/n.sum()*(edges[1:]+edges[:-1])/2))
+    def between(i, j): # Share of a class times its squared mean
+        w = share[j]-share[i]
+        return (mass[j]-mass[i])**2/np.maximum(w, 1e-12)*(w>1e-12)
+    low, high = np.triu_indices(64, 1)
+    low, high = low[low>0], high[low>0]
+    best = np.argmax(between(0*low, low)+between(low, high)+between(high, 0*high+64))
+    return float(edges[low[best]])
+
+# %% ../../nbs/lib/22_data.pixels.ipynb #b990f258
+def _disk(radius):
+    y, x = np.mgrid[-radius:radius+1,-radius:radius+1]
+    return y*y+x*x <= radius*radius
+
+def _thick_part(on, disk, near=None):
+    "The largest part that a disk fits in (or the one that holds most of `near`), holes filled."
+    part, n = ndimage.label(ndimage.binary_opening(on, disk))
+    size = np.bincount(part.ravel() if near is None else part[near], minlength=n+1)
+    size[0] = 0
+    if not size.any(): return np.zeros(on.shape, bool)
+    return ndimage.binary_fill_holes(on & ndimage.binary_dilation(part==size.argmax(), disk))
+
+def breast_mask(
+    img8:np.ndarray, # uint8 image
+    *,
+    grid:int=256, # Longer side of the picture that is searched
+    least:float=5., # Grey levels that the breast is above the air at least
+) -> np.ndarray: # bool, same shape
+    "The breast: above the air and its grain, thicker than labels and borders, in one part, holes filled."
+    h, w = img8.shape
+    k = max(1, max(h,w)/grid)
+    small = area_resize(img8, (max(1,round(h/k)), max(1,round(w/k))))
+    x = ndimage.gaussian_filter(ndimage.median_filter(small, 5 if k>1 else 1).astype(np.float32), 1. if k>1 else 0.)
+    low, disk = low_threshold(x), _disk(round(.02*max(x.shape)) if k>1 else 1)
+    certain = _thick_part(x>low, disk)
+    if not certain.any(): return np.zeros((h,w), bool)
+    air = x[x<=low]
+    if not air.size: return np.ones((h,w), bool)
+    level = np.median(air)
+    grain = 1.4826*np.median(np.abs(air-level))
+    found = _thick_part(x>min(low, level+max(least, 5*grain)), disk, near=certain)
+    return area_resize(found.astype(np.uint8)*255, (h,w))>127
+
+# %% ../../nbs/lib/22_data.pixels.ipynb #f826dd6b
+def breast_side(
+    img8:np.ndarray, # uint8 image in display orientation
+) -> str: # `L` or `R`
+    "Side by the brighter half: in normal display the left breast has its chest wall at column 0."
+    half = img8.shape[1]//2
+    return "L" if img8[:,:half].mean() >= img8[:,-half:].mean() else "R"
+
+# %% ../../nbs/lib/22_data.pixels.ipynb #40609ff9
+def pectoral_cut(
+    img8:np.ndarray, # uint8 MLO view, displayed with the chest wall on the side `side`
+    side:str, # `L` (wall at column 0) or `R`
+    *,
+    grid:int=128, # Height the search works at
+) -> np.ndarray: # bool, True on muscle; nowhere when no edge stands out
+    "Triangle at the chest-wall corner whose edge has the largest drop in mean brightness (after Karssemeijer 1998)."
+    h, w = img8.shape
+    gw = max(8, round(grid*w/h))
+    x = area_resize(img8 if side=="L" else img8[:,::-1], (grid,gw)).astype(float)
+    yy, xx = np.mgrid[:grid,:gw]
+    best, found = 12., np.zeros((grid,gw), bool)                     # grey levels the edge must drop at least
+    for top in np.arange(gw//5, int(.75*gw), 3):
+        for bottom in np.arange(grid//4, int(.9*grid), 4):
+            t = xx/top + yy/bottom                                   # 1 on the line from (top,0) to (0,bottom)
+            inside, outside = (t<1)&(t>.85), (t>=1)&(t<1.15)
+            drop = x[inside].mean() - x[outside].mean()
+            if drop>best: best, found = drop, t<1
+    full = area_resize(found.astype(np.uint8)*255, (h,w))>127
+    return full if side=="L" else full[:,::-1]
