@@ -30,8 +30,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 
-from ..core import (DataError, MammoError, ParameterError, WeightsError, cache_dir, file_hash, hash_of, nearest,
-                           rng)
+from ..cache import cached, damaged, fault_of, seal
+from ..core import DataError, MammoError, ParameterError, WeightsError, file_hash, hash_of, locked, nearest, rng
 from .blocks import build_generator
 from .context import edit
 from .door import (BOUNDS, MediganCard, admitted, check_cost, check_shapes, files_below, json_of, meta_network,
@@ -514,8 +514,19 @@ def import_generator(
     parcel = parcel_of(path)
     key = _content(path, parcel, hints)
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem)[:40]
-    home = Path(into) if into else cache_dir("imported")/f"{name}-{key}"
-    if not into and (home/"generator.json").is_file(): return home
+    if into: return _imported(Path(into), path, parcel, key, hints)
+    home = cached("imported", f"{name}-{key}", whole=lambda there: not fault_of(there))
+    if not fault_of(home): return home
+    with locked(home):
+        if not (why := fault_of(home)): return home
+        if home.is_dir():
+            damaged(home, why)
+            shutil.rmtree(home)
+        _imported(home, path, parcel, key, hints)
+        seal(home)
+    return home
+
+def _imported(home, path, parcel, key, hints): # Fill a generator folder
     with whole_folder(home) as tmp, _named(tmp, path):
         card, G = _take(parcel, tmp, path, hints)
         info = {k: v for k,v in card.items() if k not in ("format", "config", "size", "parameters", "sha256", "card")}

@@ -263,9 +263,9 @@ WIDTHS = dict(F64=8, F32=4, F16=2, BF16=2, I64=8, I32=4, U8=1, BOOL=1) # Type of
 def _tensor(entry, where): # (shape, bytes) of one entry
     shape = entry.get("shape") if isinstance(entry, dict) else None
     whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 40 for n in shape) and len(shape) < 9
-    if not whole or entry.get("dtype") not in WIDTHS:
+    if not whole or str(entry.get("dtype")) not in WIDTHS:
         raise WeightsError("a tensor without a known type or shape", where, "fetch it again")
-    return tuple(shape), math.prod(shape)*WIDTHS[entry["dtype"]]
+    return tuple(shape), math.prod(shape)*WIDTHS[str(entry["dtype"])]
 
 def tensor_shapes(
     head:bytes, # The first bytes of the file, `Bounds.text` at most

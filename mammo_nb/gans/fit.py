@@ -25,7 +25,7 @@ from .door import admit_folder
 from .dp import make_private, train_private
 from .folder import check_unseen
 from .privacy import audit, no_audit
-from .share import patient_card, sample_generator
+from .share import load_generator, patient_card, sample_generator
 from .train import Recipe, train_gan
 from ..metrics.features import Extractor, make_extractor
 from ..metrics.fid import generator_report
@@ -103,7 +103,8 @@ def take_generator(
 ) -> None:
     "Put an imported generator into `folder/gan/snapshots`, and what is known of whom it has seen into `origin.json`."
     for source in as_generator(Path(path).expanduser()):
-        try: known = check_unseen(admit_folder(source), patients)
+        admit_folder(source)
+        try: known = check_unseen(load_generator(source).card, patients)
         except DataError as e: known = f"it cannot be told whether it has seen patients of {whose} ({e.what})"
         target = Path(folder)/"gan"/"snapshots"/source.name
         target.mkdir(parents=True, exist_ok=True)

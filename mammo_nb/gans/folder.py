@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import DataError, LeakError, ParameterError, RunError, WeightsError, cache_dir, read_json
+from ..cache import sweep
+from ..core import DataError, LeakError, ParameterError, RunError, WeightsError, cache_roots, owner, read_json
 from . import kinds  # noqa: F401 - generators of every kind are read here
 from .door import BOUNDS, Card, admit_folder, json_of, plain_file, typed
 from .share import save_generator, seen_patients
@@ -32,7 +33,8 @@ def whole_folder(
         raise RunError("there is something here already", path, "choose another folder, or remove this one")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".part", dir=path.parent))
+        sweep(path.parent, deep=False)
+        tmp = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.{owner()}.", suffix=".part", dir=path.parent))
     except OSError as e: raise RunError(f"cannot make this folder ({e.strerror})", path, "choose another folder") from e
     try:
         yield tmp
@@ -53,7 +55,7 @@ def save_any(folder:Path, G, card:dict) -> Path: # The folder
 # %% ../../nbs/lib/49_gans.folder.ipynb #0c1d4730
 def told_stages(
     run:Path, # Run folder
-) -> dict: # stage name -> its places: in the run, in the cache
+) -> dict: # stage name -> its places: in the run, in the caches
     "Where the stages of a run may lie, by its run.json; names that lead elsewhere are refused."
     info = read_json(Path(run)/"run.json")
     stages = info.get("stages") if isinstance(info, dict) else None
@@ -64,7 +66,7 @@ def told_stages(
         if not all(isinstance(n, str) and re.fullmatch(r"[\w.-]*\w[\w.-]*", n) for n in names):
             raise RunError(f"stage {name[:60]!r} names no folder", Path(run)/"run.json", "give a run folder of this package")
         paper, folder = names
-        found[name] = [Path(run)/"checkpoints"/folder, cache_dir("stages")/paper/folder]
+        found[name] = [Path(run)/"checkpoints"/folder, *(root/"stages"/paper/folder for root in cache_roots())]
     return found
 
 def stages_of(
@@ -80,7 +82,7 @@ def lost_stages(
 ) -> list: # Folders below the cache, with slashes
     "The stages of a run that are neither in it nor in this cache: it was made with another one."
     homes = {name: places for name,places in told_stages(run).items() if not any(h.is_dir() for h in places)}
-    return [places[-1].relative_to(cache_dir()).as_posix() for places in homes.values()]
+    return ["/".join(places[-1].parts[-3:]) for places in homes.values()]
 
 # %% ../../nbs/lib/49_gans.folder.ipynb #c40a76a3
 def read_card(
