@@ -87,10 +87,20 @@ def _holds_collections(series):
 # %% ../nbs/lib/12_keys.ipynb #44518632
 @key_of.register(Path)
 def _path(value):
-    if (value/"done.json").is_file(): return ["stage", value.name]
+    if (sealed := _seal_of(value)) is not None: return ["stage", value.name, sealed]
     if value.is_file(): return ["file", file_hash(value)]
     if not value.is_dir(): raise RunError("no such file or folder", value, "a job was given a path that is not there")
-    return ["folder", [[str(f.relative_to(value)), file_hash(f)] for f in sorted(value.rglob("*")) if f.is_file()]]
+    return ["folder", [_entry(p, value) for p in sorted(value.rglob("*")) if p.is_symlink() or p.is_file()]]
+
+def _entry(path, folder): # Name and content of a file; of a link only where it leads, for links are never followed
+    return [str(path.relative_to(folder)), str(path.readlink()) if path.is_symlink() else file_hash(path)]
+
+def _seal_of(folder): # Hash of what the seal of a finished stage lists, None where there is none
+    if not (folder/"done.json").is_file(): return None
+    with contextlib.suppress(RunError, KeyError, TypeError, ValueError):
+        told = read_json(folder/"done.json")
+        if isinstance(told["stage"], str): return hash_of([[name, sha] for name,_,sha in told["files"]])
+    return None
 
 # %% ../nbs/lib/12_keys.ipynb #74998947
 def without_docstrings(

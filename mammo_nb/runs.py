@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUT', 'RESULT_COLUMNS', 'FROM_RUN', 'versions', 'git_commit', 'default_run_dir', 'Seeds', 'Run', 'figure_bytes',
-           'facts_of', 'Job', 'job_key', 'do_job', 'cores', 'end_with', 'write_json_into', 'last_words', 'main']
+           'facts_of', 'Job', 'job_key', 'do_job', 'cores', 'shared_place', 'end_with', 'write_json_into', 'last_words',
+           'main']
 
 # %% ../nbs/lib/13_runs.ipynb #cbc742e4
 import contextlib
@@ -31,7 +32,8 @@ import matplotlib as mpl
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import (MammoError, RunError, cache_dir, file_hash, hash_of, kernels, locked, pick_device, progress,
+from .cache import damaged, sweep, writable
+from .core import (MammoError, RunError, cache_roots, file_hash, hash_of, kernels, locked, pick_device, progress,
                            read_json, repo_root, write_csv, write_json, write_whole)
 from .keys import MOVES_NUMBERS, code_key, key_of
 from .params import Params, split_words
@@ -100,6 +102,7 @@ class Run:
         what = dict(layout=LAYOUT, paper=paper, data=self.data, parameters=vars(params), resolved=resolved or {})
         on = dict(versions=versions(), commit=git_commit(), device=_device_name(self.device), mode=params.mode)
         self.info = dict(**what, **on, started=_now(), status="running", stages={}, skipped=[])
+        sweep(self.dir)
         self._mend_log()
         self.save()
 
@@ -290,10 +293,19 @@ def job_key(
     return hash_of(job.name, code_key(job.fn), given, device, mode)[:12]
 
 # %% ../nbs/lib/13_runs.ipynb #ec4398ad
-def _complete(folder): # done.json and every file it lists, whole
-    def whole(file, size, sha): return file.is_file() and file.stat().st_size == size and file_hash(file) == sha
-    try: return all(whole(folder/name, size, sha) for name, size, sha in read_json(folder/"done.json")["files"])
-    except (RunError, KeyError, TypeError, ValueError): return False
+def _fault(folder): # What is wrong with a finished stage, "" where nothing is, None where it was never finished
+    if not (folder/"done.json").exists(): return None
+    try:
+        told = read_json(folder/"done.json")
+        if not told["seconds"] >= 0: return "done.json is no seal"
+        for name, size, sha in told["files"]:
+            file = folder/name
+            if not file.is_file(): return f"{name} is missing"
+            if file.stat().st_size != size or file_hash(file) != sha: return f"{name} is not what was written"
+    except (RunError, KeyError, TypeError, ValueError): return "done.json is no seal"
+    return ""
+
+def _complete(folder): return _fault(folder) == "" # done.json and every file it lists, whole
 
 def _seal(folder, job, seconds): # Last act of a job
     def counts(p): return p.is_file() and p.name != "done.json" and p.suffix != ".lock" and not p.name.startswith(".")
@@ -314,8 +326,10 @@ def do_job(
     takes = inspect.signature(job.fn).parameters
     ready = partial(job.fn, **job.given, **{k: v for k, v in (from_run or {}).items() if k in takes})
     with locked(folder):
-        if _complete(folder): return 0.
+        if (why := _fault(folder)) == "": return 0.
+        if why: damaged(folder, why)
         if from_run: from_run["log"](event="start")
+        sweep(folder)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -330,13 +344,17 @@ def do_job(
 
 def _work(ready, folder, mode): # Seconds, with those of earlier calls that were stopped
     note = folder/".seconds.json"
-    before, start = read_json(note) if note.is_file() else 0., time.time()
+    before, start = _seconds(note), time.time()
     try:
         with kernels(mode): ready(folder)
     except BaseException:
         with contextlib.suppress(OSError): write_json(note, before + time.time()-start)
         raise
     return before + time.time()-start
+
+def _seconds(note): # Of earlier calls; 0 where a kill or a fault left no number
+    with contextlib.suppress(RunError, TypeError, ValueError): return max(0., float(read_json(note)))
+    return 0.
 
 # %% ../nbs/lib/13_runs.ipynb #956eb26d
 def cores() -> int: # At least 1
@@ -368,14 +386,25 @@ def do(self:Run,
         self._stage_done(jobs[k], folders[k], seconds)
     return folders
 
+# %% ../nbs/lib/13_runs.ipynb #511a6b94
+def shared_place(
+    paper:str, # E.g. `04_sharing`
+    name:str, # Of the stage's folder
+    run:Path, # Run folder
+) -> Path: # The stage's folder
+    "Where a stage that other runs can use lies: in the cache, or in the run where the cache can only be read."
+    here, theirs = run/"checkpoints"/name, [root/"stages"/paper/name for root in cache_roots()]
+    if found := [f for f in (*theirs, here) if _complete(f)]: return found[0]
+    return theirs[0] if writable(theirs[0].parent) else here
+
 # %% ../nbs/lib/13_runs.ipynb #3acd6c8d
 @patch
 def _placed(self:Run, job): # Folder of a job, None when it is left out
     folder, why = None, ""
     if any(v is None for v in job.given.values()): why = "an earlier stage was left out"
     else:
-        root = cache_dir("stages", self.paper) if job.shared else self.dir/"checkpoints"
-        folder = root/f"{job.name}-{job_key(job, self.device.type, self.params.mode)}"
+        name = f"{job.name}-{job_key(job, self.device.type, self.params.mode)}"
+        folder = shared_place(self.paper, name, self.dir) if job.shared else self.dir/"checkpoints"/name
         wanted = not self.only or job.group in self.only or _complete(folder)
         if not wanted: why = f"'{job.group}' is not in only={self.params.only!r}"
     if not why: return folder

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, ParameterError, cache_dir, hash_of, read_json, write_json
+from ..cache import cached, read_sealed, stamp, verifying, write_sealed
+from ..core import DataError, ParameterError, hash_of
 from .pixels import header_or_skip, mask_boxes, read_image
 from .folder import patch_frame
 from mammo_nb.data.table import (BOX, NO_BOX, Ledger, find_files, label_of, make_data, number_of, read_table, side_of,
@@ -123,12 +124,13 @@ def all_mask_boxes(
 ) -> dict: # {path: {"shape", "boxes"} or {"error"}}
     "Boxes of many masks, from the cache where nothing changed."
     if not paths: return {}
-    stat = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(set(paths))]
-    file = cache_dir("cbis")/f"boxes_{hash_of(stat, 2)}.json"
-    if not file.is_file():
-        with ThreadPoolExecutor(workers) as pool: found = list(pool.map(_boxes_of, [Path(p) for p,*_ in stat]))
-        write_json(file, [[p,b] for (p,*_),b in zip(stat,found)])
-    return dict(read_json(file))
+    files = sorted(set(paths))
+    file = cached("cbis", f"boxes_{hash_of([(str(p), stamp(p)) for p in files], 3)}.json", whole=Path.exists)
+    if (found := None if verifying() else read_sealed(file)) is None:
+        with ThreadPoolExecutor(workers) as pool: boxes = list(pool.map(_boxes_of, map(Path, files)))
+        write_sealed(file, [[str(p), b] for p,b in zip(files, boxes)])
+        found = read_sealed(file)
+    return dict(found)
 
 # %% ../../nbs/lib/25_data.cbis.ipynb #9cf7a4a4
 _ASYMMETRY = {"ASYMMETRIC_BREAST_TISSUE","FOCAL_ASYMMETRIC_DENSITY"}

@@ -10,7 +10,7 @@ __all__ = ['TEXT', 'WHOLE', 'REAL', 'FLAGS', 'COLUMNS', 'META', 'PLAN', 'SCOPES'
            'source_hashes', 'plan_key', 'extract']
 
 # %% ../../nbs/lib/28_data.patches.ipynb #1b8f8b86
-import hashlib, json, os, shutil, time
+import contextlib, hashlib, json, os, shutil, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import (DataError, ParameterError, cache_dir, file_hash, hash_of, locked, nearest, progress,
-    read_json,
-    rng, seed_of, write_text, write_whole)
+from ..cache import cached, read_sealed, stamp, sweep, verifying, write_sealed
+from ..core import (DataError, MammoError, ParameterError, file_hash, hash_of, locked, nearest, progress,
+    read_json, rng, seed_of, write_text, write_whole)
 from mammo_nb.data.boxes import (Box, Jitter, Rounds, area_table, as_box, box_share, contiguous_row, context_box,
     grid_boxes, jitter_square, place_box, reference_square, square_around, swap_axes, thesis_tissue, wanted_side,
     zoomed_box)
@@ -590,25 +590,19 @@ def _hash_or_none(p):
     try: return file_hash(p)
     except OSError: return None
 
-def _stamp(p):
-    "Size, date and inode of a file; None where there is none."
-    try: st = os.stat(p)
-    except OSError: return None
-    return [st.st_size, st.st_mtime_ns, st.st_ino]
-
 def _hashes_of(folder, files):
     "Hashes of files of one folder; a file changed just now is not remembered, it may change again within a tick."
-    memo_file = cache_dir("hashes")/f"{hash_of(folder)}.json"
-    try: memo = json.loads(memo_file.read_text())
-    except (OSError, ValueError): memo = {}
-    stamps, new = {p: _stamp(p) for p in files}, {}
-    known = lambda p: memo.get(os.path.basename(p), [None]*4)
-    out = {p: known(p)[3] if stamp and known(p)[:3]==stamp else None for p,stamp in stamps.items()}
-    todo = [p for p,stamp in stamps.items() if stamp and known(p)[:3]!=stamp]
+    memo_file = cached("hashes", f"{hash_of(folder)}.json", whole=Path.exists)
+    memo = {} if verifying() else read_sealed(memo_file) or {}
+    stamps, new = {p: stamp(p) for p in files}, {}
+    known = lambda p: memo.get(os.path.basename(p), [None]*5)
+    out = {p: known(p)[4] if at and known(p)[:4]==at else None for p,at in stamps.items()}
+    todo = [p for p,at in stamps.items() if at and known(p)[:4]!=at]
     with ThreadPoolExecutor(4) as pool: out |= dict(zip(todo, pool.map(_hash_or_none, todo)))
     for p in todo:
-        if out[p] and time.time_ns()-stamps[p][1]>2_000_000_000: new[os.path.basename(p)] = [*stamps[p], out[p]]
-    if new: write_text(memo_file, json.dumps({**memo,**new}))
+        if out[p] and time.time_ns()-max(stamps[p][1:3])>2_000_000_000: new[os.path.basename(p)] = [*stamps[p], out[p]]
+    if new:
+        with contextlib.suppress(MammoError): write_sealed(memo_file, {**memo, **new}) # a cache that can only be read
     return out
 
 def source_hashes(
@@ -744,8 +738,11 @@ def extract(
         left = "".join(f"; {r.reason} ({r.count})" for r in plan.skipped.itertuples())
         raise DataError("nothing to cut", "plan", "the tables hold no row of this scope"+left)
     cut, hashes = _Cut(sizes, views, seed), source_hashes(plan.rows.path)
-    out = (Path(folder) if folder else cache_dir("patches"))/plan_key(plan, hashes, **vars(cut))
-    with locked(out):
-        if _fault(out): _build(plan, hashes, out, cut, threads, block_mb)
+    key = plan_key(plan, hashes, **vars(cut))
+    out = Path(folder)/key if folder else cached("patches", key, whole=lambda there: not _fault(there))
+    if _fault(out):
+        with locked(out):
+            sweep(out)
+            if _fault(out): _build(plan, hashes, out, cut, threads, block_mb)
     sets = {s: load(out, pixels=f"pixels_{s}.npy", check=False) for s in sizes}
     return sets[sizes[0]] if np.isscalar(size) else sets

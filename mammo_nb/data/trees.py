@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..core import ParameterError, cache_dir, file_hash, hash_of, locked, nearest
+from ..cache import cached, damaged, fault_of, seal, sweep
+from ..core import ParameterError, RunError, file_hash, hash_of, locked, nearest
 from . import lookalike, lookalike2, phantom
 
 # %% ../../nbs/lib/21c_data.trees.ipynb #2e86a933
@@ -24,19 +25,31 @@ def build_once(
     target:Path, # Folder that is whole when it exists
     build, # Called with a temporary folder to fill
 ) -> Path:
-    "Fill a folder under a temporary name and move it into place; later calls find it, and a call after a stop goes on."
+    "Fill a folder under a temporary name, seal it and move it into place; later calls find it whole, or build it anew."
     target = Path(target)
-    part = target.parent/f".{target.name}.building"
-    if target.is_dir(): return target
+    if not fault_of(target): return target
     with locked(target):
-        if target.is_dir(): return target
-        part.mkdir(parents=True, exist_ok=True)
-        try: build(part)
-        except Exception:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-        os.replace(part, target)
+        if not (why := fault_of(target)): return target
+        if target.is_dir():
+            damaged(target, why)
+            shutil.rmtree(target)
+        sweep(target.parent, deep=False)
+        _filled(target.parent/f".{target.name}.building", target, build)
     return target
+
+def _filled(part, target, build): # Build into `part`, then move it
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        build(part)
+        seal(part, at=target)
+        os.replace(part, target)
+    except OSError as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError(f"phantoms cannot be written ({e.strerror or e})", target.parent,
+                       "mend this and give the same command again; nothing half was left behind") from e
+    except Exception:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 # %% ../../nbs/lib/21c_data.trees.ipynb #d76e3534
 def phantom_tree(
@@ -56,7 +69,8 @@ def phantom_tree(
     def build(root):
         patients = phantom.phantom_patients(n_patients, style=style, seed=seed, scale=scale)
         LAYOUTS[layout](patients, root, seed=seed, quirks=quirks)
-    return build_once(cache_dir("phantoms", key)/f"{layout}_{style.name}_{n_patients}", build)
+    name = f"{layout}_{style.name}_{n_patients}"
+    return build_once(cached("phantoms", key, name, whole=lambda tree: not fault_of(tree)), build)
 
 # %% ../../nbs/lib/21c_data.trees.ipynb #fa48f1e9
 @dataclass(frozen=True)

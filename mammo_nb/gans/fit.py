@@ -16,15 +16,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, ParameterError, RunError, read_json, write_csv, write_json
+from ..core import DataError, ParameterError, RunError, write_csv, write_json
 from ..data.patches import PatchSet, synthetic_patches
 from . import kinds  # noqa: F401 - recipes and generators of every kind come by here
 from .adopt import as_generator
 from .cgan import sample_classes
+from .door import admit_folder
 from .dp import make_private, train_private
 from .folder import check_unseen
 from .privacy import audit, no_audit
-from .share import patient_card, sample_generator
+from .share import load_generator, patient_card, sample_generator
 from .train import Recipe, train_gan
 from ..metrics.features import Extractor, make_extractor
 from ..metrics.fid import generator_report
@@ -102,9 +103,12 @@ def take_generator(
 ) -> None:
     "Put an imported generator into `folder/gan/snapshots`, and what is known of whom it has seen into `origin.json`."
     for source in as_generator(Path(path).expanduser()):
-        try: known = check_unseen(read_json(source/"generator.json"), patients)
+        admit_folder(source)
+        try: known = check_unseen(load_generator(source).card, patients)
         except DataError as e: known = f"it cannot be told whether it has seen patients of {whose} ({e.what})"
-        shutil.copytree(source, Path(folder)/"gan"/"snapshots"/source.name, dirs_exist_ok=True)
+        target = Path(folder)/"gan"/"snapshots"/source.name
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("G.safetensors", "generator.json"): shutil.copyfile(source/name, target/name)
     write_json(Path(folder)/"origin.json", dict(path=str(path), unseen=known))
 
 # %% ../../nbs/lib/49d_gans.fit.ipynb #6e6cff89

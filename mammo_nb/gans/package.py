@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXTS', 'Package', 'package_name', 'write_zip', 'drawn_by', 'prove', 'Release', 'released_card', 'write_package',
-           'export_generator', 'told_by_run', 'snapshot_of', 'export_run', 'export_arguments', 'show_generators',
-           'main_export', 'main_import']
+           'export_generator', 'told_by_run', 'snapshot_of', 'nothing_found', 'export_run', 'export_arguments',
+           'show_generators', 'main_export', 'main_import']
 
 # %% ../../nbs/lib/49e_gans.package.ipynb #0d9b5798
 import argparse
@@ -26,7 +26,7 @@ from .adopt import ARCHS, import_generator
 from .bundle import draw_alone, generate, generate_painted, package_code, png_bytes
 from .card import (LICENSES, TITLES, audit_dict, code_licence, kind_of, licence_text, measure,
                                 medigan_metadata, metric_table, model_card, public_card, without_image)
-from .folder import find_generators, save_any, stages_of, whole_folder
+from .folder import find_generators, lost_stages, save_any, stages_of, whole_folder
 from .share import load_generator, sample_generator
 from .train import tile
 
@@ -193,6 +193,18 @@ def snapshot_of(
                              "there are " + ", ".join(map(str, at)))
     return at[epoch]
 
+# %% ../../nbs/lib/49e_gans.package.ipynb #1dc06270
+def nothing_found(
+    run:Path, # Run, stage or generator folder
+) -> WeightsError: # To be raised
+    "The error for a folder without generators; a run made with another cache is told from one that trained none."
+    lost = [f for f in lost_stages(run) if Path(f).name.startswith("gan-")] if (Path(run)/"run.json").is_file() else []
+    if not lost:
+        return WeightsError("no generator below this folder", run,
+                            "run the stage 'generators' first, or give a folder of train_gan")
+    return WeightsError(f"its generators lie in another cache: {', '.join(lost[:3])} is missing in this one", run,
+                        "set MAMMO_NB_CACHE as it was for the run, or give the command of the run once more")
+
 # %% ../../nbs/lib/49e_gans.package.ipynb #a547343e
 def export_run(
     run:Path, # Run folder of any paper, stage folder, folder of `train_gan`, or generator folder
@@ -205,9 +217,7 @@ def export_run(
     "Hand on the generators of a run."
     run = Path(run).expanduser()
     found, packages = find_generators(run), []
-    if not len(found):
-        raise WeightsError("no generator below this folder", run,
-                           "run the stage 'generators' first, or give a folder of train_gan")
+    if not len(found): raise nothing_found(run)
     t = found[found.name.str.contains(only, regex=False)]
     if not len(t):
         raise ParameterError(f"no generator is named like '{only}'", "only", "there are " + ", ".join(found.name))
@@ -246,10 +256,7 @@ def export_arguments() -> argparse.ArgumentParser:
 def show_generators(run) -> None:
     "Print the generators below a path."
     found = find_generators(run)
-    if not len(found):
-        fix = ("a run's generators lie in the cache it was made with: set MAMMO_NB_CACHE as it was then, or name a "
-               "stage folder")
-        raise WeightsError("no generator here", run, fix)
+    if not len(found): raise nothing_found(run)
     print(found[["name", "kind", "epoch", "folder"]].to_string(index=False))
 
 def _measured(run, real, only): # Metrics of one generator against real patches
