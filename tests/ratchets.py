@@ -75,10 +75,11 @@ class Source:
         for node in ast.walk(tree):
             if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
                 self.deep_comprehensions += _fors(node) >= 3
+        inner = _inner(tree)
         for f in functions(tree):
             self.function_tokens.append(len(tokens(_dedent(body_of(f, lines)))))
             self.names.append(f"{name}:{f.name}")
-            self.lazy_imports += sum(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(f)) if not _inside(f, tree) else 0
+            self.lazy_imports += sum(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(f)) if id(f) not in inner else 0
             self.namespaces += sum("SimpleNamespace" in ast.unparse(a.annotation) for a in (*f.args.args, *f.args.kwonlyargs) if a.annotation)
             self.namespaces += bool(f.returns) and "SimpleNamespace" in ast.unparse(f.returns)
             if len(parameters(f)) > 8: self.many_parameters.append(f"{name}:{f.name} {len(parameters(f))}")
@@ -93,8 +94,8 @@ def _dedent(text):
     return text if not text.startswith(" ") else text.lstrip()
 
 
-def _inside(f, tree):
-    return any(f in ast.walk(g) and g is not f for g in functions(tree) if g.lineno < f.lineno and g.end_lineno >= f.end_lineno)
+def _inner(tree): # Functions inside functions, by identity
+    return {id(f) for outer in functions(tree) for f in functions(outer) if f is not outer}
 
 
 def _fors(node):
