@@ -33,11 +33,10 @@ class World:
     lesions:int = 4 # Real lesions for training
     healthy:int = 120 # Real healthy patches for training
     added:int = 120 # Synthetic lesions
-    women:int = 120 # Who test
-    trainings:int = 4 # Of each arm, each with a generator of its own
+    women:int = 100 # Who test
+    trainings:int = 3 # Of each arm, each with a generator of its own
     contrast:float = 1. # Of a mass against tissue
-    epochs:int = 10 # Of each training
-    steps:int = 120 # Patches an epoch
+    seen:int = 1200 # Patches that a training sees
 
 def tissue_and_masses(
     world:World, # Sizes
@@ -117,7 +116,7 @@ def answer_of(
     "Train one network and ask it about the women."
     train = join([centre.train, patch_arrays(added)]) if added is not None else centre.train
     model = build_classifier(NETWORK | dict(size=world.side), seed=seed)
-    fit_classifier(model, train, centre.valid, seed=seed, recipe=RECIPE, epochs=world.epochs, epoch_size=world.steps)
+    fit_classifier(model, train, centre.valid, seed=seed, recipe=RECIPE, epochs=1, epoch_size=world.seen)
     return said(centre.women, centre.test.target, predict_proba(model, centre.test)[:,1])
 
 def answers_of(

@@ -314,6 +314,7 @@ def condition_words(
 ) -> str:
     "What the verdicts of a page are conditional on."
     how = verdicts.how.fillna("").astype(str)
+    if not (how != "").any(): return ""
     alone, single = how.str.contains("one training: conditional"), how.str.contains("for this one generator")
     many = how.str.contains("generators")
     if alone.any(): return "They are true of the one training there is, and say nothing of the next."
