@@ -348,7 +348,8 @@ def verdict_parts(
     told = {k: "" if pd.isna(row[k]) else str(row[k]) for k in texts}
     size = f"the published size is {row['size']} our interval" if row.get("size") in ("inside","outside") else ""
     if np.isfinite(number["expected_lo"]): size += f" (a repetition was to be expected in {_span(number, 'expected_')})"
-    how = [size, f"{told['strata']} comparisons" if told["strata"] else "", told["how"], told["on"]]
+    control = row.get("control") if isinstance(row.get("control"), str) else ""
+    how = [control, size, f"{told['strata']} comparisons" if told["strata"] else "", told["how"], told["on"]]
     return told | dict(group=group, how=" · ".join(filter(None, how)), published=signed(number["published"]) or "–",
                        ours=signed(number["ours"]), interval=span, p=small if np.isfinite(p) else "")
 

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['FREE', 'RUN_COLUMNS', 'COST_COLUMNS', 'KEPT', 'NUMBERS', 'RUN_KEY', 'GROUP', 'WANTED', 'RULE', 'default_parameters',
            'knobs', 'run_row', 'cost_rows', 'find_runs', 'collect', 'is_real', 'group_name', 'groups', 'missing',
-           'duration', 'run_words', 'tally', 'cost_table', 'cost_section', 'claims_figure', 'group_section', 'not_run',
-           'overview_sections', 'build_page', 'pages_again', 'main']
+           'duration', 'run_words', 'tally', 'cost_table', 'cost_section', 'claim_rows', 'claims_figure', 'best_groups',
+           'all_claims_figure', 'group_section', 'not_run', 'overview_sections', 'build_page', 'pages_again', 'main']
 
 # %% ../../nbs/lib/66_report.overview.ipynb #3ecddea9
 import argparse
 import ast
 import itertools
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ..core import MammoError, RunError, read_json, repo_root, write_csv
 from .claims import claims, verdict_table
 from .figures import forest, sheet
 from .html import Picture, Section, Table, banner_for, write_report
-from .page import RunFolder, as_told, page, sections_of, verdicts_of
+from .page import RunFolder, as_told, glossary_section, page, sections_of, verdicts_of
 from .rules import GROUPS, tally_of
 from .tables import paper_record, papers, read_results
 
@@ -300,6 +301,15 @@ def cost_section(
             "what it found finished. Medians over seeds.")
     return [Section("What the papers cost", text, tables=[Table(shown, index=False)])]
 
+# %% ../../nbs/lib/66_report.overview.ipynb #3a678744
+def claim_rows(
+    verdicts:pd.DataFrame, # Verdict table
+) -> pd.DataFrame: # label (the claim in words), value, lo, hi, published
+    "Claims as rows of a forest picture."
+    words = [textwrap.shorten(t, 130, placeholder=" …") for t in verdicts.claim]
+    rows = verdicts.assign(label=[textwrap.fill(t, 70) for t in words], value=verdicts.ours)
+    return rows[["label","value","lo","hi","published"]]
+
 # %% ../../nbs/lib/66_report.overview.ipynb #7f20b890
 def claims_figure(
     g:dict, # From `groups`
@@ -307,13 +317,39 @@ def claims_figure(
     "Our estimate of every claim that was run, beside the published value."
     ran = g["verdicts"][g["verdicts"].ours.notna()]
     if not len(ran): return None
-    fig, ax = sheet(1, 1, size=(7, .6 + .34*len(ran)))
-    rows = ran.assign(label=ran.id.str.split(".", n=1).str[1], value=ran.ours)
-    forest(ax, rows[["label","value","lo","hi","published"]], x="difference that the claim is about")
+    fig, ax = sheet(1, 1, size=(10, .8 + .42*len(ran)))
+    forest(ax, claim_rows(ran), x="difference that the claim is about")
     what = f"{len(ran)} claims of {paper_record(g['paper'])['cite']}"
     return Picture(fig, f"Our estimate with interval and the published value for {what}",
-                   "Ours with its 95 % interval (filled), the paper's (diamond). Names are those of the claims as they "
-                   "stand above, in this order.")
+                   "Ours with its 95 % interval (filled), the paper's (diamond), in the order of the claims above.")
+
+# %% ../../nbs/lib/66_report.overview.ipynb #66b50677
+def best_groups(
+    got:list, # From `groups`, in their order
+) -> list: # At most one a paper
+    "For each paper the first group whose claims were tested."
+    first = {}
+    for g in got:
+        if g["verdicts"].ours.notna().any(): first.setdefault(g["paper"], g)
+    return list(first.values())
+
+def all_claims_figure(
+    got:list, # From `groups`
+) -> Picture: # None where nothing was run
+    "Every claim that was run, ours against the paper's, one panel a paper."
+    shown = best_groups(got)
+    if not shown: return None
+    ran = [g["verdicts"][g["verdicts"].ours.notna()] for g in shown]
+    rows = [len(t) + 2 for t in ran]
+    fig, axs = sheet(len(shown), 1, size=(10, .42*sum(rows)), squeeze=False, height_ratios=rows)
+    for ax,g,t in zip(axs[:,0], shown, ran):
+        title = f"{paper_record(g['paper'])['short']} – {group_name(g)}"
+        forest(ax, claim_rows(t), x="difference that the claim is about", title=title)
+    n = sum(map(len, ran))
+    return Picture(fig, f"{n} claims of {len(shown)} papers: the published value and ours with its interval",
+                   "Ours with its 95 % interval (filled), the paper's own value (diamond). Right of zero means more. "
+                   "A claim is judged in the sections below, with all claims of its paper as one family.")
+
 
 # %% ../../nbs/lib/66_report.overview.ipynb #1cf8dbf5
 def group_section(
@@ -352,13 +388,15 @@ def overview_sections(
     price:float=0., # Per hour of the device
 ) -> list: # Of Section
     "The tally, every paper, what it costs, and what is missing."
-    parts = [Section("All papers", RULE, tables=[Table(tally(got, price), "Verdicts so far", index=False)])]
+    picture = all_claims_figure(got)
+    head = Section("All papers", RULE, tables=[Table(tally(got, price), "Verdicts so far", index=False)])
+    parts = [Section("All claims at a glance", figures=[picture]), head] if picture else [head]
     for p in papers(): parts += [group_section(g, page, price) for g in got if g["paper"]==p] or [not_run(p)]
     parts += cost_section(found)
     lack = missing(found)
-    if not len(lack): return parts
+    if not len(lack): return [*parts, glossary_section()]
     said = "Runs that would complete this page, and the line that makes each. `mammo_sweep` does many at once."
-    return [*parts, Section("What is missing", said, tables=[Table(lack, index=False)])]
+    return [*parts, Section("What is missing", said, tables=[Table(lack, index=False)]), glossary_section()]
 
 # %% ../../nbs/lib/66_report.overview.ipynb #ec2dd8ae
 def build_page(

@@ -194,6 +194,7 @@ TRAININGS = {"00_annotation_shift": 3, "04_sharing": 3} # Trainings behind a pub
 
 def _known(claim, f, n): # Interval and smallest effect of each row of coefficients
     C, used, of = contrasts(claim, f)
+    if not len(C): return []                                             # the paper prints no cell of this claim
     W = C.mean(0, keepdims=True) if claim.kind=="mean" else C
     k = len(W)
     u = strata_needed(claim, k)
