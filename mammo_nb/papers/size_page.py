@@ -54,6 +54,8 @@ READINGS = (
      lambda p: "removed" if p.min_grey else "kept"),
     ("Rounds of 100 windows", "fresh (Algorithm 1)", "the same windows each round",
      lambda p: "the same" if p.same_seed else "fresh"),
+    ("Tissue windows", "128 px as they are (Algorithm 1)", "128 px as they are",
+     lambda p: "squares as large as masses are, resized alike" if p.matched else "128 px as they are"),
     ("Unit of the folds", "not said", "patch", lambda p: p.unit),
     *((*row, lambda p, row=row: FIXED[row[0]]) for row in (
         ("Latent vectors", "normalised to [-1, 1] (section 4.3)", "as drawn"),
@@ -163,7 +165,7 @@ VERDICTS = """Each claim of the thesis as a difference between trainings of this
 from the folds, which count as clusters with networks of their own. Margins were fixed beforehand."""
 PROBE = """AUC of each cue alone and of a logistic regression on all four, without looking at a lesion. A mass is
 its box resized, tissue is a window as it is, so sharpness alone separates much of the task: this is how the thesis
-cuts patches."""
+cuts patches. `protocol clean` cuts both alike."""
 QUALITY = """Means over folds, against the masses of the test third that no generator has seen. FID depends on how many
 patches are compared, so it stands beside real masses against as many other real masses; 1 times that floor is as near as
 real ones are. KID does not and may be below 0. Diversity is the difference between two fakes as a share of that between
@@ -193,7 +195,7 @@ SECTIONS = [
         named("leaks", "What the split lets through", "Counts of test patches; zero under a split by patient."),
         Shown("readings", "Where text and published code part"))),
     part("Experiment A: lesion simulation", text=words("fid"),
-         figures=("fig08_fid", "fig12_batches", "fig14_progress")),
+         figures=("fig05_losses", "fig08_fid", "fig12_batches", "fig14_progress")),
     beside_section("table3", heading="Experiment B: augmentation against training size", text=OTHER_DATA, digits=4,
                    captions={"table3": "Table 3, AUC: thesis above, ours below"}),
     beside_section("f1_gains", heading="Gains in F1 (section 5.2)",

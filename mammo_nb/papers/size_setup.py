@@ -70,6 +70,7 @@ class Protocol:
     same_seed:bool = False       # The same 100 windows in each of the five rounds of Algorithm 1
     first_kernel:int = 4         # First layer of discriminator and classifier
     weight_decay:float = 5e-4    # Of the classifier
+    matched:bool = False         # Tissue windows as large as masses are and cut as they are, not all of one side
     drop_doubles:bool = False    # Leave out patches whose pixels occur twice
     seed_all:bool = False        # Folds and generators change with the run's seed, or are shared by all seeds
 
@@ -160,7 +161,7 @@ KNOBS = ("patients", "gan_epochs", "simulation_epochs", "clf_epochs", "boots", "
 STAGES = ("data", "patches", "generators", "quality", "classifiers", "report")
 
 PAPER = Paper("02_dcgan_size", presets=PRESETS, protocol=Protocol, plan=plan, switches=SWITCHES, authors=AUTHORS,
-    clean=dict(unit="patient", drop_doubles=True, seed_all=True),
+    clean=dict(unit="patient", matched=True, drop_doubles=True, seed_all=True),
     lists=dict(modes=tuple(MODES)), knobs={k: k for k in KNOBS},
     choices=dict(extractor=("", "inception", "embedded", "pixels", "auto"), scaling=("minmax", "voi")),
     rules=dict(k_shrink=between(0., 1000.), imbalance=between(0, 100), sizes=sizes_rule(), folds=between(0, 10),
