@@ -95,7 +95,7 @@ def tissue_plan(
     seed:int, # Of sizes and places
     like:pd.DataFrame, # Lesions of all data sets, whose sizes are taken where tissue is matched
 ): # Plan
-    "Windows of tissue inside the breast and clear of lesions: all of one side as the thesis, or as large as masses are."
+    "Windows of tissue inside the breast, clear of lesions: of one side as the thesis, or as large as masses are."
     if protocol.matched:
         how = dict(**SQUARE, scale=setup.scale, max_background=0., scope="masses", images="all")
         return healthy_patches(data, setup.tissue_per_image*len(data.images), seed=seed, like=like, **how)
