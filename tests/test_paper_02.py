@@ -23,9 +23,9 @@ from mammo_nb.runs import Run, job_key
 
 NOTEBOOK = repo_root()/"nbs"/"02_dcgan_size.ipynb"
 USUAL = dict(seed=0, preset="demo", mode="exact", protocol="paper", switches="", data_dir="", run_dir="", device="cpu", only="",
-             weights="", k_shrink=0., modes="", sizes="", split_seed=-1, gan_seed=-1, phantom_seed=0)
+             weights="", k_shrink=0., modes="", sizes="", split_seed=-1, gan_seed=-1, phantom_seed=0, folds=0, replicates=1, scaling="minmax")
 USUAL |= {k: "" if k == "extractor" else 0 for k in size_setup.KNOBS}
-SMALL = dict(shrink=20., imbalance=4, gan_epochs=2, clf_epochs=2, simulation_epochs=2, fid_every=1, fid_n=12, boots=60)
+SMALL = dict(shrink=20., imbalance=4, trained=3, even=False, gan_epochs=2, clf_epochs=2, simulation_epochs=2, fid_every=1, fid_n=12, boots=60)
 
 
 def papermill(out, *parameters, cwd=None):
@@ -58,7 +58,7 @@ def trained(run, ps, monkeypatch, modes=("org", "aug_gan")):
     monkeypatch.setenv("MAMMO_NB_CACHE", str(run.dir/"cache"))
     study = study_of(run, ps)
     made = run.do(paper.drawings(run, study, run.do(paper.generators(run, ps.subset(ps.y == 1), study))))
-    return run.answers(run.do(paper.classifiers(run, study, made, modes=modes)), fewest=0)
+    return paper.train(run, paper.classifiers(run, study, made, modes=modes), {})[0]
 
 
 def bytes_of(folder):
@@ -90,6 +90,21 @@ def test_seeds_share_generators_and_not_classifiers(tmp_path):
     assert same == {n for n in a if n.startswith(("gan-", "simulation"))}
     other = keys(a_run(tmp_path/"c", gan_seed=5), ps)
     assert {n for n in a if a[n] == other[n]} == set(a) - same
+
+
+def test_replicates_train_generators_and_classifiers_of_their_own(tmp_path):
+    "The first generator of several is the one that a run with one trains; all modes are trained as often."
+    ps = toy()
+    one, run = keys(a_run(tmp_path/"a"), ps), a_run(tmp_path/"b", replicates=3)
+    three = keys(run, ps)
+    assert {n: three[n] for n in one} == one and len(set(three.values())) == 1 + 3*(len(one) - 1)
+
+
+def test_controls_have_as_many_patches_as_the_generator_adds(tmp_path, monkeypatch):
+    answers = trained(a_run(tmp_path/"a"), toy(), monkeypatch, modes=("org", "none_steps", "copies", "noise"))
+    assert answers.frame.groupby("arm").size().nunique() == 1 and answers.frame.arm.nunique() == 4
+    p = answers.frame.pivot(index=["replicate", "patch_id"], columns="arm", values="p")
+    assert all((p[a] != p[b]).any() for a in p for b in p if a < b)
 
 
 @pytest.mark.parametrize("change", ["label", "pixel", "patient"])
@@ -142,7 +157,8 @@ def test_single_patient_of_tissue(tmp_path):
 
 def test_published_size_is_what_was_published():
     settled = settle(size_setup.PAPER, Params(**USUAL | dict(preset="paper", extractor="embedded")))
-    assert len(settled.grid) == 72 and settled.grid.groupby(["regime", "fold"]).ngroups == 18
+    thesis = settled.grid[settled.grid.arm.isin(size_setup.THESIS_MODES)]
+    assert len(thesis) == 72 and settled.grid.groupby(["regime", "fold"]).ngroups == 18
     r, setup = paper.dcgan_recipe(settled.setup, settled.protocol), settled.setup
     assert (r.nz, r.batch, r.betas, r.lr_g, r.lr_d, r.decay, r.decay_g, r.decay_d, r.labels, r.jitter) == \
         (200, 64, (0., .99), 4e-4, 2e-4, .99, 10, 8, (.7, 1.), .05)
@@ -176,10 +192,10 @@ def small_run(tmp_path_factory):
 def test_notebook_leaves_every_table_figure_and_report(small_run):
     tables = {p.stem for p in (small_run/"tables").glob("*.csv")}
     assert {"counts", "skipped", "leaks", "sizes", "probe", "fid_curve", "quality", "quality_all", "scores", "gains", "claims",
-            "conflicts", "readings"} <= tables
+            "conflicts", "readings", "left_out", "beside_thesis"} <= tables
     assert "splits" in tables or "not possible" in read_json(small_run/"run.json")["split_comparison"]
     figures = {p.stem for p in (small_run/"figures").glob("*.png")}
-    assert figures == {"fig08_fid", "fig09_f1", "table3_auc", "fig10_11_13_tsne", "fig12_batches", "fig14_progress", "fig15_samples", "copies"}
+    assert figures == {"first_look", "fig05_losses", "fig08_fid", "fig09_f1", "table3_auc", "fig10_11_13_tsne", "fig12_batches", "fig14_progress", "fig15_samples", "copies"}
     page = (small_run/"report.html").read_text()
     assert "PHANTOM DATA" in page and "0.9836" in page and "Aug GAN" in page and "src=\"http" not in page
     results = pd.read_csv(small_run/"results.csv")
@@ -190,7 +206,7 @@ def test_notebook_leaves_every_table_figure_and_report(small_run):
     assert len(claims) == 21 and claims.shown.str.contains("phantom, demo|not run|not testable").all()
 
 
-@pytest.mark.parametrize("name,value,words", [("sead", 1, "did you mean 'seed'"), ("sizes", "100,200", "is not possible"),
+@pytest.mark.parametrize("name,value,words", [("sead", 1, "did you mean 'seed'"), ("sizes", "100,1", "'1' is no size"),
                                               ("extractor", "inceptoin", "did you mean 'inception'")])
 def test_wrong_parameters_are_named(tmp_path, name, value, words):
     done = papermill(tmp_path/"out.ipynb", (name, value), ("run_dir", tmp_path/"run"))
@@ -202,7 +218,7 @@ def test_real_patches(tmp_path):
     root = repo_root().parent/"shared"/"data"
     if not (root/"cbis_mass_patches").is_dir(): pytest.skip("shared/data with the real patches is not here")
     setup = replace(size_setup.PRESETS["demo"], tissue_per_image=60, imbalance=1, shrink=10., scale=1.)
-    run = types.SimpleNamespace(phantom=False, params=Params(data_dir=str(root)))
+    run = types.SimpleNamespace(phantom=False, params=Params(data_dir=str(root), scaling="minmax"))
     lesions, tissue = size_study.cut(size_study.load(run)[0], setup, size_setup.Protocol(), 0)
     ps = size_study.study_set(lesions, tissue, imbalance=1, seed=0)
     folds = size_study.make_folds(ps, "patch", seed=0)

@@ -215,7 +215,8 @@ def quality_of(
     if not strict or (min(len(test), len(fake)) >= 6 and by is not None):
         out.append(generator_report(test.pixels[:,0], fake, extractor=how.extractor, seed=how.seed, groups=by,
                                     device=device))
-    if not strict or (min(len(held), len(fake)) >= 4 and held_by is not None):
+    told = min(len(held), len(fake)) >= 4 and held.table.patient_id.nunique() >= 2
+    if (told and held_by is not None) if strict else (told or not how.unseen):
         space = make_extractor(how.copies) if how.copies else how.extractor
         out.append(memory_report(fake, train.pixels[:,0], held.pixels[:,0], extractor=space, seed=how.seed,
                                  held_groups=held_by, repeats=how.repeats, device=device))
