@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'ARMS', 'LISTS', 'REAL', 'DEMO_GAN', 'DEMO', 'PUBLISHED', 'PRETRAINED', 'KNOBS', 'PAPER', 'plan_cells',
-           'trained_as', 'cells_of', 'everywhere', 'Setup', 'asked_protocols', 'with_synthetic', 'asked_arms',
-           'asked_models', 'plan', 'with_weights', 'unready', 'check_models', 'at_size', 'settle', 'Masses', 'load',
-           'Study', 'cut', 'trial_seed', 'gan_recipe', 'generator_of', 'needed_generators', 'generators', 'draws',
-           'synthetic_sets', 'measures', 'known_rows', 'cell_sets', 'Training', 'training_of', 'after_search',
+           'trained_as', 'cells_of', 'everywhere', 'Setup', 'with_weights', 'unready', 'check_models',
+           'asked_protocols', 'with_synthetic', 'asked_arms', 'asked_models', 'plan', 'at_size', 'settle', 'Masses',
+           'load', 'Study', 'cut', 'trial_seed', 'gan_recipe', 'generator_of', 'needed_generators', 'generators',
+           'draws', 'synthetic_sets', 'measures', 'known_rows', 'cell_sets', 'Training', 'training_of', 'after_search',
            'fit_cell', 'added', 'classifiers', 'search_table', 'intervals', 'judges']
 
 # %% ../../nbs/papers/83_papers.cbis.ipynb #2d408146
@@ -143,36 +143,6 @@ PUBLISHED = Setup(
     search_trials=50, search_epochs=20, clf_epochs=20, lr=1e-4, boots=2000, extractor="auto",
     nets=_nets(224, {name: dict(kind=name) for name in BODIES}))
 
-# %% ../../nbs/papers/83_papers.cbis.ipynb #779d1019
-def asked_protocols(params:Params) -> tuple: # Keys of `PROTOCOLS`
-    "The headline and those beside it; none named: all."
-    return tuple(p for p in PROTOCOLS if p == params.protocol or p in (split_words(params.protocols) or PROTOCOLS))
-
-def with_synthetic(params:Params) -> tuple: # Of `MODELS`
-    "The models that are also trained with synthetic images."
-    models = split_words(params.models) or MODELS
-    return tuple(m for m in MODELS if m in models and m in (split_words(params.cgan_models) or ("inceptionresnetv2",)))
-
-def asked_arms(params:Params, setup:Setup) -> tuple: # Of `ARMS`
-    "The further trainings."
-    return tuple(a for a in ARMS if a in (split_words(params.arms) or setup.arms))
-
-def asked_models(params:Params, setup:Setup) -> tuple: # Of `MODELS`
-    "The models that were named, or all that this run has weights for."
-    named = split_words(params.models)
-    return tuple(m for m in MODELS if (m in named if named else m not in unready(params, setup.nets)))
-
-def plan(
-    params:Params, # Checked parameters
-    setup:Setup, # Sizes
-) -> pd.DataFrame: # One row a training: scope, model, arm, regime, protocol, replicate
-    "The grid of Table I."
-    models = asked_models(params, setup)
-    cells = plan_cells(models=models, cgan_models=with_synthetic(params), protocols=asked_protocols(params),
-                       headline=params.protocol, trials=setup.trials, leak=params.leak_test,
-                       arms=asked_arms(params, setup))
-    return pd.DataFrame([vars(c) for c in cells], columns=list(Cell.__annotations__))
-
 # %% ../../nbs/papers/83_papers.cbis.ipynb #629d3ddd
 PRETRAINED = ("vgg16", "densenet169") # Those the paper takes from ImageNet; InceptionResNetV2 is trained from scratch
 
@@ -206,6 +176,36 @@ def check_models(params:Params, nets:dict) -> None:
     if not lacking: return
     what, fix = f"{' and '.join(sorted(lacking))} start from ImageNet", "name a folder with NAME.safetensors, or random"
     raise WeightsError(what, "weights", fix)
+
+# %% ../../nbs/papers/83_papers.cbis.ipynb #779d1019
+def asked_protocols(params:Params) -> tuple: # Keys of `PROTOCOLS`
+    "The headline and those beside it; none named: all."
+    return tuple(p for p in PROTOCOLS if p == params.protocol or p in (split_words(params.protocols) or PROTOCOLS))
+
+def with_synthetic(params:Params) -> tuple: # Of `MODELS`
+    "The models that are also trained with synthetic images."
+    models = split_words(params.models) or MODELS
+    return tuple(m for m in MODELS if m in models and m in (split_words(params.cgan_models) or ("inceptionresnetv2",)))
+
+def asked_arms(params:Params, setup:Setup) -> tuple: # Of `ARMS`
+    "The further trainings."
+    return tuple(a for a in ARMS if a in (split_words(params.arms) or setup.arms))
+
+def asked_models(params:Params, setup:Setup) -> tuple: # Of `MODELS`
+    "The models that were named, or all that this run has weights for."
+    named = split_words(params.models)
+    return tuple(m for m in MODELS if (m in named if named else m not in unready(params, setup.nets)))
+
+def plan(
+    params:Params, # Checked parameters
+    setup:Setup, # Sizes
+) -> pd.DataFrame: # One row a training: scope, model, arm, regime, protocol, replicate
+    "The grid of Table I."
+    models = asked_models(params, setup)
+    cells = plan_cells(models=models, cgan_models=with_synthetic(params), protocols=asked_protocols(params),
+                       headline=params.protocol, trials=setup.trials, leak=params.leak_test,
+                       arms=asked_arms(params, setup))
+    return pd.DataFrame([vars(c) for c in cells], columns=list(Cell.__annotations__))
 
 # %% ../../nbs/papers/83_papers.cbis.ipynb #c0a1e105
 def at_size(
