@@ -1,11 +1,14 @@
 "The conditional GAN against a textbook loop, killed and resumed, told wrong labels, and sampled by class."
+import contextlib
 import json
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
+from mock_cuda import mock_cuda
 from mammo_nb.core import ParameterError, RunError, rng, torch_rng
 from mammo_nb.gans.cgan import CGAN, DIGITS_CGAN, digit_check, digits, sample_classes
 from mammo_nb.gans.share import load_generator, sample_generator
@@ -113,6 +116,32 @@ def test_no_step_waits_for_the_device(pixels, labels):
         game = Game(replace(TINY, **change), 0, "cpu", data=torch.from_numpy(pixels)[:,None], labels=torch.from_numpy(labels))
         game.start_epoch(0); train_epoch(game, game.data, epoch=0, sums={}); game.place(0)
         assert waits(lambda: game.step(torch.arange(8))) == []
+
+
+def refused_by_cudnn(refusals, pixels, labels):
+    "Eight updates on the played device; the first captures end as cuDNN ended one on an H200 (gpu_measured.md)."
+    said, left = [], [refusals]
+    with mock_cuda():
+        real = torch.cuda.graph
+        @contextlib.contextmanager
+        def graph(*args, **kw):
+            with real(*args, **kw):
+                yield
+                left[0] -= 1
+                if left[0] >= 0: raise RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR")
+        with patch.object(torch.cuda, "graph", graph):
+            data = torch.from_numpy(pixels)[:,None].to("cuda")
+            game = Game(replace(TINY, updates_epoch=8), 5, "cuda", data=data, labels=torch.from_numpy(labels), log=lambda **kw: said.append(kw))
+            game.start_epoch(0); means = train_epoch(game, data, epoch=0, sums={})
+        return weights(game.G.cpu(), game.D.cpu()), means, said, [s.graph for s in game.engine.slots.values()]
+
+
+def test_a_capture_that_cudnn_refuses_is_tried_once_more(pixels, labels):
+    (whole, means, _, _), (once, again, said, graphs) = (refused_by_cudnn(k, pixels, labels) for k in (0, 1))
+    assert torch.equal(whole, once) and means == again and not said and len(graphs) == 1 and graphs[0]
+    twice, again, said, graphs = refused_by_cudnn(2, pixels, labels)
+    assert torch.equal(whole, twice) and means == again and not graphs
+    assert [(kw["event"], kw["why"]) for kw in said] == [("eager", "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR")]
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def settled(**changes): return settle(paper.PAPER, Params(**declared() | changes
 
 def begin(folder, **changes):
     "A run of seconds: the simple CNN, one trial, ten updates, images of 32 px."
-    small = dict(models="cnn", cgan_models="cnn", trials=1, updates=10, clf_epochs=2, boots=40, device="cpu", run_dir=str(folder))
+    small = dict(models="cnn", cgan_models="cnn", trials=1, updates=10, clf_epochs=2, boots=40, arms="plain,none_steps,swapped", device="cpu", run_dir=str(folder))
     params = Params(**declared() | small | changes)
     chosen = settle(paper.PAPER, params)
     nets = {"cnn": dict(kind="notebook_cnn", size=32, widths=(8, 8), hidden=16, channels=1)}
@@ -78,9 +78,12 @@ def test_published_size_is_what_was_published():
     S, g, grid = chosen.setup, paper.gan_recipe(chosen.setup), chosen.grid
     assert (S.size, S.image, S.updates, S.n_synthetic(1187), S.blur, S.clf_batch, S.lr, S.clf_epochs) == (224, "full", 30_000, 550, 5, 16, 1e-4, 20)
     assert (g.size, g.nz, g.channels, g.base, g.epochs*g.updates_epoch, g.batch, g.betas, g.lr_g, g.drop) == (224, 100, 3, 14, 30_000, 16, (.5, .999), 2e-4, .4)
+    assert S.arms == paper.ARMS and not set(paper.PRETRAINED) & set(grid.model)          # their weights are not there
+    with pytest.raises(WeightsError, match="start from ImageNet"): settled(preset="paper", models="cnn,vgg16")
+    grid = settled(preset="paper", weights="random").grid
     assert n_params(build_classifier(S.nets["cnn"])) == 1_917_698
     c = grid[grid.regime == ""]
-    assert set(c.model) == set(paper.MODELS) and set(c.model[c.arm == "cgan"]) == {"inceptionresnetv2"} and set(grid.protocol) == set(masses_of.PROTOCOLS)
+    assert set(c.model) == set(paper.MODELS) and set(c.arm) == {"none", "cgan", *paper.CONTROLS} and set(c.model[c.arm == "cgan"]) == {"inceptionresnetv2"} and set(grid.protocol) == set(masses_of.PROTOCOLS)
     with pytest.raises(ParameterError, match="nothing is left of 48 px"): settled(preset="paper", size=48)
     with pytest.raises(WeightsError, match="vgg16.safetensors"): settled(weights=str(ROOT/"tests"))
 
@@ -171,20 +174,24 @@ def test_an_interval_that_leaves_out_its_value_is_drawn_as_it_is():
 
 def test_who_is_tested(studied):
     s = studied[0]; t = answers_of(s, named=False).frame; test = t[t.side == "test"]
-    assert test.groupby(["protocol", "arm"]).synthetic.any().to_dict() == {("authors", "cgan"): True, ("authors", "none"): False, ("clean", "cgan"): False, ("clean", "none"): False, ("paper", "cgan"): False, ("paper", "none"): False}
+    both = test[test.arm.isin(["none", "cgan"])]
+    assert both.groupby(["protocol", "arm"]).synthetic.any().to_dict() == {("authors", "cgan"): True, ("authors", "none"): False, ("clean", "cgan"): False, ("clean", "none"): False, ("paper", "cgan"): False, ("paper", "none"): False}
     assert not test[test.protocol == "clean"].known.any() and test[test.protocol == "paper"].known.any()
     train = t[(t.side == "train") & (t.arm == "cgan")]
     assert (train.groupby("protocol").synthetic.sum() > 0).all()
     made = s.sets["clean", 0]
     who = set(next(iter(made.generators.values())))
     assert not who & set(s.study.part("clean", "test").table.patient_id) and made.table.label.value_counts().nunique() == 1
+    assert both.patient_id[both.synthetic].nunique() == 1                               # one generator is one patient of the bootstrap
     assert not [c for c in s.jobs if c.protocol == "authors" and c.arm == "none"]        # trained once, as paper
 
 
 def test_results_hold_together(studied):
     s = studied[0]; answers, how = its.in_groups(answers_of(s)), Intervals(40, 0)
     r = s.run.results(its.all_scores(answers, how))
-    assert list(r.columns) == RESULT_COLUMNS and (r.lo <= r.value + 1e-9).all() and (r.value <= r.hi + 1e-9).all()
+    t = r[r.scope != "synthetic"]
+    assert list(r.columns) == RESULT_COLUMNS and (t.lo <= t.value + 1e-9).all() and (t.value <= t.hi + 1e-9).all()
+    assert len(r) > len(t) and r[r.scope == "synthetic"].lo.isna().all()                 # of one generator there is no interval
     by = r[(r.scope == "masses") & (r.regime == "")].set_index(["protocol", "model", "arm", "metric"]).value
     assert by["authors", "cnn", "none", "accuracy"] == by["paper", "cnn", "none", "accuracy"]
     assert by["paper", "name", "none", "auroc"] > .7 and by["clean", "name", "none", "auroc"] == .5
@@ -229,14 +236,14 @@ def test_a_key_knows_labels_pixels_and_seeds(tmp_path, studied):
     drawn = lambda run: {k: job_key(j, "cpu", "exact") for k, j in paper.draws(run, s.study, s.made).items()}
     assert not set(drawn(s.run).values()) & set(drawn(other(gan_seed=3)).values())         # a draw counts its own seed
     changed = keys_of(s.run, s.study, {k: ps.subset(np.arange(len(ps)-1)) for k, ps in s.sets.items()})
-    assert all((changed[c] != before[c]) == (c.arm == "cgan") for c in s.jobs)
+    assert all((changed[c] != before[c]) == (c.arm in ("cgan", "swapped")) for c in s.jobs)
     moved = keys_of(other(augment=False), s.study, s.sets), keys_of(other(lr=.5), s.study, s.sets), keys_of(other(clf_epochs=1), s.study, s.sets)
     assert all(m[c] != before[c] for m in moved for c in s.jobs)
 
 
-CHANGES = dict(seed=5, preset="paper", protocol="clean", mode="fast", protocols="clean", models="cnn", cgan_models="cnn", image="full", size=96, patients=30, updates=20, synthetic=9, trials=1, search_trials=2,
+CHANGES = dict(seed=5, preset="paper", protocol="clean", mode="fast", protocols="clean", models="cnn", cgan_models="cnn", image="full", size=96, patients=30, updates=20, synthetic=9, trials=4, replicates=2, arms="noise", search_trials=2,
                clf_epochs=3, lr=.5, augment=False, leak_test=False, boots=9, split_seed=4, gan_seed=4, phantom_seed=4)
-WHERE = {"data_dir": "where data lie", "run_dir": "where results go", "device": "where to compute", "only": "which stages now", "weights": "below, needs a file", "show_real": "the page"}
+WHERE = {"data_dir": "where data lie", "run_dir": "where results go", "device": "where to compute", "only": "which stages now", "weights": "below, needs a file", "frozen": "lesson 83, needs a file", "show_real": "the page"}
 
 def test_every_parameter_has_an_effect():
     assert set(CHANGES) | set(WHERE) == set(declared())
@@ -286,7 +293,7 @@ def test_notebook_leaves_every_table_and_the_report(small_run):
     assert len(RunFolder(small_run).answers()) > 0
     text = (small_run/"report.html").read_text()
     assert "PHANTOM DATA" in text and "223 images (real + synthetic" in text and "only the patient" in text and 'src="http' not in text and len(text) < 10_000_000
-    assert len(pd.read_csv(small_run/"tables"/"claims.csv")) == 14
+    assert len(pd.read_csv(small_run/"tables"/"claims.csv")) == 15
 
 
 def test_the_page_is_written_again_from_the_folder_alone(small_run):

@@ -112,15 +112,13 @@ def default_generator(
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #a4a0a12f
 @patch
-def record(self:Engine, slot:Slot, fn) -> None:
-    "Capture a step; when that fails, nothing has happened to the run but a logged line."
+def attempt(self:Engine, slot:Slot, fn) -> str: # Why it failed, else ""
+    "Capture a step; when that fails, its sources of chance are as before."
     common = default_generator(self.device)
     old = common and common.get_state()
     kept = {k: g.get_state() for k,g in self.generators.items()}
     try: slot.graph = self.capture(lambda: fn(**slot.inputs), list(self.generators.values()), self.stream)
     except RuntimeError as e:
-        self.stop(str(e.__context__ or e).strip().splitlines()[0][:200])
-        self.forget()                     # earlier graphs draw from the generators that are replaced here
         for k,state in kept.items():      # a generator may be left as if still captured
             self.generators[k] = torch.Generator(self.device)
             self.generators[k].set_state(state)
@@ -128,6 +126,22 @@ def record(self:Engine, slot:Slot, fn) -> None:
             fresh = torch.Generator(self.device)
             fresh.set_state(old)
             common.graphsafe_set_state(fresh.graphsafe_get_state())
+        return str(e.__context__ or e).strip().splitlines()[0][:200]
+    return ""
+
+# %% ../../nbs/lib/41a_gans.engine.ipynb #c0a1e201
+@patch
+def record(self:Engine, slot:Slot, fn) -> None:
+    "Capture a step, at the second try if need be; when both fail, nothing has happened to the run but a logged line."
+    if not self.attempt(slot, fn): return
+    # earlier graphs draw from generators that are replaced by now
+    self.slots = {k: s for k,s in self.slots.items() if s is slot}
+    if self.stream:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+    if why := self.attempt(slot, fn):
+        self.stop(why)
+        self.forget()
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #10a34b7c
 @patch
