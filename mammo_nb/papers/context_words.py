@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OF_THE_TEXT', 'SURVIVORS', 'implied_errors', 'contradictions', 'intro', 'network_words', 'lost', 'lost_words',
-           'removal_words', 'rescue_line']
+           'withheld', 'removal_words', 'rescue_line', 'named_task', 'edit_words', 'short_answer']
 
 # %% ../../nbs/papers/81g_papers.context_words.ipynb #d817e411
 import pandas as pd
@@ -12,7 +12,9 @@ from scipy import stats
 
 from ..gans.context import ContextGAN
 from .context import PAPER, Protocol, Setup, gan_recipe
+from .context_arms import CONTROLS
 from .context_figures import named
+from ..report.rules import claims
 from ..report.tables import published
 
 # %% ../../nbs/papers/81g_papers.context_words.ipynb #81679316
@@ -107,6 +109,21 @@ def lost_words(
     return (f"**{none[0].upper()}{none[1:]} survived post-processing ({counts}): every arm that starts with synthetic "
             "patches was trained without, so these rows are not the paper's experiment.**")
 
+# %% ../../nbs/papers/81g_papers.context_words.ipynb #1f808aa3
+def withheld(
+    judged:pd.DataFrame, # Of `report.claims.verdicts`
+    names:list, # Of `lost`
+) -> pd.DataFrame: # The same claims
+    "No verdict on arms that were trained without a part of the paper's synthetic set."
+    if not names: return judged
+    def unpainted(c): return all(set(term.get("arm", ["?"])) <= set(CONTROLS) for term in c.terms)
+    alone = {c.id for c in claims(PAPER.name) if unpainted(c)}
+    hit = judged.ours.notna() & ~judged.id.isin(alone)
+    tail = [shown.removeprefix(verdict) for shown,verdict in zip(judged.shown, judged.verdict)]
+    why = f"no {' and no '.join(names)} survived post-processing, so these arms are not the paper's"
+    return judged.assign(verdict=judged.verdict.where(~hit, "cannot tell"), why=judged.why.where(~hit, why),
+                         shown=judged.shown.where(~hit, ["cannot tell" + t for t in tail]))
+
 # %% ../../nbs/papers/81g_papers.context_words.ipynb #a4771171
 def removal_words(
     t:pd.DataFrame, # Table of `removal_table`
@@ -137,3 +154,37 @@ def rescue_line(
             f"the {g.shown:.0f} with the largest gain rise by {g.gain_shown:.2f}, all missed ones by "
             f"{g.gain_missed:.2f}, all cancers by {g.gain_cancers:.2f}, patches without cancer by "
             f"{g.gain_normals:.2f}; false alarms {g.false_alarms_before:.0f} before, {g.false_alarms_now:.0f} now.")
+
+# %% ../../nbs/papers/81g_papers.context_words.ipynb #6dbf196d
+def named_task(task:str) -> str: # task: of `SURVIVORS`
+    "A task as a list names it."
+    return dict(mass="Masses added", calc="Calcifications added", remove="Lesions removed")[task]
+
+# %% ../../nbs/papers/81g_papers.context_words.ipynb #7527bc49
+def edit_words(
+    r, # Row of the table `reader`
+) -> str:
+    "What a classifier of real patches says of the edits of a task."
+    start = f"{named_task(r.task)}: {r.kept:.0f} of {r.tried:.0f} edits of validation patients were kept"
+    if not r.kept: return f"- {start}, so there is nothing to look at."
+    if r.task == "remove":
+        return (f"- {start}. A classifier of real patches ranks them above normal ones with AUROC {r.before:.2f} before "
+                f"and {r.after:.2f} [{r.lo:.2f}, {r.hi:.2f}] after; 0.5 would be a normal patch.")
+    return (f"- {start}. A classifier of real patches ranks them above normal ones with AUROC {r.after:.2f} "
+            f"[{r.lo:.2f}, {r.hi:.2f}]; real lesions {r.real:.2f}, the same patches before {r.before:.2f}.")
+
+# %% ../../nbs/papers/81g_papers.context_words.ipynb #5c0d0652
+def short_answer(
+    reader:pd.DataFrame, # Table `reader`, or None
+    removal:pd.DataFrame, # Table `removal`, or None
+    arms:pd.DataFrame, # Table `arms`, or None
+) -> str:
+    "What this run says, in a few lines."
+    lines = [] if reader is None else [edit_words(r) for r in reader.itertuples()]
+    if removal is not None: lines += [f"{removal_words(removal)} This is measured on test patients."]
+    if arms is not None:
+        t = arms.set_index("arm")
+        of = {a: t.loc[a] for a in ("baseline", "decay50", "baseline_again") if a in t.index}
+        said = [f"{named(a)} {r.auc:.3f} [{r.lo:.3f}, {r.hi:.3f}]" for a,r in of.items()]
+        lines.append(f"- AUROC of cancer: {'; '.join(said)}.")
+    return "\n".join(lines) or "Nothing was trained here."
