@@ -83,6 +83,7 @@ class Setup:
     gan_width:float            # Width against the published one
     d_mult:int                 # Filters of D against G's
     gan_lr:tuple               # Learning rates of G and D; empty: the recipe's
+    gan_half:int               # Of 50,000 updates, those at half the side
     gan_ema:float              # Decay of the average of G that paints; 0: G itself, as in the paper
     synthetic:int              # Synthetic patches wanted of each task
     rounds:int                 # Most passes over the base patches to get them
@@ -109,16 +110,16 @@ class Setup:
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #f30353e0
 DEMO = Setup(
-    patients=40, phantom_scale=.25, size=64, conspicuity=4., tasks=("mass", "remove"),
+    patients=36, phantom_scale=.25, size=64, conspicuity=4., tasks=("mass", "remove"),
     train=dict(normal=240, malignant_mass=200, malignant_calc=100, benign_mass=60, benign_calc=40),
-    held=dict(normal=48, malignant_mass=48, malignant_calc=32), gan_updates=1200, gan_per_epoch=50, gan_batch=4,
-    gan_width=.25, d_mult=2, gan_lr=(1e-3, 3e-3), gan_ema=.98, synthetic=80, rounds=2, samples=800, every=80,
+    held=dict(normal=48, malignant_mass=48, malignant_calc=32), gan_updates=600, gan_half=32_000, gan_per_epoch=50, gan_batch=4,
+    gan_width=.25, d_mult=2, gan_lr=(1e-3, 3e-3), gan_ema=.98, synthetic=80, rounds=2, samples=600, every=60,
     decay=1-.9**10, clf_batch=16, clf_lr=5e-4, weights="none", depth="small", boots=300,
     arms=("baseline", "decay25", "decay50", "decay100", "baseline_again"),
     embed=dict(normal=40, mass=32, calc=32, synthetic_mass=48, synthetic_calc=48), tsne_iter=300)
 PUBLISHED = Setup(
     patients=4000, phantom_scale=.5, size=256, **COUNTS, gan_updates=50_000, gan_per_epoch=500, gan_batch=8,
-    gan_width=1., d_mult=8, gan_lr=(), gan_ema=0., synthetic=5000, rounds=20, samples=500_000, every=5000, decay=.1,
+    gan_width=1., d_mult=8, gan_lr=(), gan_half=20_000, gan_ema=0., synthetic=5000, rounds=20, samples=500_000, every=5000, decay=.1,
     clf_batch=32, clf_lr=1e-5, weights="imagenet_v2", depth="50", boots=2000,
     embed=dict(normal=2000, mass=1000, calc=1000, synthetic_mass=3560, synthetic_calc=4000), tsne_iter=1000)
 
@@ -201,7 +202,7 @@ def gan_recipe(
     def part(n): return max(1, round(epochs*n/PUBLISHED.gan_updates))*per # of the 50,000 updates, in whole epochs
     fields = dict(READINGS[protocol.reading], delta=protocol.delta, gp_scalar=protocol.gp_scalar, benign=benign,
                   d_channels=protocol.d_channels, batch=setup.gan_batch, epochs=epochs, per_epoch=per,
-                  half=part(20_000), fade=part(3_000), ema=setup.gan_ema)
+                  half=part(setup.gan_half), fade=part(3_000), ema=setup.gan_ema)
     fields |= dict(zip(("lr_g", "lr_d"), setup.gan_lr))
     if "d_mult" not in READINGS[protocol.reading]: fields["d_mult"] = setup.d_mult
     if "base" in fields: fields["base"] = max(2, 2*round(fields["base"]*setup.gan_width/2))
