@@ -92,6 +92,16 @@ def test_a_switch_changes_one_thing(switch, field):
     assert [k for k in old if old[k] != new[k]] == [field]
 
 
+@pytest.mark.parametrize("switch", ["long_singan", "one_crop"])
+def test_what_a_switch_lists_is_used(switch):
+    "The page lists a departure by its field; the sizes that jobs are given must differ in that one thing."
+    alike = dict(preset="paper", only="data", weights="none")
+    old, new = settled(**alike).setup, settled(**alike, switches=switch).setup
+    changed = {k for k in vars(old) if getattr(old, k) != getattr(new, k)}
+    assert changed == dict(long_singan={"singan"}, one_crop={"crops"})[switch]
+    assert (new.singan.steps, new.singan.restart, new.crops) == ((6000, 30, 10) if switch == "long_singan" else (30, 0, 1))
+
+
 # ---------------------------------------------------------------- the notebook as a process
 def run_notebook(tmp_path, name, **over):
     out = tmp_path/name

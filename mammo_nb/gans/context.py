@@ -536,11 +536,11 @@ def edited(self:ContextGAN, game:Game, x:Tensor) -> tuple: # (what the discrimin
 @patch
 def start_epoch(self:ContextGAN, game:Game, epoch:int) -> None:
     "Stage of this epoch; a new stage is another step."
-    stage = self.stage(epoch)
-    if game.G.stage != stage:
-        game.G.stage = game.D.stage = stage
-        game.recapture()
-    for net in (game.G, game.D): net.alpha.fill_({"half": 0., "fade": 0., "full": 1.}[stage])
+    stage, growing = self.stage(epoch), [net for net in (game.G, game.D, game.ema) if net is not None]
+    if game.G.stage != stage: game.recapture()
+    for net in growing:
+        net.stage = stage
+        net.alpha.fill_({"half": 0., "fade": 0., "full": 1.}[stage])
 
 # %% ../../nbs/lib/46_gans.context.ipynb #f5e0e611
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'LISTS', 'SWITCHES', 'CLEAN', 'DEMO', 'PUBLISHED', 'PAPER', 'plan', 'Protocol', 'Setup', 'settle',
            'phantoms_of', 'load', 'cutting_of', 'cut', 'gan_recipe', 'generators', 'synthetic', 'pairs', 'mammogram',
-           'truth', 'check_synthetic', 'classifiers', 'embedding']
+           'truth', 'check_synthetic', 'classifiers', 'reader', 'embedding']
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #9dcc4bfe
 from dataclasses import dataclass, replace
@@ -27,10 +27,11 @@ from ..metrics.answers import Cell
 from ..paper import Paper, Settled
 from .context_arms import augmented_arm
 from .context_decay import ARMS, CONTEXT, Decay, fit_arm, training_of
-from .context_edits import (Painting, draw_synthetic, edit_mammogram, edit_pairs, find_row, kept_of,
-                                           measure_removal)
+from .context_edits import (Painting, draw_synthetic, edit_mammogram, edit_pairs, kept_of,
+                                           measure_removal, row_images)
 from .context_embedding import embed_models, shown_patches
-from .context_patches import PUBLISHED as COUNTS, Cut, Cutting, context_style, cut_patches, wanted_kinds
+from .context_patches import PUBLISHED as COUNTS, TYPES, Cut, Cutting, context_style, cut_patches, wanted_kinds
+from .context_reader import read_edits
 from ..params import Params, between, split_words
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #fab7a2f1
@@ -39,10 +40,10 @@ LISTS = dict(tasks=TASKS, arms=tuple(ARMS)) # Parameter -> words it may hold
 
 def plan(
     params:Params, # Checked parameters
-    setup=None, # Sizes, which decide nothing here
+    setup, # Sizes, with the arms that are trained unless others are asked for
 ) -> pd.DataFrame: # One row a classifier: scope, model, arm
     "The classifiers of a run, in the order of Table 1; the baseline is always among them."
-    words = split_words(params.arms) or list(ARMS)
+    words = split_words(params.arms) or setup.arms
     arms = [a for a in ARMS if a in words or a == "baseline"]
     return pd.DataFrame(dict(scope="lesions", model="resnet50", arm=arms))
 
@@ -82,6 +83,8 @@ class Setup:
     gan_width:float            # Width against the published one
     d_mult:int                 # Filters of D against G's
     gan_lr:tuple               # Learning rates of G and D; empty: the recipe's
+    gan_half:int               # Of 50,000 updates, those at half the side
+    gan_ema:float              # Decay of the average of G that paints; 0: G itself, as in the paper
     synthetic:int              # Synthetic patches wanted of each task
     rounds:int                 # Most passes over the base patches to get them
     samples:int                # Training samples of a classifier
@@ -101,19 +104,22 @@ class Setup:
     row:int = 5                # Contiguous patches of Figure 3
     rescued:int = 5            # False negatives of Figures 5 and 6
     tries:int = 100_000        # Most edits of a task to get its synthetic patches
-    tasks:tuple = TASKS        # Generators
+    tasks:tuple = TASKS        # Generators, unless `-p tasks` asks for others
+    arms:tuple = tuple(ARMS)   # Classifiers, unless `-p arms` asks for others
+    conspicuity:float = 1.3    # Contrast of phantom lesions, see `context_style`
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #f30353e0
 DEMO = Setup(
-    patients=48, phantom_scale=.25, size=64,
-    train=dict(normal=240, malignant_mass=140, malignant_calc=100, benign_mass=40, benign_calc=40),
-    held=dict(normal=40, malignant_mass=32, malignant_calc=32), gan_updates=150, gan_per_epoch=25, gan_batch=4,
-    gan_width=.5, d_mult=2, gan_lr=(1e-3, 2e-3), synthetic=80, rounds=2, samples=800, every=80, decay=1-.9**10,
-    clf_batch=16, clf_lr=5e-4, weights="none", depth="small", boots=300,
-    embed=dict(normal=40, mass=32, calc=32, synthetic_mass=48, synthetic_calc=48), tsne_iter=400)
+    patients=36, phantom_scale=.25, size=64, conspicuity=8., tasks=("mass", "remove"),
+    train=dict(normal=240, malignant_mass=200, malignant_calc=100, benign_mass=60, benign_calc=40),
+    held=dict(normal=48, malignant_mass=48, malignant_calc=32), gan_updates=600, gan_half=42_000, gan_per_epoch=50, gan_batch=4,
+    gan_width=.25, d_mult=2, gan_lr=(1e-3, 3e-3), gan_ema=.98, synthetic=80, rounds=2, samples=600, every=60,
+    decay=1-.9**10, clf_batch=16, clf_lr=5e-4, weights="none", depth="small", boots=300,
+    arms=("baseline", "decay25", "decay50", "decay100", "baseline_again"),
+    embed=dict(normal=40, mass=32, calc=32, synthetic_mass=48, synthetic_calc=48), tsne_iter=300)
 PUBLISHED = Setup(
     patients=4000, phantom_scale=.5, size=256, **COUNTS, gan_updates=50_000, gan_per_epoch=500, gan_batch=8,
-    gan_width=1., d_mult=8, gan_lr=(), synthetic=5000, rounds=20, samples=500_000, every=5000, decay=.1,
+    gan_width=1., d_mult=8, gan_lr=(), gan_half=20_000, gan_ema=0., synthetic=5000, rounds=20, samples=500_000, every=5000, decay=.1,
     clf_batch=32, clf_lr=1e-5, weights="imagenet_v2", depth="50", boots=2000,
     embed=dict(normal=2000, mass=1000, calc=1000, synthetic_mass=3560, synthetic_calc=4000), tsne_iter=1000)
 
@@ -123,7 +129,7 @@ def settle(
     settled:Settled, # By preset, protocol and knobs
 ) -> Settled:
     "Shares of the published counts, checks in proportion, missing weights found now."
-    s, asked = settled.setup, split_words(params.tasks) or TASKS
+    s, asked = settled.setup, split_words(params.tasks) or settled.setup.tasks
     s = replace(s, train={k: max(1, round(n*params.train_share)) for k,n in s.train.items()},
                 min_tissue=params.min_tissue, tasks=tuple(t for t in TASKS if t in asked))
     if params.clf_samples:
@@ -148,9 +154,11 @@ PAPER = Paper(
 def phantoms_of(
     run, # Run
 ) -> Phantoms:
-    "The look-alike data set of this run."
-    words = "phantoms of one hospital, written as a plain folder and read back"
-    return Phantoms("folder", context_style(), run.setup.patients, run.seeds.phantom, run.setup.phantom_scale, words)
+    "The look-alike data set of this run, with the lesion types that its generators paint."
+    s, words = run.setup, "phantoms of one hospital, written as a plain folder and read back"
+    types = tuple(TYPES[t] for t in TYPES if t in s.tasks) or tuple(TYPES.values())
+    style = context_style(s.conspicuity, types)
+    return Phantoms("folder", style, s.patients, run.seeds.phantom, s.phantom_scale, words)
 
 def load(
     run, # Run
@@ -194,7 +202,7 @@ def gan_recipe(
     def part(n): return max(1, round(epochs*n/PUBLISHED.gan_updates))*per # of the 50,000 updates, in whole epochs
     fields = dict(READINGS[protocol.reading], delta=protocol.delta, gp_scalar=protocol.gp_scalar, benign=benign,
                   d_channels=protocol.d_channels, batch=setup.gan_batch, epochs=epochs, per_epoch=per,
-                  half=part(20_000), fade=part(3_000))
+                  half=part(setup.gan_half), fade=part(3_000), ema=setup.gan_ema)
     fields |= dict(zip(("lr_g", "lr_d"), setup.gan_lr))
     if "d_mult" not in READINGS[protocol.reading]: fields["d_mult"] = setup.d_mult
     if "base" in fields: fields["base"] = max(2, 2*round(fields["base"]*setup.gan_width/2))
@@ -248,12 +256,12 @@ def mammogram(
     sets:list, # From `load`
     trained:dict, # Task -> folder, of `generators`
 ) -> dict: # `row` -> Job; empty where nothing is added or no image has a row
-    "Figure 3: touching patches of a test patient's normal mammogram."
+    "Figure 3: touching patches of a test patient's normal mammogram; no image is opened before the job is done."
     task = next((t for t in ("mass", "calc") if trained.get(t) is not None), None)
-    row = task and find_row(sets, cut.of("test"), cutting_of(run), seed=run.seeds.gan, n=run.setup.row)
-    if not row: return {}
-    return dict(row=run.job(edit_mammogram, name="row", group="synthesis", shared=True, row=row, task=task,
-                            generator=trained[task], seed=run.seeds.gan))
+    images = row_images(sets, cut.of("test"), run.seeds.gan)
+    if task is None or not images: return {}
+    return dict(row=run.job(edit_mammogram, name="row", group="synthesis", shared=True, images=images, task=task,
+                            cutting=cutting_of(run), n=run.setup.row, generator=trained[task], seed=run.seeds.gan))
 
 def truth(
     run, # Run
@@ -297,6 +305,20 @@ def classifiers(
     if len(jobs) < len(run.grid):
         run.note(warning="no synthetic patch was kept: Table 1 has its baseline only")
     return jobs
+
+# %% ../../nbs/papers/81e_papers.context.ipynb #605ec6ff
+def reader(
+    run, # Run
+    cut:Cut, # From `cut`
+    shown:dict, # Task -> folder, of `pairs`
+    folders:dict, # Cell -> folder, of `classifiers`
+) -> dict: # `reader` -> Job; empty where no edit was made or no baseline trained
+    "What the baseline says of the edits."
+    edits = {task: f for task,f in shown.items() if f is not None}
+    baseline = next((f for cell,f in folders.items() if cell.arm == "baseline" and f is not None), None)
+    if not edits or baseline is None: return {}
+    return dict(reader=run.job(read_edits, name="reader", group="classifiers", reader=baseline, pairs=edits,
+                               patches=cut.sets["val"]))
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #4ea90868
 def embedding(

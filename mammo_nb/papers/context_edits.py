@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['base_patches', 'as_synthetic', 'Painting', 'draw_synthetic', 'kept_of', 'synthesis_table', 'unmoved', 'edit_pairs',
-           'Row', 'row_in', 'find_row', 'edit_mammogram', 'redrawn', 'clean_patches', 'measure_removal',
-           'removal_table']
+           'Row', 'row_in', 'RowImage', 'row_images', 'find_row', 'edit_mammogram', 'redrawn', 'clean_patches',
+           'measure_removal', 'removal_table']
 
 # %% ../../nbs/papers/81b_papers.context_edits.ipynb #5778d943
 import re
@@ -136,7 +136,8 @@ def edit_pairs(
     unmoved(before, p.pixels, p.mask, f"edits of task {task}")
     with write_whole(folder/"pairs.npz") as tmp:
         np.savez_compressed(tmp, before=before, residual=residual.astype(np.float16), after=p.pixels, kept=p.kept,
-                            share=p.share, reason=p.reason.astype("U40"))
+                            share=p.share, reason=p.reason.astype("U40"),
+                            patient=base.table.patient_id.iloc[rows].to_numpy(str))
 
 # %% ../../nbs/papers/81b_papers.context_edits.ipynb #1f2f8fbf
 @dataclass(frozen=True)
@@ -155,19 +156,33 @@ def row_in(
     tissue = area_table(breast_mask(img))
     return next((boxes for n in counts if (boxes := find(tissue, n=n))), [])
 
-def find_row(
+@dataclass(frozen=True)
+class RowImage:
+    "A mammogram in which a row is looked for."
+    image_id:str
+    path:Path # Its file; a job counts it by content
+    scaling:str # Grey values to 8 bit
+
+def row_images(
     sets:list, # MammoData
     who:set, # Patients to look among
+    seed:int, # Of the order
+) -> list: # At most 60 `RowImage`s
+    "Normal mammograms of these patients, in an order of chance; none is read."
+    def normal(data): return data.images[data.images.normal.astype(bool) & data.images.patient_id.isin(who)]
+    found = [RowImage(r.image_id, Path(r.path), data.scaling) for data in sets for r in normal(data).itertuples()]
+    return sorted(found, key=lambda r: seed_of(seed, "row image", r.image_id))[:60]
+
+def find_row(
+    images:list, # From `row_images`
     cutting:Cutting, # Scale, side, size, least share of breast
     *,
-    seed:int, # Of the order of images and of places
+    seed:int, # Of the places
     n:int=5, # Patches in a row
 ) -> Row: # None where no image has a row
-    "The first normal mammogram, in an order of chance, with `n` touching patches on tissue, or fewer."
+    "The first mammogram with `n` touching patches on tissue, or the one with most."
     f, best = cutting.size/(cutting.side*cutting.scale), None
-    def normal(data): return data.images[data.images.normal.astype(bool) & data.images.patient_id.isin(who)]
-    rows = [r for data in sets for r in normal(data).assign(scaling=data.scaling).itertuples()]
-    for r in sorted(rows, key=lambda r: seed_of(seed, "row image", r.image_id))[:60]:
+    for r in images:
         img = read_image(r.path, scaling=r.scaling)
         if f != 1: img = area_resize(img, (round(img.shape[0]*f), round(img.shape[1]*f)))
         find = partial(_row_at, seed=seed, image=r.image_id, size=cutting.size, min_tissue=cutting.min_tissue)
@@ -183,13 +198,17 @@ def _row_at(tissue, *, n, seed, image, **options):
 def edit_mammogram(
     folder:Path, # Of the job
     *,
-    row:Row, # From `find_row`
+    images:list, # From `row_images`
+    cutting:Cutting, # As in `find_row`
+    n:int, # Patches in the row
     task:str, # `mass` or `calc`
     generator:Path, # Folder of its training
     seed:int, # Of the noise
     device="cpu", # Where to compute
 ) -> None:
     "Figure 3: a row edited and put back, with counts of the pixels that changed in and outside what was asked."
+    row = find_row(images, cutting, seed=seed, n=n)
+    if row is None: return write_json(folder/"row.json", dict(found=False))
     img, boxes = row.img, row.boxes
     e = edit_row(generator_folders(generator)[-1], img, list(boxes), task=task, seed=seed, device=device)
     asked, painted, moved = np.zeros(img.shape, bool), np.zeros(img.shape, bool), e.img != img

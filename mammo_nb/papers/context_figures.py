@@ -95,7 +95,7 @@ def row_figure(
     folder:Path, # Of `edit_mammogram`, None where left out
 ) -> dict: # For `Run.figure`
     "Touching patches before and after they were edited and put back (Figure 3)."
-    if folder is None: return NOTHING
+    if folder is None or not (folder/"row.npz").is_file(): return NOTHING
     with np.load(folder/"row.npz") as z: before, after, boxes = z["before"], z["after"], z["boxes"]
     rows, columns = before.shape
     fig, axs = sheet(2, 1, size=(8, .9+16*rows/columns))
@@ -111,9 +111,10 @@ def row_words(
 ) -> str: # Empty where nothing could be edited
     "What changed in the mammogram, and what did not."
     adding = [trained[t] for t in ("mass", "calc") if trained.get(t)]
-    if not done and adding: return "No normal mammogram of the test patients has touching patches on tissue."
-    if not done.get("row"): return ""
+    none = "No normal mammogram of the test patients has touching patches on tissue."
+    if not done.get("row"): return none if adding and not done else ""
     c = read_json(done["row"]/"row.json")
+    if not c["found"]: return none
     return (f"{c['patches']} touching patches of a normal mammogram, {c['kept']} edits kept. Pixels changed: "
             f"{c['changed']:,}; outside the patches {c['changed_outside_patches']}, outside the painted masks "
             f"{c['changed_outside_masks']} of {c['pixels']:,}: the rest of the image is equal bit by bit.")

@@ -26,11 +26,15 @@ PUBLISHED = dict( # Patches of each kind (section 3, Dataset)
     train=dict(normal=400_000, malignant_mass=42_280, malignant_calc=24_100, benign_mass=3_500, benign_calc=6_580),
     held=dict(normal=1000, malignant_mass=1000, malignant_calc=1000))
 
-def context_style() -> CentreStyle:
+def context_style(
+    conspicuity:float=1.3, # Contrast of its lesions; at 1 they are as hard to see as usual
+    types:tuple=("mass", "calcification"), # Lesion types there are
+) -> CentreStyle:
     "The phantom hospital of this paper."
-    types = (("mass", .55), ("calcification", .45))
-    return replace(CENTRES["c"], name="context", types=types, malignant=.8, affected=.75, diameter_mm=(9., .25),
-                   conspicuity=1.3)
+    shares = {t: share for t,share in (("mass", .55), ("calcification", .45)) if t in types}
+    shares = tuple((t, share/sum(shares.values())) for t,share in shares.items())
+    return replace(CENTRES["c"], name="context", types=shares, malignant=.8, affected=.75, diameter_mm=(9., .25),
+                   conspicuity=conspicuity)
 
 # %% ../../nbs/papers/81_papers.context_patches.ipynb #5fabc5b3
 def kind_of(

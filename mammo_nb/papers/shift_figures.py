@@ -60,12 +60,15 @@ def sifid_figure(
     many = f"samples (n = {int(t.n.iloc[0])} each)"
     ax.errorbar(t.sifid_mean, y, xerr=t.sifid_sd, fmt="o", color=colour("synthetic"), label=many)
     ax.plot(t.floor_mean, y, "|", ms=12, color=colour("real"), label="floor: mirrored source")
+    ax.plot(t.other_mean, y, "D", mfc="none", color=colour("real"), label="other real lesions")
     ax.plot(t.noise_mean, y, "x", color=colour("chance"), label="bound: noise")
     ax.set_xscale("log")
     ax.set_yticks(y, [f"{r.zoom} {r.device} {r.source+1}" for r in t.itertuples()], fontsize=8)
     dress(ax, x=f"SiFID ({t.extractor.iloc[0]} features)", legend="upper center")
     ax.set_ylim(-.6, len(t)+1.4)
-    caption = "The paper: 0.14 to 0.50, noise 39.28 (ImageNet features at 224 px)."
+    theirs = published("00_annotation_shift", "sifid").set_index("arm").value
+    caption = (f"The paper: {theirs['lowest']} to {theirs['highest']}, noise {theirs['noise']} (ImageNet features at "
+               "224 px).")
     return dict(fig=fig, alt="SiFID of eight SinGANs between floor and bound", caption=caption)
 
 # %% ../../nbs/papers/80f_papers.shift_figures.ipynb #43d40548

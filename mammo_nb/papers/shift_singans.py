@@ -18,7 +18,7 @@ from ..data.patches import synthetic_patches
 from ..data.pixels import area_resize
 from ..data.splits import check_leaks
 from ..gans.singan import SinGANRecipe, fit_singans
-from ..metrics.sifid import place_extractor, sifid_row
+from ..metrics.sifid import place_extractor, sifid, sifid_row
 from .shift_patches import joined, lesion_of, patient_key
 from .shift_rows import SINGANS
 
@@ -144,10 +144,14 @@ def sifid_table(
     seed:int=0, # Of the noise
     device="cpu", # Where to compute
 ) -> pd.DataFrame: # One row a SinGAN
-    "SiFID of every SinGAN's first samples, mean and sd (ddof 0)."
+    "SiFID of every SinGAN's first samples, mean and sd (ddof 0), and of the other real lesions at its zoom."
     taken, out = place_extractor(extractor), []
     for x,r in zip(sources.images, sources.table.itertuples()):
         fakes = samples[f"{r.zoom}-{r.source}"][:n]
-        row = sifid_row(_sized(x[None], fakes.shape[-1])[0], fakes, extractor=taken, seed=seed, device=device)
-        out.append(dict(source=r.source, zoom=r.zoom, device=r.device, **row))
+        def sized(y): return _sized(y[None], fakes.shape[-1])[0]
+        row = sifid_row(sized(x), fakes, extractor=taken, seed=seed, device=device)
+        others = np.stack([sized(y) for y,other in sources.of(r.zoom) if other.source != r.source])
+        far = sifid(sized(x), others, extractor=taken, device=device)
+        out.append(dict(source=r.source, zoom=r.zoom, device=r.device, **row, other_mean=float(far.mean()),
+                        other_sd=float(far.std())))
     return pd.DataFrame(out)
