@@ -497,23 +497,36 @@ def breast_side(
     return "L" if img8[:,:half].mean() >= img8[:,-half:].mean() else "R"
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #40609ff9
+def _edge_drop(x, breast, line, least):
+    "How far brightness drops across a line from (top,0) to (0,bottom); 0 where air lies behind it or a third of it shows no drop."
+    top, bottom = line
+    down = np.arange(len(x))[:,None]/bottom
+    t = np.arange(x.shape[1])/top + down                                 # 1 on the line
+    inside, outside = (t<1)&(t>.85)&breast, (t>=1)&(t<1.15)
+    if (outside&breast).sum() < .75*outside.sum(): return 0.
+    outside &= breast
+    for third in (down<1/3, (down>=1/3)&(down<2/3), down>=2/3):
+        above, below = x[inside&third], x[outside&third]
+        if not above.size or not below.size or above.mean()-below.mean() <= least/2: return 0.
+    return x[inside].mean()-x[outside].mean()
+
 def pectoral_cut(
     img8:np.ndarray, # uint8 MLO view, displayed with the chest wall on the side `side`
     side:str, # `L` (wall at column 0) or `R`
     *,
     grid:int=128, # Height the search works at
+    least:float=12., # Grey levels the edge drops at least
 ) -> np.ndarray: # bool, True on muscle; nowhere when no edge stands out
     "Triangle at the chest-wall corner whose edge has the largest drop in mean brightness (after Karssemeijer 1998)."
     h, w = img8.shape
-    gw = max(8, round(grid*w/h))
-    x = area_resize(img8 if side=="L" else img8[:,::-1], (grid,gw)).astype(float)
-    yy, xx = np.mgrid[:grid,:gw]
-    best, found = 12., np.zeros((grid,gw), bool)                     # grey levels the edge must drop at least
-    for top in np.arange(gw//5, int(.75*gw), 3):
-        for bottom in np.arange(grid//4, int(.9*grid), 4):
-            t = xx/top + yy/bottom                                   # 1 on the line from (top,0) to (0,bottom)
-            inside, outside = (t<1)&(t>.85), (t>=1)&(t<1.15)
-            drop = x[inside].mean() - x[outside].mean()
-            if drop>best: best, found = drop, t<1
+    size = (grid, max(8, round(grid*w/h)))
+    turned = img8 if side=="L" else img8[:,::-1]
+    x = area_resize(turned, size).astype(float)
+    breast = area_resize(breast_mask(turned).astype(np.uint8)*255, size)>127
+    tops, bottoms = np.arange(size[1]//5, int(.75*size[1]), 3), np.arange(grid//4, int(.9*grid), 4)
+    lines = [(top,bottom) for top in tops for bottom in bottoms]
+    drops = [_edge_drop(x, breast, line, least) for line in lines]
+    top, bottom = lines[int(np.argmax(drops))]
+    found = (np.arange(size[1])/top + np.arange(grid)[:,None]/bottom < 1) & (max(drops)>least)
     full = area_resize(found.astype(np.uint8)*255, (h,w))>127
     return full if side=="L" else full[:,::-1]
