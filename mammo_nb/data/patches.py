@@ -6,7 +6,7 @@
 __all__ = ['TEXT', 'WHOLE', 'REAL', 'FLAGS', 'COLUMNS', 'META', 'PLAN', 'SCOPES', 'SQUARE', 'RULES', 'MIN_EXTENT', 'VERSION',
            'patch_table', 'pixel_hash', 'no_skips', 'little_breast', 'PatchSet', 'save', 'load', 'synthetic_patches',
            'Plan', 'in_scope', 'Picture', 'rule_square', 'rule_zoom', 'rule_context', 'rule_row', 'rule_thesis',
-           'rule_grid', 'rule_whole', 'rule_options', 'lesion_patches', 'healthy_patches', 'tissue_patches',
+           'rule_grid', 'rule_whole', 'rule_options', 'lesion_patches', 'healthy_patches', 'tissue_patches', 'in_mm',
            'ready_patches', 'cut_image', 'source_hashes', 'plan_key', 'extract']
 
 # %% ../../nbs/lib/28_data.patches.ipynb #1b8f8b86
@@ -541,6 +541,32 @@ def tissue_patches(
         target=0, lesion_type="healthy", label="normal")
         for r in _images(data, patients, images).itertuples(index=False) for k in range(slots)])
 
+# %% ../../nbs/lib/28_data.patches.ipynb #b7d20c22
+_LENGTHS = dict(margin=("margin",), side=("min_side","side"))
+
+def _pixels(options, mm, spacing_mm):
+    "Settings of a rule with lengths of so many mm, on an image of this spacing."
+    scaled = spacing_mm*options.get("scale", 1.)
+    changed = {c: v/scaled for kind,v in mm.items() for c in _LENGTHS[kind] if c in options}
+    if len(changed)<len(mm): raise ParameterError("the rule has no such length", "in_mm", "give margin_mm or side_mm")
+    if "side" in mm and options.get("size") == (round(options.get("min_side", 0)*options["scale"]),)*2:
+        changed["size"] = (round(mm["side"]/spacing_mm),)*2                      # a healthy box of fixed side
+    return options | changed
+
+def in_mm(
+    plan:Plan, # What to cut
+    *,
+    margin_mm:float=0., # Margin around a lesion, mm; 0: as the plan says
+    side_mm:float=0., # Side of a window, or its least side, mm; 0: as the plan says
+) -> Plan:
+    "The same plan with lengths in millimetres on each image."
+    mm = {kind: v for kind,v in (("margin",margin_mm), ("side",side_mm)) if v}
+    spacing = pd.to_numeric(plan.rows.spacing_mm)
+    known, blind = plan.rows[spacing>0], plan.rows[~(spacing>0)].groupby("path").size()
+    rows = [dict(r, options=_pixels(r["options"], mm, r["spacing_mm"])) for r in known.to_dict("records")]
+    why = "its pixel size is not known, so millimetres cannot be kept"
+    return _plan(rows, [*plan.skipped.itertuples(index=False), *((path, why, n) for path,n in blind.items())])
+
 # %% ../../nbs/lib/28_data.patches.ipynb #c1449379
 def ready_patches(
     data, # MammoData whose `patches` table lists files
@@ -618,7 +644,7 @@ def cut_image(
     return numbers, {s: np.array(c,np.uint8).reshape(-1,views,s,s) for s,c in cuts.items()}, facts, skipped
 
 # %% ../../nbs/lib/28_data.patches.ipynb #d223a0a6
-VERSION = 4 # Raise when a rule changes what it cuts, or a picture is read otherwise
+VERSION = 5 # Raise when a rule changes what it cuts, or a picture is read otherwise
 
 def _hash_or_none(p):
     try: return file_hash(p)
