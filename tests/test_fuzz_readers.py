@@ -93,7 +93,7 @@ def base_trees(root):
     women = [({"age":50}, [view(s, v, les if (s,i)!=("R",0) else []) for s in "LR" for v in ("CC","MLO")]) for i in range(2)]
     out = [("inbreast", a.write_inbreast(women, root/"inbreast", quirks=True)), ("bcdr", a.write_bcdr_tree(women, root/"bcdr", quirks=True)), ("folder", a.write_folder(women, root/"folder", quirks=True)),
            ("cbis", b.write_cbis(women[:1], root/"cbis", quirks=True)), ("cbis", b.write_cbis(women[:1], root/"kaggle", form="jpeg", quirks=True)), ("omidb", b.write_omidb(women, root/"omidb", quirks=True)),
-           ("mias", b.write_mias(women[:1], root/"mias", quirks=True))]
+           ("mias", b.write_mias(women[:1], root/"mias", quirks=True)), ("vindr", b.write_vindr(women, root/"vindr", quirks=True))]
     dicoms = sorted((root/"inbreast").rglob("*.dcm"))
     compress(dicoms[:3]); add_display(dicoms[3], dicoms[4])
     (root/"folder"/"patches.csv").write_text("path,patient_id,target,lesion_type,label\nimages/p0000_L_CC.png,1,lesion,mass,benign\nimages/p0000_R_CC.png,2,healthy,,\n")

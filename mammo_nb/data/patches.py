@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'WHOLE', 'REAL', 'FLAGS', 'COLUMNS', 'META', 'PLAN', 'SCOPES', 'SQUARE', 'RULES', 'MIN_EXTENT', 'VERSION',
-           'patch_table', 'pixel_hash', 'no_skips', 'PatchSet', 'save', 'load', 'synthetic_patches', 'Plan', 'in_scope',
-           'Picture', 'rule_square', 'rule_zoom', 'rule_context', 'rule_row', 'rule_thesis', 'rule_grid', 'rule_whole',
-           'rule_options', 'lesion_patches', 'healthy_patches', 'tissue_patches', 'ready_patches', 'cut_image',
-           'source_hashes', 'plan_key', 'extract']
+           'patch_table', 'pixel_hash', 'no_skips', 'little_breast', 'PatchSet', 'save', 'load', 'synthetic_patches',
+           'Plan', 'in_scope', 'Picture', 'rule_square', 'rule_zoom', 'rule_context', 'rule_row', 'rule_thesis',
+           'rule_grid', 'rule_whole', 'rule_options', 'lesion_patches', 'healthy_patches', 'tissue_patches', 'in_mm',
+           'ready_patches', 'cut_image', 'source_hashes', 'plan_key', 'extract']
 
 # %% ../../nbs/lib/28_data.patches.ipynb #1b8f8b86
 import contextlib, hashlib, json, os, shutil, time
@@ -26,17 +26,17 @@ from ..core import (DataError, MammoError, ParameterError, file_hash, hash_of, l
 from mammo_nb.data.boxes import (Box, Jitter, Rounds, area_table, as_box, box_share, contiguous_row, context_box,
     grid_boxes, jitter_square, place_box, reference_square, square_around, swap_axes, thesis_tissue, wanted_side,
     zoomed_box)
-from .pixels import area_resize, breast_mask, read_image, to_uint8
+from .pixels import area_resize, breast_mask, breast_side, pectoral_cut, read_image, to_uint8
 from .table import NO_BOX
 
 # %% ../../nbs/lib/28_data.patches.ipynb #279fa45c
 TEXT = ("patch_id","patient_id","image_id","lesion_id","lesion_type","label","dataset","subset","device","laterality",
     "view","birads","official_split","rule","group","generator","generator_patients","pixel_hash")
 WHOLE = ("target","x0","y0","x1","y1","side_px")
-REAL = ("density","age","spacing_mm","background")
+REAL = ("density","age","spacing_mm","background","breast")
 FLAGS = ("synthetic","limited")
 COLUMNS = ("patch_id","patient_id","image_id","lesion_id","target","lesion_type","label","density","dataset","x0","y0",
-    "x1","y1","side_px","background","synthetic","generator","generator_patients","pixel_hash","limited","rule","group",
+    "x1","y1","side_px","background","breast","synthetic","generator","generator_patients","pixel_hash","limited","rule","group",
     "subset","device","laterality","view","birads","age","spacing_mm","official_split")
 
 def patch_table(
@@ -63,6 +63,15 @@ def no_skips() -> pd.DataFrame:
     "An empty list of what was left out."
     empty = lambda kind: pd.Series(dtype=kind)
     return pd.DataFrame({"file":empty(object), "reason":empty(object), "count":empty(int)})
+
+# %% ../../nbs/lib/28_data.patches.ipynb #b7d20c14
+def little_breast(
+    table:pd.DataFrame, # Patch table
+    share:float=.5, # Least share of breast
+) -> tuple: # How many windows of tissue hold less, and how many were judged
+    "Windows of tissue that are mostly film base, label, tape or air."
+    judged = table.breast[(table.target==0) & table.breast.notna()]
+    return int((judged<share).sum()), len(judged)
 
 # %% ../../nbs/lib/28_data.patches.ipynb #2198e485
 def _cells(s): return [None if pd.isna(v) else v for v in s.tolist()]
@@ -254,17 +263,27 @@ def in_scope(
 # %% ../../nbs/lib/28_data.patches.ipynb #eb05116d
 class Picture:
     "A mammogram with the masks that rules ask for, each made once."
-    def __init__(self, img):
-        self.img = img
+    def __init__(self, img, view="MLO"): # A CC view shows no muscle
+        self.img, self.view = img, view
         self.rows, self.cols = img.shape
     @cached_property
     def air(self): return area_table(self.img<=10)
     @cached_property
-    def tissue(self): return area_table(breast_mask(self.img))
+    def mask(self): return breast_mask(self.img)
+    @cached_property
+    def tissue(self): return area_table(self.mask)
+    @cached_property
+    def muscle(self): # None on a CC view
+        if self.view=="CC": return np.zeros_like(self.mask)
+        return pectoral_cut(self.img, breast_side(self.img))
+    @cached_property
+    def gland(self): return area_table(self.mask & ~self.muscle) # The breast without its muscle
+    @cached_property
+    def beside(self): return area_table(~self.mask | self.muscle)
 
 # %% ../../nbs/lib/28_data.patches.ipynb #dde88c95
 SQUARE = dict(scale=1., margin=60, min_side=128, zoom=(0.2,0.33), shift=0.25, crop_rule="paper", jitter_test=False,
-    max_background=0.4, max_inside=1., swap=False, size=None)
+    max_background=0.4, max_inside=1., swap=False, size=None, min_breast=0.)
 
 def _window(b, o, pic, chance):
     "The crop around a lesion, or virtual lesion, with jitter when there is a generator of chance."
@@ -273,16 +292,23 @@ def _window(b, o, pic, chance):
     if o["crop_rule"]=="reference": return reference_square(b, **k, rng=chance, jitter=jitter)
     return square_around(b, **k) if chance is None else jitter_square(b, **k, rng=chance, jitter=jitter)
 
+def _beside(pic, o):
+    "What a healthy window may hold little of, and how much: air, or with `min_breast` all that is no gland."
+    if not o["min_breast"]: return pic.air, o["max_background"]
+    return pic.beside, min(o["max_background"], 1-o["min_breast"])
+
 def _virtual(r, pic, seed):
     "A healthy place for a row without a box, or None."
     o = r["options"]
     crop = (lambda b: b) if o["crop_rule"]=="reference" else lambda b: _window(b, o, pic, None)
-    b = place_box(pic.air, o["size"], rng=rng(seed,"healthy place",r["patch_id"]), crop=crop,
-        max_background=o["max_background"], max_inside=o["max_inside"], avoid=[tuple(a) for a in r["avoid"] or ()])
+    beside, most = _beside(pic, o)
+    b = place_box(beside, o["size"], rng=rng(seed,"healthy place",r["patch_id"]), crop=crop,
+        max_background=most, max_inside=o["max_inside"], avoid=[tuple(a) for a in r["avoid"] or ()])
     return swap_axes(b, rows=pic.rows, cols=pic.cols) if b is not None and o["swap"] else b
 
 def _healthy_enough(c, r, pic):
-    if box_share(pic.air,c)>r["options"]["max_background"]: return False
+    beside, most = _beside(pic, r["options"])
+    if box_share(beside,c)>most: return False
     return not any(c.meets(a) for a in r["avoid"] or ())
 
 def _views(b, r, pic, seed, views):
@@ -344,8 +370,10 @@ def rule_row(pic, rows, *, seed, views):
 def rule_thesis(pic, rows, *, seed, views):
     "Up to ten tissue windows of 128 pixels (paper 02, Algorithm 1)."
     o, avoid = rows[0]["options"], [tuple(a) for a in rows[0]["avoid"] or ()]
-    boxes = thesis_tissue(pic.img, seed=seed, purpose=rows[0]["image_id"], lesions=avoid, n=len(rows),
+    n = 500 if o["min_breast"] else len(rows)                                   # all that are drawn, to choose from
+    boxes = thesis_tissue(pic.img, seed=seed, purpose=rows[0]["image_id"], lesions=avoid, n=n,
         size=round(o["side"]*o["scale"]), min_grey=o["min_grey"], search=Rounds(same_seed=o["same_seed"]))
+    if o["min_breast"]: boxes = [b for b in boxes if box_share(pic.gland,b)>=o["min_breast"]]
     return _slots(boxes, rows, views)
 
 # %% ../../nbs/lib/28_data.patches.ipynb #948e706b
@@ -355,6 +383,7 @@ def rule_grid(pic, rows, *, seed, views):
     side = round(o["of_width"]*pic.cols) if o["of_width"] else round(o["side"]*o["scale"])
     side = min(side, pic.rows, pic.cols)
     boxes = grid_boxes(pic.tissue, side=side, step=o["step"], min_tissue=o["min_tissue"], avoid=avoid)
+    if o["min_breast"]: boxes = [b for b in boxes if box_share(pic.gland,b)>=o["min_breast"]]
     order = rng(seed,"grid",rows[0]["image_id"]).permutation(len(boxes))
     return _slots([boxes[i] for i in order], rows, views)
 
@@ -366,8 +395,11 @@ def rule_whole(pic, rows, *, seed, views):
 # %% ../../nbs/lib/28_data.patches.ipynb #e9446c00
 _TISSUE = dict(side=256, scale=1., min_tissue=0.9)
 RULES = dict(square=(rule_square, SQUARE), zoom=(rule_zoom, dict(zoom=1)), context=(rule_context, _TISSUE),
-    row=(rule_row, _TISSUE), thesis=(rule_thesis, dict(side=128, scale=1., min_grey=30, same_seed=False)),
-    grid=(rule_grid, dict(side=224, scale=1., of_width=None, step=0.8, min_tissue=0.5)), whole=(rule_whole, {}))
+    row=(rule_row, _TISSUE), thesis=(rule_thesis,
+    dict(side=128, scale=1., min_grey=30, same_seed=False, min_breast=0.)),
+   
+    grid=(rule_grid, dict(side=224, scale=1., of_width=None, step=0.8, min_tissue=0.5, min_breast=0.)),
+    whole=(rule_whole, {}))
 
 def rule_options(
     rule:str, # Name in `RULES`
@@ -509,6 +541,32 @@ def tissue_patches(
         target=0, lesion_type="healthy", label="normal")
         for r in _images(data, patients, images).itertuples(index=False) for k in range(slots)])
 
+# %% ../../nbs/lib/28_data.patches.ipynb #b7d20c22
+_LENGTHS = dict(margin=("margin",), side=("min_side","side"))
+
+def _pixels(options, mm, spacing_mm):
+    "Settings of a rule with lengths of so many mm, on an image of this spacing."
+    scaled = spacing_mm*options.get("scale", 1.)
+    changed = {c: v/scaled for kind,v in mm.items() for c in _LENGTHS[kind] if c in options}
+    if len(changed)<len(mm): raise ParameterError("the rule has no such length", "in_mm", "give margin_mm or side_mm")
+    if "side" in mm and options.get("size") == (round(options.get("min_side", 0)*options["scale"]),)*2:
+        changed["size"] = (round(mm["side"]/spacing_mm),)*2                      # a healthy box of fixed side
+    return options | changed
+
+def in_mm(
+    plan:Plan, # What to cut
+    *,
+    margin_mm:float=0., # Margin around a lesion, mm; 0: as the plan says
+    side_mm:float=0., # Side of a window, or its least side, mm; 0: as the plan says
+) -> Plan:
+    "The same plan with lengths in millimetres on each image."
+    mm = {kind: v for kind,v in (("margin",margin_mm), ("side",side_mm)) if v}
+    spacing = pd.to_numeric(plan.rows.spacing_mm)
+    known, blind = plan.rows[spacing>0], plan.rows[~(spacing>0)].groupby("path").size()
+    rows = [dict(r, options=_pixels(r["options"], mm, r["spacing_mm"])) for r in known.to_dict("records")]
+    why = "its pixel size is not known, so millimetres cannot be kept"
+    return _plan(rows, [*plan.skipped.itertuples(index=False), *((path, why, n) for path,n in blind.items())])
+
 # %% ../../nbs/lib/28_data.patches.ipynb #c1449379
 def ready_patches(
     data, # MammoData whose `patches` table lists files
@@ -533,7 +591,7 @@ def _read(path, scaling):
 
 def _open(path, row):
     "The picture of an image's rows, or why there is none."
-    try: pic = Picture(_read(path, row["scaling"]))
+    try: pic = Picture(_read(path, row["scaling"]), row["view"])
     except DataError as e: return e.what
     rows, cols = row["rows"], row["cols"]
     if pd.isna(rows) or pd.isna(cols) or (rows,cols)==(pic.rows,pic.cols): return pic
@@ -553,13 +611,15 @@ def _crops(pic, rows, seed, views):
         yield from zip(part, crops)
 
 def _facts(pic, r, c):
-    "Box, share of background, and whether the image was too small for the square that was wanted."
+    "Box, share of background, whether the image was too small for the wanted square, share of breast in tissue."
     o, limited = r["options"], False
     if r["rule"]=="square":
         want = wanted_side(r["box"] or (0,0,*o["size"]), margin=o["margin"]*o["scale"],
             min_side=o["min_side"]*o["scale"])
         limited = min(c.w,c.h)<want and min(c.w,c.h)>=min(pic.rows,pic.cols)
-    return (*c, float((pic.img[c.y0:c.y1,c.x0:c.x1]<=10).mean()), float(limited))
+    air = float((pic.img[c.y0:c.y1,c.x0:c.x1]<=10).mean())
+    breast = box_share(pic.tissue, c) if r["target"]==0 and r["rule"]!="whole" else np.nan       # asked of tissue only
+    return (*c, air, float(limited), breast)
 
 # %% ../../nbs/lib/28_data.patches.ipynb #a14a268f
 def cut_image(
@@ -569,7 +629,7 @@ def cut_image(
     sizes:tuple, # Sides of the patches
     views:int, # Crops of each
     seed:int, # Seed of all draws
-) -> tuple: # Row numbers, {size: uint8 (n,views,s,s)}, facts `(n,6)` = box, background, limited; skipped
+) -> tuple: # Row numbers, {size: uint8 (n,views,s,s)}, facts `(n,7)`: box, background, limited, breast; skipped
     "All patches of one image from one reading of it."
     skipped, numbers, cuts, facts = [], [], {s:[] for s in sizes}, []
     pic = _open(path, rows[0])
@@ -584,7 +644,7 @@ def cut_image(
     return numbers, {s: np.array(c,np.uint8).reshape(-1,views,s,s) for s,c in cuts.items()}, facts, skipped
 
 # %% ../../nbs/lib/28_data.patches.ipynb #d223a0a6
-VERSION = 4 # Raise when a rule changes what it cuts, or a picture is read otherwise
+VERSION = 5 # Raise when a rule changes what it cuts, or a picture is read otherwise
 
 def _hash_or_none(p):
     try: return file_hash(p)
@@ -651,7 +711,7 @@ def _write_part(path, done, sizes):
     joined = lambda k: [x for d in done for x in d[k]]
     arrays = {f"s{s}": np.concatenate([d[1][s] for d in done]) for s in sizes}
     with write_whole(path) as tmp:
-        np.savez(tmp, number=np.array(joined(0), np.int64), facts=np.array(joined(2), float).reshape(-1,6),
+        np.savez(tmp, number=np.array(joined(0), np.int64), facts=np.array(joined(2), float).reshape(-1,7),
             skipped=np.array(json.dumps(joined(3))), **arrays)
 
 def _build(plan, hashes, out, cut, threads, block_mb):
@@ -675,7 +735,7 @@ def _build(plan, hashes, out, cut, threads, block_mb):
 # %% ../../nbs/lib/28_data.patches.ipynb #b57ea63a
 def _gather(parts):
     "Row numbers, facts and skipped lines of all blocks."
-    number, facts, skipped = [np.zeros(0,int)], [np.zeros((0,6))], []
+    number, facts, skipped = [np.zeros(0,int)], [np.zeros((0,7))], []
     for part in parts:
         with np.load(part, allow_pickle=False) as z:
             number.append(z["number"])
@@ -712,7 +772,7 @@ def _assemble(plan, out, parts, cut, skipped):
     t, f = plan.rows.iloc[number[order]].reset_index(drop=True), facts[order]
     box = dict(zip(("x0","y0","x1","y1"), f[:,:4].astype(int).T))
     side = np.maximum(box["x1"]-box["x0"], box["y1"]-box["y0"])
-    t = t.assign(**box, background=f[:,4], limited=f[:,5]>0, synthetic=False, pixel_hash=hashes[0], side_px=side)
+    t = t.assign(**box, background=f[:,4], limited=f[:,5]>0, breast=f[:,6], synthetic=False, pixel_hash=hashes[0], side_px=side)
     _write_table(out/"table.json", patch_table(t), {})
     lines = pd.DataFrame(sorted(skipped), columns=["file","reason","count"])
     if len(plan.skipped): lines = pd.concat([plan.skipped, lines], ignore_index=True)

@@ -170,14 +170,23 @@ def _lut_values(lut):
     if isinstance(data, bytes): data = np.frombuffer(data, np.uint8 if len(data)==(n or 65536) else np.uint16)
     return np.atleast_1d(np.asarray(data))
 
+def _remarks(ds):
+    "What the header says that changes the meaning of the picture."
+    spacing = ds.get("ImagerPixelSpacing") or ds.get("PixelSpacing")
+    sides = [_number(v) for v in spacing] if isinstance(spacing, _MANY) else []
+    raw = _text(ds, "PresentationIntentType").upper()=="FOR PROCESSING"
+    said = {"grey values fall with the stored ones (slope or table), turned over": _falls(ds),
+        "raw values of the detector (FOR PROCESSING), not made for display; taken as they are": raw,
+        "pixels are not square; their height counts": len(sides)>1 and abs(sides[0]-sides[1])>.02*sides[0]}
+    return [words for words,holds in said.items() if holds]
+
 def _facts(ds):
     "What `read_header` says of a DICOM file."
     words = {k: next((t for key in keys if (t:=_text(ds,key))), "") for k,keys in HEADER_WORDS.items()}
     numbers = dict(bits="BitsStored", allocated="BitsAllocated",
         magnification="EstimatedRadiographicMagnificationFactor",
         current="XRayTubeCurrent")
-    falls = ["grey values fall with the stored ones (slope or table), turned over"]*_falls(ds)
-    return dict(rows=int(ds.Rows), cols=int(ds.Columns), spacing_mm=_spacing(ds), remarks=falls,
+    return dict(rows=int(ds.Rows), cols=int(ds.Columns), spacing_mm=_spacing(ds), remarks=_remarks(ds),
         **{k: _number(ds.get(key)) for k,key in numbers.items()}, **words)
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #0fb3dc76
@@ -232,6 +241,22 @@ def header_or_skip(
 _NO_DECODER = ("compressed DICOM needs its decoders: pip install 'mammo_nb[dicom]'; "
     "if they are installed, the file is broken")
 
+def _spills(ds):
+    "Whether stored values reach over BitsStored; the decoder would cut them off, and bright would be dark."
+    stored, allocated = int(ds.get("BitsStored") or 0), int(ds.get("BitsAllocated") or 0)
+    plain = str(ds.file_meta.TransferSyntaxUID) in _RAW and not ds.get("PixelRepresentation")
+    if not plain or allocated not in (8,16) or not 0<stored<allocated or ds.get("HighBit")!=stored-1: return False
+    kind = np.dtype(f"u{allocated//8}").newbyteorder(">" if str(ds.file_meta.TransferSyntaxUID)==_RAW[2] else "<")
+    values = np.frombuffer(ds.PixelData, kind, count=len(ds.PixelData)*8//allocated)
+    return bool((values>>stored).any())
+
+def _grey_of(x, path):
+    "The mean of three channels that say the same; a picture with colours is refused."
+    few = x[::4,::4].astype(float)
+    if (np.ptp(few, axis=-1) > .1*max(few.max(), 1)).mean() > .02:
+        raise DataError("is a colour picture", path, "leave it out, or convert it to grey if it is an X-ray")
+    return x.mean(-1)
+
 def _decode(ds, path):
     if "PixelData" not in ds: raise DataError("DICOM without pixels", path, AGAIN)
     try:
@@ -243,7 +268,8 @@ def _decode(ds, path):
         text = _reason(e)
         lacks = any(w in text.lower() for w in ("plugin","decoder","handler","missing"))
         raise DataError(f"pixels cannot be decoded ({text})", path, _NO_DECODER if lacks else AGAIN) from e
-    if x.ndim==3 and ds.get("SamplesPerPixel",1)>1: x = x[...,:3].mean(-1)
+    if _spills(ds): raise DataError("uses more bits than its header says", path, "correct BitsStored in its header")
+    if x.ndim==3 and ds.get("SamplesPerPixel",1)>1: x = _grey_of(x[...,:3], path)
     if x.ndim!=2 or x.shape!=(ds.Rows, ds.Columns):
         raise DataError(f"decodes to shape {x.shape}, header says {(ds.Rows, ds.Columns)}", path, BROKEN)
     return x
@@ -319,11 +345,18 @@ def _grey(path):
     im, turn, negative = _raster(path)
     try:
         if turn>1: im = ImageOps.exif_transpose(im)
+        if im.mode in ("RGB","RGBA","P","CMYK","YCbCr"): _grey_of(np.asarray(im.convert("RGB")), path)
         if im.mode in ("RGB","RGBA","P","LA","CMYK","YCbCr","1"): im = im.convert("L")
         x = np.asarray(im)
+    except DataError: raise
     except Exception as e: raise DataError(f"pixels cannot be decoded ({_reason(e)})", path, AGAIN) from e
     if x.ndim!=2: raise DataError(f"has shape {x.shape}, not one grey plane", path, "convert it to grey")
     return _turned_over(x) if negative else x
+
+def _white_padding(ds, raw, x):
+    "Padding that would be shown brighter than all else: it is air."
+    pad = _padding(ds, raw)
+    return pad if pad.any() and not pad.all() and x[pad].min() >= x[~pad].max() else None
 
 def read_image(
     path:Path, # DICOM, PNG, TIFF or JPEG
@@ -342,7 +375,7 @@ def read_image(
     try:
         if scaling!="voi":
             x = _turned_over(raw) if _inverted(ds)!=_falls(ds) else raw
-            return x if scaling=="none" else to_uint8(x, where=path)
+            return x if scaling=="none" else to_uint8(x, ignore=_white_padding(ds, raw, x), where=path)
         x, pad = _voi(ds, raw, index), _padding(ds, raw)
     except DataError: raise
     except Exception as e:
@@ -497,23 +530,36 @@ def breast_side(
     return "L" if img8[:,:half].mean() >= img8[:,-half:].mean() else "R"
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #40609ff9
+def _edge_drop(x, breast, line, least):
+    "How far brightness drops across a line from (top,0) to (0,bottom); 0 where air lies behind it or a third of it shows no drop."
+    top, bottom = line
+    down = np.arange(len(x))[:,None]/bottom
+    t = np.arange(x.shape[1])/top + down                                 # 1 on the line
+    inside, outside = (t<1)&(t>.85)&breast, (t>=1)&(t<1.15)
+    if (outside&breast).sum() < .75*outside.sum(): return 0.
+    outside &= breast
+    for third in (down<1/3, (down>=1/3)&(down<2/3), down>=2/3):
+        above, below = x[inside&third], x[outside&third]
+        if not above.size or not below.size or above.mean()-below.mean() <= least/2: return 0.
+    return x[inside].mean()-x[outside].mean()
+
 def pectoral_cut(
     img8:np.ndarray, # uint8 MLO view, displayed with the chest wall on the side `side`
     side:str, # `L` (wall at column 0) or `R`
     *,
     grid:int=128, # Height the search works at
+    least:float=12., # Grey levels the edge drops at least
 ) -> np.ndarray: # bool, True on muscle; nowhere when no edge stands out
     "Triangle at the chest-wall corner whose edge has the largest drop in mean brightness (after Karssemeijer 1998)."
     h, w = img8.shape
-    gw = max(8, round(grid*w/h))
-    x = area_resize(img8 if side=="L" else img8[:,::-1], (grid,gw)).astype(float)
-    yy, xx = np.mgrid[:grid,:gw]
-    best, found = 12., np.zeros((grid,gw), bool)                     # grey levels the edge must drop at least
-    for top in np.arange(gw//5, int(.75*gw), 3):
-        for bottom in np.arange(grid//4, int(.9*grid), 4):
-            t = xx/top + yy/bottom                                   # 1 on the line from (top,0) to (0,bottom)
-            inside, outside = (t<1)&(t>.85), (t>=1)&(t<1.15)
-            drop = x[inside].mean() - x[outside].mean()
-            if drop>best: best, found = drop, t<1
+    size = (grid, max(8, round(grid*w/h)))
+    turned = img8 if side=="L" else img8[:,::-1]
+    x = area_resize(turned, size).astype(float)
+    breast = area_resize(breast_mask(turned).astype(np.uint8)*255, size)>127
+    tops, bottoms = np.arange(size[1]//5, int(.75*size[1]), 3), np.arange(grid//4, int(.9*grid), 4)
+    lines = [(top,bottom) for top in tops for bottom in bottoms]
+    drops = [_edge_drop(x, breast, line, least) for line in lines]
+    top, bottom = lines[int(np.argmax(drops))]
+    found = (np.arange(size[1])/top + np.arange(grid)[:,None]/bottom < 1) & (max(drops)>least)
     full = area_resize(found.astype(np.uint8)*255, (h,w))>127
     return full if side=="L" else full[:,::-1]

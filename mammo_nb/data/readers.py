@@ -19,10 +19,11 @@ from .mias import read_mias
 from .omidb import read_omidb
 from .table import closed_words
 from .trees import Phantoms
+from .vindr import read_vindr
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #1ff6ffce
 READERS = dict(inbreast=read_inbreast, bcdr=read_bcdr, cbis=read_cbis, omidb=read_omidb, mias=read_mias,
-    cbis_patches=read_cbis_patches, four_views=read_four_views, folder=read_folder)
+    vindr=read_vindr, cbis_patches=read_cbis_patches, four_views=read_four_views, folder=read_folder)
 
 def _entries(folder):
     "What lies in a folder, by name; nothing, and a warning, where it cannot be entered."
@@ -74,6 +75,7 @@ def layout_of(
     names = {e.name.casefold(): e.name for e in _entries(folder)}
     if "images.csv" in names or "patches.csv" in names: return "folder"
     if "inbreast.csv" in names: return "inbreast"
+    if "finding_annotations.csv" in names: return "vindr"
     if any(re.fullmatch(_BCDR, n) for n in names): return "bcdr"
     if "info.txt" in names and any(re.fullmatch(r"mdb\d{3}\.pgm", n) for n in _below(folder, 1)): return "mias"
     if _has_clients(folder): return "omidb"
@@ -121,7 +123,7 @@ def find_datasets(
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #42def0ee
 _EXPECTED = ("expected INbreast.csv, BCDR-…_dataset, CBIS-DDSM tables with images, OMI-DB's data/ and images/, "
-    "Info.txt of mini-MIAS, or images.csv / patches.csv of the plain layout (nbs/lib/22a_data.folder.ipynb); "
+    "Info.txt of mini-MIAS, finding_annotations.csv of VinDr-Mammo, or images.csv / patches.csv of the plain layout (nbs/lib/22a_data.folder.ipynb); "
     "`mammo_doctor` says more")
 
 def read_any(

@@ -10,7 +10,7 @@ __all__ = ['TEXT_COLUMNS', 'NUMBER_COLUMNS', 'SHARED_COLUMNS', 'IMAGE_COLUMNS', 
            'find_files', 'read_table', 'inside']
 
 # %% ../../nbs/lib/20_data.table.ipynb #fd2acfe6
-import os, re, warnings
+import os, re, unicodedata, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -260,26 +260,35 @@ def word(
     return str(value).strip().strip('"').strip()
 
 # %% ../../nbs/lib/20_data.table.ipynb #1de405c4
-_SIDE = dict(l="L", left="L", le="L", r="R", right="R", ri="R")
-_VIEW = dict(cc="CC", mlo="MLO", ml="MLO", o="MLO", lo="MLO", ro="MLO", lmlo="MLO", rmlo="MLO", lcc="CC", rcc="CC")
-_BENIGN = "benign b benigne benigno benigna gutartig benign_without_callback non_malignant not_malignant non_cancer"
-_MALIGNANT = "malignant m malign maligne maligno maligna bösartig boesartig cancer carcinoma dcis idc ilc invasive"
+_LEFT = "l left le lt left_breast links linke gauche izquierda esquerda sinistra sin 左 左侧"
+_RIGHT = "r right ri rt right_breast rechts rechte droite derecha direita destra dx 右 右侧"
+_SIDE = {**dict.fromkeys(_LEFT.split(), "L"), **dict.fromkeys(_RIGHT.split(), "R")}
+_OBLIQUE = "mlo ml o lo ro lmlo rmlo l_mlo r_mlo mlo_l mlo_r mediolateral_oblique medio_lateral_oblique oblique"
+_ABOVE = "cc lcc rcc l_cc r_cc cc_l cc_r craniocaudal cranio_caudal cranial_caudal"
+_VIEW = {**dict.fromkeys(_OBLIQUE.split(), "MLO"), **dict.fromkeys(_ABOVE.split(), "CC")}
+_BENIGN = """benign b benigne benigno benigna bénin bénigne benin gutartig goedaardig łagodny łagodna 良性 доброкачественный
+    доброкачественная benign_without_callback non_malignant not_malignant non_cancer"""
+_MALIGNANT = """malignant m malign maligne malin maligno maligna bösartig boesartig kwaadaardig złośliwy złośliwa 恶性 惡性 悪性
+    злокачественный злокачественная cancer carcinoma karzinom dcis idc ilc invasive invasive_ductal_carcinoma
+    invasive_lobular_carcinoma ductal_carcinoma_in_situ"""
 _LABEL = {**dict.fromkeys(_BENIGN.split(), "benign"), **dict.fromkeys(_MALIGNANT.split(), "malignant")}
+
+def _joined(value): return re.sub(r"[\s_-]+", "_", unicodedata.normalize("NFC", word(value)).casefold())
 
 # %% ../../nbs/lib/20_data.table.ipynb #f0d16521
 def side_of(value) -> str: # `L`, `R` or NaN
     "Laterality in the common spelling."
-    return _SIDE.get(word(value).casefold(), np.nan)
+    return _SIDE.get(_joined(value), np.nan)
 
 # %% ../../nbs/lib/20_data.table.ipynb #3ce3e734
 def view_of(value) -> str: # `CC`, `MLO` or `other`
     "View in the common spelling; `ML`, `O`, `LO`, `RO` are how INbreast and BCDR write MLO."
-    return _VIEW.get(word(value).casefold(), "other")
+    return _VIEW.get(_joined(value), "other")
 
 # %% ../../nbs/lib/20_data.table.ipynb #936974b0
 def label_of(value) -> str: # `benign`, `malignant` or `unknown`
     "Class in the common spelling; what is no known word is unknown."
-    return _LABEL.get(re.sub(r"[\s-]+", "_", word(value).casefold()), "unknown")
+    return _LABEL.get(_joined(value), "unknown")
 
 # %% ../../nbs/lib/20_data.table.ipynb #afd54a33
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?P<sep>[,.' \u00a0\u2009\u202f])\d{3})(?:(?P=sep)\d{3})*(?:[.,]\d+)?")

@@ -18,7 +18,8 @@ from . import lookalike, lookalike2, phantom
 # %% ../../nbs/lib/21c_data.trees.ipynb #2e86a933
 LAYOUTS = dict(inbreast=lookalike.write_inbreast, bcdr=lookalike.write_bcdr_tree, folder=lookalike.write_folder,
     cbis=lookalike2.write_cbis,
-    cbis_jpeg=partial(lookalike2.write_cbis, form="jpeg"), omidb=lookalike2.write_omidb, mias=lookalike2.write_mias)
+    cbis_jpeg=partial(lookalike2.write_cbis, form="jpeg"), omidb=lookalike2.write_omidb, mias=lookalike2.write_mias,
+    vindr=lookalike2.write_vindr)
 
 # %% ../../nbs/lib/21c_data.trees.ipynb #8c2f857b
 def build_once(
