@@ -25,6 +25,7 @@ def writable(
     there = next(p for p in (Path(path), *Path(path).parents) if p.exists())
     return there.is_dir() and os.access(there, os.W_OK)
 
+# %% ../nbs/lib/10a_cache.ipynb #fa827e98
 def cached(
     *parts:str, # Of the path below the cache
     whole, # `whole(path)`: is it there, and as it was written?
@@ -48,6 +49,7 @@ def write_sealed(
     "Write JSON with its hash."
     write_json(path, dict(hash=hash_of(content), content=content))
 
+# %% ../nbs/lib/10a_cache.ipynb #6c1e78ae
 def damaged(
     path:Path, # In a cache
     why:str, # What is wrong with it
@@ -55,6 +57,7 @@ def damaged(
     "Say that something in the cache was damaged and is made anew."
     warnings.warn(f"{path}: {why}; it is made anew")
 
+# %% ../nbs/lib/10a_cache.ipynb #45d6d150
 def read_sealed(
     path:Path, # JSON file of `write_sealed`
 ): # Its content, None where it is not there or was damaged
@@ -73,6 +76,7 @@ def seal_of(
     "Where its seal is."
     return Path(folder).parent/f".{Path(folder).name}.seal.json"
 
+# %% ../nbs/lib/10a_cache.ipynb #28400926
 def seal(
     folder:Path, # A finished folder
     at:Path = None, # Where it will lie, default where it is
@@ -82,6 +86,7 @@ def seal(
     listed = [[p.relative_to(folder).as_posix(), p.stat().st_size, file_hash(p)] for p in files]
     write_sealed(seal_of(at or folder), listed)
 
+# %% ../nbs/lib/10a_cache.ipynb #552cd468
 def fault_of(
     folder:Path, # From the cache
 ) -> str: # "" where it is whole
@@ -100,6 +105,7 @@ def verifying() -> bool:
     "Is everything to be read again (`MAMMO_NB_VERIFY=1`)?"
     return os.environ.get("MAMMO_NB_VERIFY", "") not in ("", "0")
 
+# %% ../nbs/lib/10a_cache.ipynb #3096eadd
 def stamp(
     path:Path, # A file
 ): # List of four numbers; None where there is no file
@@ -125,6 +131,7 @@ def deserted(
     with contextlib.suppress(OSError): return time.time() - os.stat(path).st_mtime > WEEK
     return False
 
+# %% ../nbs/lib/10a_cache.ipynb #6444d4b0
 def sweep(
     folder:Path, # Looked through
     deep:bool = True, # Sub-folders too

@@ -63,10 +63,11 @@ def repo_root() -> Path: # Folder that holds settings.ini, else the working fold
 
 # %% ../nbs/lib/10_core.ipynb #4434b650
 def cache_roots() -> list: # One or two folders
-    "`$MAMMO_NB_CACHE`, and `$MAMMO_NB_SPARE` for what cannot be written there; both are `.cache` in the repository if unset."
+    "`$MAMMO_NB_CACHE`, and `$MAMMO_NB_SPARE` for what cannot be written there; unset: `.cache` in the repository."
     names = [os.environ.get(k) or str(repo_root()/".cache") for k in ("MAMMO_NB_CACHE", "MAMMO_NB_SPARE")]
     return [Path(name) for name in dict.fromkeys(names)]
 
+# %% ../nbs/lib/10_core.ipynb #4568ca51
 def cache_dir(
     *parts:str # Sub-folders
 ) -> Path: # Existing folder
@@ -125,6 +126,7 @@ def owner() -> str: # E.g. `3fa2-4711`
     "This machine and process, for the names of files that are not finished."
     return f"{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]}-{os.getpid()}"
 
+# %% ../nbs/lib/10_core.ipynb #b320f05a
 def _fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -138,7 +140,8 @@ def write_whole(
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(prefix=f".{path.name[:40]}.{owner()}.", suffix=".part" + path.suffix, dir=path.parent)
+        mine = f".{path.name[:40]}.{owner()}."
+        fd, tmp = tempfile.mkstemp(prefix=mine, suffix=".part" + path.suffix, dir=path.parent)
         os.close(fd)
     except OSError as e: raise _disk_error(e, path) from e
     try:
@@ -233,13 +236,14 @@ LEASE = 60. # Seconds without a sign of life after which a lock that is a file i
 def lock_of(
     path:Path, # The lock file
 ): # One of filelock's locks
-    "The kernel's lock, or with `MAMMO_NB_LOCKS=lease` a file that its owner keeps fresh, for network disks without locks."
+    "The kernel's lock, or with `MAMMO_NB_LOCKS=lease` a file kept fresh by its owner, for network disks without locks."
     if os.environ.get("MAMMO_NB_LOCKS", "") in ("", "kernel"): return filelock.FileLock(path)
     if os.environ["MAMMO_NB_LOCKS"] != "lease" or not hasattr(filelock, "SoftFileLease"):
         raise RunError(f"no locks of the kind {os.environ['MAMMO_NB_LOCKS']!r} here", "MAMMO_NB_LOCKS",
                        "say kernel or lease; leases need filelock 4.2")
     return filelock.SoftFileLease(path, lease_duration=LEASE)
 
+# %% ../nbs/lib/10_core.ipynb #286f37b6
 @contextlib.contextmanager
 def locked(
     path:Path, # Any path; the lock file is `path` + `.lock`

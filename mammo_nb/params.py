@@ -56,13 +56,17 @@ def between(
 # %% ../nbs/lib/11_params.ipynb #eedebecf
 def existing_folder(folder:str) -> str:
     "Rule: empty, or a folder that is there."
+    if _too_long(folder): raise ValueError(f"{folder[:40]!r}… is no name for a folder: longer than 255 bytes")
     if folder and not Path(folder).expanduser().is_dir():
         raise ValueError(f"no such folder: {folder!r} – give the folder that holds the data set")
     return folder
 
+def _too_long(folder): return any(len(os.fsencode(part)) > 255 for part in Path(folder).parts)
+
 # %% ../nbs/lib/11_params.ipynb #d6488f33
 def writable_folder(folder:str) -> str:
     "Rule: empty, or a folder that exists or can be made."
+    if _too_long(folder): raise ValueError(f"{folder[:40]!r}… is no name for a folder: longer than 255 bytes")
     p = Path(folder).expanduser() if folder else None
     while p is not None and not p.exists(): p = p.parent
     if p is not None and not (p.is_dir() and os.access(p, os.W_OK)):

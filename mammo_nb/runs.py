@@ -33,8 +33,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .cache import damaged, sweep, writable
-from .core import (MammoError, RunError, cache_roots, file_hash, hash_of, kernels, locked, pick_device, progress,
-                           read_json, repo_root, write_csv, write_json, write_whole)
+from .core import (MammoError, RunError, cache_roots, file_hash, hash_of, kernels, locked, pick_device,
+                           progress, read_json, repo_root, write_csv, write_json, write_whole)
 from .keys import MOVES_NUMBERS, code_key, key_of
 from .params import Params, split_words
 
@@ -342,6 +342,7 @@ def do_job(
         _seal(folder, job, seconds)
         return seconds
 
+# %% ../nbs/lib/13_runs.ipynb #9137cbda
 def _work(ready, folder, mode): # Seconds, with those of earlier calls that were stopped
     note = folder/".seconds.json"
     before, start = _seconds(note), time.time()

@@ -34,8 +34,8 @@ from ..cache import cached, damaged, fault_of, seal
 from ..core import DataError, MammoError, ParameterError, WeightsError, file_hash, hash_of, locked, nearest, rng
 from .blocks import build_generator
 from .context import edit
-from .door import (BOUNDS, MediganCard, admitted, check_cost, check_shapes, files_below, json_of, meta_network,
-                                plain_file, tensor_shapes, typed)
+from .door import (BOUNDS, MediganCard, admitted, check_cost, check_shapes, files_below, json_of,
+                                meta_network, plain_file, tensor_shapes, typed)
 from .folder import kept_generators, save_any, whole_folder
 from .share import load_generator, sample_generator
 
@@ -52,6 +52,7 @@ def listed(
     if at < 76 or tail[at-20:at-16] != b"PK\x06\x07": return files, size
     return struct.unpack("<QQ", tail[at-44:at-28])
 
+# %% ../../nbs/lib/49b_gans.adopt.ipynb #4498266c
 def opened_zip(
     path:Path, # A zip file
 ) -> zipfile.ZipFile:
@@ -106,8 +107,7 @@ class Parcel:
         if size > most and not first:
             raise WeightsError(f"'{name}' has {size >> 20} MB", self.path, f"more than {most >> 20} MB is not read")
         try:
-            if self.zip is None: plain_file(self.path/name, BOUNDS.unpacked)
-            with open(self.path/name, "rb") if self.zip is None else self.zip.open(name) as f: return f.read(min(size, most))
+            with self.zip.open(name) if self.zip else open(self.path/name, "rb") as f: return f.read(min(size, most))
         except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, zipfile.zlib.error) as e:
             raise WeightsError(f"'{name}' is broken ({e})", self.path, "fetch it again") from e
 
@@ -526,6 +526,7 @@ def import_generator(
         seal(home)
     return home
 
+# %% ../../nbs/lib/49b_gans.adopt.ipynb #b27b6bc6
 def _imported(home, path, parcel, key, hints): # Fill a generator folder
     with whole_folder(home) as tmp, _named(tmp, path):
         card, G = _take(parcel, tmp, path, hints)

@@ -53,7 +53,7 @@ def plain_file(
     except (OSError, ValueError) as e:
         raise WeightsError(f"cannot be read ({type(e).__name__})", path, "fetch it again") from e
     if stat.S_ISLNK(found.st_mode):
-        raise WeightsError(f"'{Path(path).name}' is a link", path, "ask for the files themselves; links are not followed")
+        raise WeightsError(f"'{Path(path).name}' is a link", path, "ask for the file itself; links are not followed")
     if not stat.S_ISREG(found.st_mode):
         raise WeightsError(f"'{Path(path).name}' is no file", path, "do not trust this folder")
     if found.st_size > most:
@@ -120,6 +120,7 @@ class Told(BaseModel):
     "A part of a card: typed where we know it, anything else kept."
     model_config = ConfigDict(extra="allow", strict=True)
 
+# %% ../../nbs/lib/48d_gans.door.ipynb #4b932d8e
 class Training(Told):
     "How a generator was trained."
     epoch:Count | None = None # Of the snapshot
@@ -175,18 +176,21 @@ class Execution(Told):
     extension:Short | None = None
     package_name:Short | None = None
 
+# %% ../../nbs/lib/48d_gans.door.ipynb #5013636a
 class Selection(Told):
     "What medigan says a model is."
     type:Short | None = None # E.g. `DCGAN`
     license:Short | None = None
     dataset:Annotated[list[Short], Field(max_length=1000)] | Short | None = None
 
+# %% ../../nbs/lib/48d_gans.door.ipynb #5aeb1c49
 class Description(Told):
     "What medigan says in words."
     title:Annotated[str, Field(max_length=4000)] | None = None
     doi:Annotated[list[Short], Field(max_length=100)] | Short | None = None
     provided_after_epoch:Count | Short | None = None
 
+# %% ../../nbs/lib/48d_gans.door.ipynb #f52efe59
 class MediganCard(Told):
     "An entry of metadata.json."
     execution:Execution
@@ -254,8 +258,8 @@ def check_cost(
         raise WeightsError(f"the network cannot draw: {' '.join(str(e).split())[:160]}", where,
                            "check `config` in generator.json") from e
     if work > bounds.work or largest > bounds.map:
-        raise WeightsError(f"asks for {work/1e9:.0f} thousand million operations and maps of {largest >> 20} MB a patch",
-                           where, "this is no generator of patches")
+        asks = f"{work/1e9:.0f} thousand million operations and maps of {largest >> 20} MB"
+        raise WeightsError(f"asks for {asks} a patch", where, "this is no generator of patches")
 
 # %% ../../nbs/lib/48d_gans.door.ipynb #7884f088
 WIDTHS = dict(F64=8, F32=4, F16=2, BF16=2, I64=8, I32=4, U8=1, BOOL=1) # Type of a tensor in a file -> bytes of a number
@@ -295,7 +299,8 @@ def check_shapes(
     want = {k: tuple(t.shape) for k,t in net.state_dict().items()}
     fix = "check `config` in generator.json"
     for k in sorted({*found, *want}):
-        if k not in want: raise WeightsError(f"has a tensor '{k[:80]}' ({show(found[k])}) the network does not have", where, fix)
+        if k not in want:
+            raise WeightsError(f"has a tensor '{k[:80]}' ({show(found[k])}) the network does not have", where, fix)
         if k not in found: raise WeightsError(f"lacks the tensor '{k}' ({show(want[k])})", where, fix)
         if found[k] != want[k]:
             raise WeightsError(f"'{k}' is {show(found[k])}, the network needs {show(want[k])}", where, fix)
@@ -319,6 +324,7 @@ def admitted(
     check_cost(net, where, bounds)
     return told
 
+# %% ../../nbs/lib/48d_gans.door.ipynb #2575d63d
 def admit_folder(
     folder:Path, # With G.safetensors and generator.json
 ) -> dict: # The card

@@ -57,18 +57,20 @@ def told_stages(
     run:Path, # Run folder
 ) -> dict: # stage name -> its places: in the run, in the caches
     "Where the stages of a run may lie, by its run.json; names that lead elsewhere are refused."
-    info = read_json(Path(run)/"run.json")
+    file = Path(run)/"run.json"
+    info = read_json(file)
     stages = info.get("stages") if isinstance(info, dict) else None
-    if not isinstance(stages, dict): raise RunError("is no run.json of a run", Path(run)/"run.json", "give a run folder")
+    if not isinstance(stages, dict): raise RunError("is no run.json of a run", file, "give a run folder")
     found = {}
     for name,s in stages.items():
         names = [info.get("paper"), s.get("folder") if isinstance(s, dict) else None]
         if not all(isinstance(n, str) and re.fullmatch(r"[\w.-]*\w[\w.-]*", n) for n in names):
-            raise RunError(f"stage {name[:60]!r} names no folder", Path(run)/"run.json", "give a run folder of this package")
+            raise RunError(f"stage {name[:60]!r} names no folder", file, "give a run folder of this package")
         paper, folder = names
         found[name] = [Path(run)/"checkpoints"/folder, *(root/"stages"/paper/folder for root in cache_roots())]
     return found
 
+# %% ../../nbs/lib/49_gans.folder.ipynb #dcab090d
 def stages_of(
     run:Path, # Run folder
 ): # Yields (stage name, folder)
