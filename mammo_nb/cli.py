@@ -108,7 +108,7 @@ def asked(
     word = name.removeprefix("mammo_")
     return [word, *argv] if name.startswith("mammo_") and word in COMMANDS else list(argv)
 
-# %% ../nbs/lib/69_cli.ipynb #0dc6412d
+# %% ../nbs/lib/69_cli.ipynb #a8b56671
 def _closed():
     "Nobody reads any more (`mammo doctor DIR | head`): end quietly, as other commands do."
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,17 +119,20 @@ def main(
 ) -> int: # Exit code of the command; 2 for an unknown word
     "Console script `mammo`, and every `mammo_<word>`."
     words = asked(sys.argv[0], sys.argv[1:]) if argv is None else list(argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(help_text())
-        return 0
-    if words[0] not in COMMANDS:
-        print(f"mammo: no word '{words[0]}' – {nearest(words[0], list(COMMANDS))}", file=sys.stderr)
-        return 2
     try:
-        code = _answered(words[0], words[1:])
+        code = _told(words)
         sys.stdout.flush()
         return code
     except BrokenPipeError: return _closed()
+
+def _told(words):
+    "The exit code of a call, help and unknown words included."
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if words[0] in COMMANDS: return _answered(words[0], words[1:])
+    print(f"mammo: no word '{words[0]}' – {nearest(words[0], list(COMMANDS))}", file=sys.stderr)
+    return 2
 
 # %% ../nbs/lib/69_cli.ipynb #84905afb
 if __name__ == "__main__" and "ipykernel" not in sys.modules and sys.argv[0].endswith("cli.py"): sys.exit(main())
