@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'MEASURED', 'KINDS', 'CRATE', 'PROFILE', 'PLACES', 'LICENCE', 'LARGEST', 'LONGEST_LIST', 'UNREADABLE',
-           'told_files', 'generator_files', 'files_of', 'file_entity', 'parameter_entities', 'run_entities',
-           'root_entity', 'crate_of', 'loose_ends', 'archive', 'listed', 'unpack', 'main']
+           'told_files', 'generator_files', 'lost_generators', 'files_of', 'file_entity', 'parameter_entities',
+           'run_entities', 'root_entity', 'crate_of', 'loose_ends', 'archive', 'listed', 'unpack', 'main']
 
 # %% ../nbs/lib/68_archive.ipynb #7e1f064d
 import argparse
@@ -48,9 +48,25 @@ def generator_files(
         found |= {f"checkpoints/{home.name}/{f.relative_to(home).as_posix()}": f for f in sorted(kept)}
     return found
 
-# %% ../nbs/lib/68_archive.ipynb #9932952e
+# %% ../nbs/lib/68_archive.ipynb #101bf719
+def lost_generators(
+    run:Path, # Run folder
+) -> list: # Names of stages, empty when all are there
+    "Generators that the run trained and that are neither in its folder nor in this cache."
+    there, stages = dict(stages_of(run)), read_json(run/"run.json").get("stages", {})
+    return [name for name,stage in stages.items() if stage.get("group") == "generators" and name not in there]
+
+# %% ../nbs/lib/68_archive.ipynb #cab394f6
+def _generators(run):
+    "The generators' files; one that cannot be found is an error, not an archive without it."
+    lost = lost_generators(run)
+    fix = "set MAMMO_NB_CACHE to the cache it was made with, or say --no-generators"
+    if lost: raise RunError(f"{len(lost)} stages of its generators are not on this machine: {lost[0]} …", run, fix)
+    return generator_files(run)
+
 def files_of(
     run:Path, # Run folder
+    generators:bool = True, # Of a run on phantoms
 ) -> dict: # Name in the archive -> file
     "Everything that goes into the archive of a run."
     run = Path(run)
@@ -60,7 +76,7 @@ def files_of(
         state = info.get("status", "unknown")
         raise RunError(f"this run is {state}, not done", run, "give its command again, then archive")
     asked = info["parameters"]
-    if not asked.get("data_dir"): return told_files(run) | generator_files(run)
+    if not asked.get("data_dir"): return told_files(run) | (_generators(run) if generators else {})
     if asked.get("show_real"):
         fix = "run it again without show_real, then archive"
         raise RunError("its page and figures may show pixels of patients", run, fix)
@@ -152,16 +168,17 @@ def loose_ends(
     twice = [n for n in known if known.count(n) > 1]
     return sorted(set(twice) | {n for n in names if n not in known and not n.startswith("https://")})
 
-# %% ../nbs/lib/68_archive.ipynb #de6d2cfb
+# %% ../nbs/lib/68_archive.ipynb #8d44e452
 def archive(
     run:Path, # Run folder
     out:Path = None, # The zip, default `<run folder>.zip` beside the run folder
     *,
     license:str = "", # Of what is in it, e.g. `cc-by-4.0`
+    generators:bool = True, # Those of a run on phantoms
 ) -> Path: # The zip
     "One run as one zip."
     run = Path(run).expanduser().resolve()
-    files = files_of(run)
+    files = files_of(run, generators)
     crate = json.dumps(crate_of(run, files, license), indent=1, ensure_ascii=False)
     out = Path(out).expanduser() if out else run.with_name(run.name + ".zip")
     with write_whole(out) as tmp, zipfile.ZipFile(tmp, "w", zipfile.ZIP_DEFLATED) as z:
@@ -222,7 +239,7 @@ def unpack(
         raise _refused(f"not a readable archive of a run ({type(e).__name__})", path) from e
     return Path(into)/top
 
-# %% ../nbs/lib/68_archive.ipynb #182c9646
+# %% ../nbs/lib/68_archive.ipynb #ed5ceb71
 def main(
     argv=None, # Arguments, default those of the command line
 ) -> int: # 0, or 1 with a message
@@ -232,8 +249,9 @@ def main(
     a.add_argument("run", help="folder of a finished run")
     a.add_argument("--out", default="", help="the zip; default: beside the run folder")
     a.add_argument("--license", default="", help=f"of what is in it: {', '.join(LICENSES)}")
+    a.add_argument("--no-generators", action="store_true", help="leave them out, where they are gone or too large")
     p = a.parse_args(argv)
-    try: made = archive(p.run, p.out or None, license=p.license)
+    try: made = archive(p.run, p.out or None, license=p.license, generators=not p.no_generators)
     except (MammoError, OSError) as e:
         print(f"mammo archive: {e}", file=sys.stderr)
         return 1
