@@ -7,7 +7,7 @@ SEED  ?= 0
 ARGS  ?=
 OUT    = reports/demo/notebooks/$(P)-seed$(SEED).ipynb
 
-.PHONY: run test quick paper gpu install sync lint outputs clean
+.PHONY: run test quick paper gpu docs install sync lint outputs clean
 
 run: install
 	@mkdir -p $(dir $(OUT))
@@ -40,8 +40,11 @@ gpu: install   ## on a machine with a GPU: its tests, the benchmarks, five paper
 	$(BIN)/pytest -m gpu
 	@mkdir -p reports/local
 	$(BIN)/papermill nbs/90_benchmarks.ipynb reports/local/90_benchmarks.ipynb -p preset paper -p device cuda -p publish auto --no-progress-bar --log-output
-	$(BIN)/mammo_sweep sweeps/papers_full.yaml --keep
-	$(BIN)/mammo_report
+	$(BIN)/mammo sweep sweeps/papers_full.yaml --keep
+	$(BIN)/mammo report
+
+docs: install ## all notebooks with their outputs, a search and a reference as a site in _site/, offline
+	$(BIN)/python docs/site.py
 
 lint: install ## lines, unused names, imports inside functions, likely bugs; types of the spine
 	$(BIN)/ruff check mammo_nb nbs

@@ -1,5 +1,5 @@
 "The requirement lists agree with each other and with what is installed."
-import configparser, importlib.metadata, re, sys
+import configparser, importlib.metadata, os, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
 
 import pytest
@@ -58,3 +58,51 @@ def test_installed_set_fits():
 def test_no_index_addresses():
     for f in ("settings.ini","pyproject.toml","constraints.txt","environment.yml","Makefile",".ci/run"):
         assert not re.search(r"index-url|find-links|https?://[^ ]*(simple|whl)", (ROOT/f).read_text()), f
+
+CARRIED = ("nbs/*.ipynb", "nbs/lib/*.ipynb", "nbs/papers/*.ipynb", "cards/*.md", "sweeps/*.yaml")
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "A wheel of this tree, built without network, unpacked outside the repository."
+    place = tmp_path_factory.mktemp("wheel")
+    for name in ("mammo_nb", "nbs", "cards", "sweeps"):
+        shutil.copytree(ROOT/name, place/"tree"/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT/name, place/"tree"/name)
+    build = [sys.executable, "-m", "pip", "wheel", str(place/"tree"), "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(place)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-2000:]
+    zipfile.ZipFile(next(place.glob("*.whl"))).extractall(place/"site")
+    return place/"site"
+
+def test_wheel_carries_notebooks_cards_sweeps_and_published_data(wheel):
+    for pattern in CARRIED:
+        here = {p.relative_to(ROOT): p.read_bytes() for p in ROOT.glob(pattern)}
+        assert here and here == {p.relative_to(wheel/"mammo_nb"/"carried"): p.read_bytes() for p in (wheel/"mammo_nb"/"carried").glob(pattern)}
+    published = {p.relative_to(ROOT) for p in (ROOT/"mammo_nb"/"published").rglob("*") if p.is_file()}
+    assert published and published == {p.relative_to(wheel) for p in (wheel/"mammo_nb"/"published").rglob("*") if p.is_file()}
+
+def test_workplace_from_a_wheel_alone(wheel, tmp_path):
+    "Outside the repository, with nothing but the wheel: a folder laid out, a parameter refused in one line."
+    env = os.environ | dict(PYTHONPATH=str(wheel), MAMMO_NB_CACHE=str(tmp_path/"cache"))
+    code = ("import os, sys, mammo_nb, mammo_nb.cli as c; from mammo_nb.core import repo_root; print(mammo_nb.__file__); assert c.main(['init', 'study']) == 0;"
+            "os.chdir('study/cards'); print(repo_root()); sys.exit(c.main(['run', '04_sharing', '-p', 'sead', '1']))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "did you mean 'seed'?" in done.stderr, done.stderr
+    assert done.stdout.splitlines()[0].startswith(str(wheel)) and done.stdout.splitlines()[-1] == str(tmp_path/"study")
+
+def test_every_console_command_is_one_word_of_mammo():
+    from mammo_nb.cli import COMMANDS
+    scripts = project()["scripts"]
+    assert scripts["mammo"] == "mammo_nb.cli:main"
+    for name, target in scripts.items():
+        word = name.removeprefix("mammo_")
+        assert name == "mammo" or word in COMMANDS
+        assert target == "mammo_nb.cli:main" or not COMMANDS[word].target, f"{name} goes past mammo"
+
+def test_a_closed_pipe_ends_quietly():
+    code = "import sys, mammo_nb.cli as c; sys.exit(c.main(['-h']))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141 and not done.stderr, done.stderr
