@@ -59,7 +59,7 @@ def show_first(
 
 # %% ../../nbs/papers/82e_papers.size_figures.ipynb #af527c20
 def loss_figure(): # Figure
-    "Figure 5: what the generator minimises, as first written and in the form that is used, by what D says of its fakes."
+    "Figure 5: what the generator minimises, as first written and as used, by what D says of its fakes."
     fig, ax = sheet(size=(4.6, 3))
     said = np.linspace(.005, .995, 200)
     ax.plot(said, np.log(1-said), "--", color=PALETTE["synthetic"], lw=1.6, label="log(1 − D(G(z))), minimax")
