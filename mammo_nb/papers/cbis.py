@@ -238,7 +238,8 @@ PAPER = Paper(
     presets=dict(demo=DEMO, paper=PUBLISHED), protocol=Protocol, plan=plan, switches=SWITCHES, clean=CLEAN, lists=LISTS,
     choices=dict(image=("", "full", "crop")), settle=settle, knobs={k: k for k in KNOBS},
     rules=dict(size=one_of(0, 32, 48, 56, 64, 96, 112, 128, 224), patients=between(0, 100_000), trials=between(0, 100),
-               synthetic=between(0, 100_000), replicates=between(1, 100), search_trials=between(0, 1000), clf_epochs=between(0, 10_000),
+               synthetic=between(0, 100_000), replicates=between(1, 100), search_trials=between(0, 1000),
+               clf_epochs=between(0, 10_000),
                lr=between(0, 1), boots=between(0, 100_000)),
     stages=("data", "patches", "generators", "classifiers", "report"))
 
@@ -519,7 +520,7 @@ def judges(
     run, # Run
     folders:dict, # Cell -> folder, of `everywhere`
 ) -> dict: # split -> (model, stage folder)
-    "A classifier of each split that has seen real images only: the first trial of a model that is also trained with cGAN images."
+    "A classifier of each split that has seen real images only: the first trial of a model with cGAN images."
     out = {}
     for cell,folder in folders.items():
         if folder is None or cell.arm != "none" or cell.regime or cell.model not in with_synthetic(run.params): continue

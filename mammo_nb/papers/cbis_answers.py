@@ -160,7 +160,8 @@ BESIDE = { # Of the headline protocol: classic augmentation and cGAN beside each
     "right_class": ("cGAN images under their own class against the other one", dict(arm="cgan_average"),
                     dict(arm="swapped")),
 }
-QUESTIONS |= {f"{q}_{p}": (what, _row(p, **a), _row(p, **b)) for p in ("paper", "clean") for q,(what,a,b) in BESIDE.items()}
+QUESTIONS |= {f"{q}_{p}": (what, _row(p, **a), _row(p, **b))
+              for p in ("paper", "clean") for q,(what,a,b) in BESIDE.items()}
 ASKED = ("accuracy", "auroc")
 
 def answerable(

@@ -93,8 +93,8 @@ def answer_words(
     "What this run says, model by model."
     t = asked[(asked.metric == "auroc") & asked.question.isin(["cgan_clean", "cgan_paper"]) & asked.model.isin(models)]
     split = dict(cgan_clean="patients apart", cgan_paper="rows split at random")
-    told = [f"{LABEL[r.model]}, {split[r.question]}: AUC {r.value:+.3f} [{r.lo:+.3f}, {r.hi:+.3f}] with the cGAN's images, "
-            f"{direction(r.lo, r.hi)}." for r in t.itertuples()]
+    told = [f"{LABEL[r.model]}, {split[r.question]}: AUC {r.value:+.3f} [{r.lo:+.3f}, {r.hi:+.3f}] with the cGAN's "
+            f"images, {direction(r.lo, r.hi)}." for r in t.itertuples()]
     return " ".join(["This run's answer, over its test patients.", *told]) if told else ""
 
 def learnt_words(
@@ -103,9 +103,10 @@ def learnt_words(
     "Whether the generators have learnt, in a sentence."
     if not len(table): return ""
     apart, varied = (f"{table[k].min():.2f}" for k in ("told_apart", "variety"))
-    far = f", FID {table.fid_over_floor.max():.1f} times that of two halves of the real ones" if "fid_over_floor" in table else ""
-    return (f"The generators: a classifier of real images tells their classes apart with AUC {apart} (0.5: not at all), "
-            f"they are {varied} times as varied as real ones{far}; the worst of {len(table)} is given.")
+    far = ""
+    if "fid_over_floor" in table: far = f", FID {table.fid_over_floor.max():.1f} times that of two halves of the real ones"
+    return (f"The generators: a classifier of real images tells their classes apart with AUC {apart} (0.5: not at "
+            f"all), they are {varied} times as varied as real ones{far}; the worst of {len(table)} is given.")
 
 def opening_words(learnt:pd.DataFrame, asked:pd.DataFrame, models:tuple) -> str:
     "Question, answer, generators, what to type next."

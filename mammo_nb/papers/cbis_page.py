@@ -77,8 +77,8 @@ def tested_words(runs:list) -> str:
 
 LEARNT = Shown(
     "learnt", "Has each generator learnt?", digits=2,
-    note="told apart: AUC of a classifier of real images on the classes of synthetic ones (0.5: no difference). variety: "
-         "against real images. FID and KID of the worse class; floors: two halves of the real test images.",
+    note="told apart: AUC of a classifier of real images on the classes of synthetic ones (0.5: no difference). "
+         "variety: against real images. FID and KID of the worse class; floors: two halves of the real test images.",
     rename=dict(told_apart="told apart", fid_over_floor="FID over floor", kid="KID", kid_floor="its floor"))
 OPENING = part("In short", text=words("opening"), figures=("opening",), tables=(LEARNT,))
 
