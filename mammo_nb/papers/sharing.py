@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCOPES', 'MODELS', 'REGIMES', 'GENERATORS', 'LISTS', 'SWITCHES', 'CLEAN', 'DEMO', 'PUBLISHED', 'PAPER', 'PHANTOMS',
-           'plan', 'not_run', 'scope_of', 'plan_generators', 'Protocol', 'Setup', 'handed_over', 'refuse', 'settle',
-           'Hospitals', 'load', 'cutting_of', 'Cuts', 'cut', 'gan_recipe', 'replicate_name', 'replicates', 'generators',
-           'draws', 'synthetic', 'training_of', 'sources', 'classifiers', 'held_patches', 'trained_on', 'audits',
-           'audit_table', 'keep_audits']
+           'MAX_EXTENT', 'plan', 'not_run', 'scope_of', 'plan_generators', 'Protocol', 'Setup', 'handed_over', 'refuse',
+           'settle', 'Hospitals', 'load', 'cutting_of', 'Cuts', 'cut', 'background_table', 'gan_recipe',
+           'replicate_name', 'replicates', 'generators', 'draws', 'synthetic', 'training_of', 'sources', 'classifiers',
+           'held_patches', 'trained_on', 'audits', 'audit_table', 'keep_audits']
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #1ffaba81
 import shutil
@@ -142,12 +142,13 @@ class Setup:
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #0d223c93
 DEMO = Setup(
-    patients=dict(a=144, b=48, c=32), held=dict(b=24, c=16), phantom_scale=.125, size=32, swin_size=64, views=6,
-    counts=dict(lesions=Counts(96, 60, 40), masses=Counts(64, 60, 40)), gan_width=1/4, clf_epochs=10,
-    epochs={"sharing_dcgan/lesions": 250, "sharing_dcgan/masses": 250, "sharing_wgangp/lesions": 300,
-            "sharing_wgangp/masses": 300, "thesis_dcgan/masses": 250},
-    gan=dict(sharing_dcgan=dict(lr_g=1e-4, lr_d=1e-4, ema=.995), sharing_wgangp=dict(lr_g=1e-4, lr_d=1e-4, ema=.995),
-             thesis_dcgan=dict(lr_g=4e-4, lr_d=2e-4, ema=.99, batch=16)),
+    patients=dict(a=120, b=48, c=32), held=dict(b=20, c=16), phantom_scale=.125, size=32, swin_size=64, views=6,
+    counts=dict(lesions=Counts(96, 80, 40), masses=Counts(56, 80, 40)), gan_width=1/4, clf_epochs=10,
+    epochs={"sharing_dcgan/lesions": 320, "sharing_dcgan/masses": 360, "sharing_wgangp/lesions": 280,
+            "sharing_wgangp/masses": 320, "thesis_dcgan/masses": 320},
+    gan=dict(sharing_dcgan=dict(ema=.98, snapshots="last"),
+             sharing_wgangp=dict(lr_g=1e-3, lr_d=1e-3, betas=(0., .9), g_every=2, ema=.95, snapshots="last"),
+             thesis_dcgan=dict(lr_g=4e-4, lr_d=4e-4, batch=16, ema=.98)),
     usual=dict(scopes=("masses",), arms=("none", "bcdr_wgangp", "bcdr_dcgan", "optimam_dcgan", "bcdr_real", "copies")),
     lr=3e-3, cnn=dict(widths=(8, 16, 32), hidden=64), boots=500, audit=240,
     swin=dict(patch=8, embed=24, depths=(2, 2), heads=(2, 4), window=4))
@@ -250,13 +251,20 @@ def _kept(run, centres, trains): # centre -> (Centre that trains, Centre no gene
     with ThreadPoolExecutor(2) as pool: return dict(zip(trains, pool.map(keep, trains)))     # drawn side by side
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #400c13e4
+MAX_EXTENT = 750 # Longest side of a lesion of centre C, px at full size; Alyafi 2019 leaves out larger ones
+
 def cutting_of(
     run, # Run
+    centre:str="a", # `a`, `b` or `c`
 ) -> Cutting:
-    "How this run cuts patches."
+    "How this run cuts the patches of a centre; centre C's as Alyafi 2019 cut them: the bare box, no jitter."
     setup, protocol = run.setup, run.protocol
+    scale = setup.phantom_scale if run.phantom else 1.
     rule = "reference" if protocol.crop_rule == "reference" else "paper"
-    options = dict(scale=setup.phantom_scale if run.phantom else 1., margin=setup.margin, crop_rule=rule)
+    if centre == "c":
+        bare = dict(rule="zoom", zoom=1, max_extent=MAX_EXTENT*scale)
+        return Cutting(sizes=setup.sizes, seed=run.seeds.split, options=bare)
+    options = dict(scale=scale, margin=setup.margin, crop_rule=rule)
     return Cutting(sizes=setup.sizes, views=setup.views, seed=run.seeds.split, options=options,
                    healthy=dict(swap=protocol.swap_axes, max_inside=protocol.max_inside),
                    test_jitter=protocol.test_jitter, healthy_side=protocol.healthy_side,
@@ -282,7 +290,7 @@ def cut(
     cutting, theirs, size = cutting_of(run), handed_over(run.params), run.setup.size
     need = {(GENERATORS[g][0], scope) for g,scope in plan_generators(run.grid) if GENERATORS[g][0] not in theirs}
     need |= {("b", scope) for scope in run.grid.scope[run.grid.arm == "bcdr_real"]}
-    lesions = {(c, scope): cut_lesions(hospitals.centres[c], scope, cutting) for c,scope in sorted(need)}
+    lesions = {(c, scope): cut_lesions(hospitals.centres[c], scope, cutting_of(run, c)) for c,scope in sorted(need)}
     at_b, a = {s: len(sets[size]) for (c,s),sets in lesions.items() if c == "b"}, hospitals.centres["a"]
     def of_a(scope): return cut_centre_a(a, scope, run.setup.counts[scope], cutting, at_b.get(scope))
     cuts = Cuts({scope: of_a(scope) for scope in run.grid.scope.unique()}, lesions)
@@ -296,6 +304,18 @@ def _tell(run, cuts): # What was left out, what was compared, how many train
     run.note(data_hash=hash_of([ps.key() for ps in sets]), files_skipped=int(skipped["count"].sum()),
              counts={s: vars(c.counts) for s,c in cuts.a.items()})
 
+# %% ../../nbs/papers/84_papers.sharing.ipynb #f42363aa
+def background_table(
+    cuts:Cuts, # From `cut`
+    size:int, # Patch side, px
+) -> pd.DataFrame: # centre, scope, patches, background
+    "Share of background in the lesion patches of each centre."
+    of_a = {("a", scope): c.sets[size]["train"] for scope,c in cuts.a.items()}
+    sets = of_a | {key: found[size] for key,found in cuts.lesions.items()}
+    tables = {key: ps.table[ps.table.target == 1] for key,ps in sets.items()}
+    return pd.DataFrame([dict(centre=c.upper(), scope=scope, patches=len(t), background=t.background.mean())
+                         for (c,scope),t in tables.items()])
+
 # %% ../../nbs/papers/84_papers.sharing.ipynb #792eb920
 def gan_recipe(
     name:str, # Key of `GENERATORS`
@@ -304,9 +324,9 @@ def gan_recipe(
 ) -> Recipe:
     "The published recipe of a generator at this preset's size, with this protocol's departures."
     published = RECIPES[GENERATORS[name][1]]
-    every = protocol.g_every if protocol.g_every > 1 else published.g_every # the counter fault hit both GANs alike
-    changed = setup.gan.get(GENERATORS[name][1], {})
-    return published.small(size=setup.size, width=setup.gan_width, g_every=every, real_range=protocol.real_range, **changed)
+    changed = dict(g_every=published.g_every) | setup.gan.get(GENERATORS[name][1], {})
+    if protocol.g_every > 1: changed |= dict(g_every=protocol.g_every)      # the counter fault hit both GANs alike
+    return published.small(size=setup.size, width=setup.gan_width, real_range=protocol.real_range, **changed)
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #51e1ed32
 def replicate_name(
@@ -431,14 +451,15 @@ def held_patches(
     hospitals:Hospitals, # From `load`
 ) -> dict: # (name, scope) -> PatchSet, or the reason why there is none
     "Patches of the patients that no generator sees."
-    cutting, found = replace(cutting_of(run), sizes=(run.setup.size,)), {}
-    def patches(who, scope):
+    found = {}
+    def patches(centre, scope):
+        who = hospitals.held[centre]
         if isinstance(who, str): return who
-        try: return cut_lesions(who, scope, cutting)[run.setup.size]
+        try: return cut_lesions(who, scope, cutting_of(run, centre))[run.setup.size]
         except DataError as e: return str(e)
     for name,scope in plan_generators(run.grid):
         centre = GENERATORS[name][0]
-        if (centre,scope) not in found: found[centre,scope] = patches(hospitals.held[centre], scope)
+        if (centre,scope) not in found: found[centre,scope] = patches(centre, scope)
     return {(g,scope): found[GENERATORS[g][0],scope] for g,scope in plan_generators(run.grid)}
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #ee6de456

@@ -221,6 +221,7 @@ SECTIONS = [
                          Shown("balance", "The split of centre A", digits=2,
                                note="Shares of patients by breast density on each side."),
                          Shown("counts", "Patches that train, and healthy share of the test patches", digits=2),
+                         Shown("background", "Share of background in the lesion patches", digits=3, keys=("centre", "scope")),
                          Shown("not_run", "What this run left out")), figures=("patches",)),
     published_section("table1", "table2"),
     left_out_section()]

@@ -42,7 +42,7 @@ class Cutting:
 def lesion_plan(
     centre:Centre, # Whose lesions
     scope:str, # `lesions` or `masses`
-    options:dict, # Settings of the rule `square`
+    options:dict, # Settings of the rule, `square` unless they name another
     patients=None, # Only these; None for all of the centre
 ) -> Plan:
     "Every lesion of the scope in these patients, ready patches included."
