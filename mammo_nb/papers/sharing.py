@@ -422,7 +422,8 @@ def sources(
     cuts:Cuts, # From `cut`
 ) -> dict: # Source -> {size: PatchSet}; None where left out
     "What an arm adds: synthetic sets by name, or centre B's real lesions."
-    return {g: cuts.lesions["b",scope] if g == "bcdr_real" else synthetic[g,scope_of(g, scope)] for g in ARMS.get(arm, ())}
+    names = ARMS.get(arm, ())                     # a control makes its own
+    return {g: cuts.lesions["b",scope] if g == "bcdr_real" else synthetic[g,scope_of(g, scope)] for g in names}
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #247a7fd6
 def classifiers(

@@ -61,7 +61,7 @@ def overview_figure(
     panels = [("lesions of centre A", real(1), "lesion"), *made, ("healthy, centre A", real(0), "healthy")]
     fig, axs = sheet(1, len(panels), size=(2.4*len(panels), 2.7), squeeze=False)
     for ax,(title,pixels,kind) in zip(axs[0], panels): patch_grid(ax, pixels, cols=3, title=title, kind=kind)
-    caption = "What trains: real lesions, what other centres' generators draw, and healthy tissue. None was chosen by hand."
+    caption = "What trains: real lesions, what other centres' generators draw, healthy tissue. None was chosen by hand."
     return dict(fig=fig, alt=f"Nine patches of each of {len(panels)} kinds", caption=caption, real=True)
 
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #507808f5
@@ -157,8 +157,10 @@ def data_words(
     return "\n\n".join(told)
 
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #5997e87d
-PLANTED = ("**These are phantoms, and their truth is planted.** All centres draw their lesions from one process, so real lesions of centre B are new "
-           "lesions for centre A, and copies of its own are not. The run shows that the machinery finds this; it says nothing about patients.")
+PLANTED = (
+    "**These are phantoms, and their truth is planted.** All centres draw their lesions from one process, so real "
+    "lesions of centre B are new lesions for centre A, and copies of its own are not. The run shows whether the "
+    "machinery finds this; it says nothing about patients.")
 
 def learnt_words(
     results:pd.DataFrame, # Of the run: scope, model, regime, arm, metric, positive, value, lo, hi
@@ -167,21 +169,25 @@ def learnt_words(
     plain = results[(results.arm=="none") & (results.metric=="auroc") & (results.positive=="healthy")]
     plain = plain[plain.regime.astype(str)=="100"]
     told = [f"{NAMED[r.model]}, {NAMED[r.scope]}: {r.value:.2f} [{r.lo:.2f}, {r.hi:.2f}]" for r in plain.itertuples()]
-    return f"Without anything added the AUROC is {'; '.join(told)}." if told else "No classifier was trained without additions."
+    if not told: return "No classifier was trained without additions."
+    return f"Without anything added the AUROC is {'; '.join(told)}."
 
 def gain_words(
     gained:pd.DataFrame, # From `arm_gains`
 ) -> str: # A list
     "What each arm added, in AUROC, least data first."
-    auroc = gained[gained.metric=="auroc"].assign(regime=lambda t: t.regime.astype(int)).sort_values("regime", kind="stable")
+    auroc = gained[gained.metric=="auroc"]
+    auroc = auroc.iloc[np.argsort(auroc.regime.astype(int), kind="stable")]
     def line(arm, t):
-        at = ", ".join(f"{r.regime} % {NAMED[r.model]} {r.value:+.2f} [{r.lo:+.2f}, {r.hi:+.2f}]" for r in t.itertuples())
-        return f"- {NAMED.get(arm, arm)}: {at}"
+        said = [f"{r.regime} % {NAMED[r.model]} {r.value:+.2f} [{r.lo:+.2f}, {r.hi:+.2f}]" for r in t.itertuples()]
+        return f"- {NAMED.get(arm, arm)}: {', '.join(said)}"
     return "\n".join(line(arm, t) for arm,t in auroc.groupby("arm", sort=False))
 
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #fae85284
-NEXT = ("**Next.** `make run P=04_sharing SEED=1` gives another seed, `mammo_gather` joins seeds. `make run P=04_sharing ARGS=\"-p scopes lesions\"` runs Table 1, "
-        "`-p arms both_a,both_b,none` other rows. `make paper P=04_sharing ARGS=\"-p data_dir /your/data\"` is the published size on your own data (a GPU).")
+NEXT = (
+    "**Next.** `make run P=04_sharing SEED=1` gives another seed, `mammo_gather` joins seeds. "
+    "`make run P=04_sharing ARGS=\"-p scopes lesions\"` runs Table 1, `-p arms both_a,both_b,none` other rows. "
+    "`make paper P=04_sharing ARGS=\"-p data_dir /your/data\"` is the published size on your own data (a GPU).")
 
 def answer_words(
     results:pd.DataFrame, # Of the run
@@ -190,11 +196,12 @@ def answer_words(
 ) -> str: # Paragraphs
     "This run's answer, and what to type next."
     if not len(gained): return f"No arm was compared with `none` in this run.\n\n{NEXT}"
-    parts = [learnt_words(results), f"What each source adds to that, with 95 % intervals over test patients:\n\n{gain_words(gained)}"]
-    return "\n\n".join([*parts, *([PLANTED] if phantom else []), NEXT])
+    added = f"What each source adds to that, with 95 % intervals over test patients:\n\n{gain_words(gained)}"
+    return "\n\n".join([learnt_words(results), added, *([PLANTED] if phantom else []), NEXT])
 
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #a08dd8e3
-QUESTION = "May a hospital add another hospital's *generator* to its training data, as it would add the other hospital's patients?"
+QUESTION = ("May a hospital add what another hospital's *generator* draws to its training data, "
+            "as it would add the other hospital's patients?")
 
 def in_short(runs:list) -> str: # runs: of RunFolder
     "Question and answer, from the run's folder."
@@ -215,13 +222,14 @@ SECTIONS = [
                        tables=(Shown("quality", "Against patients that no generator has seen", digits=2,
                                      keys=("generator", "scope"),
                                      note="KID and FID in the embedded features. The floor is real against real for as "
-                                          "many patches; a ratio of 1 is as near as real ones, diversity 1 as varied."),)),
+                                          "many patches; ratio 1 is as near as real ones, diversity 1 as varied."),)),
     audit_section(),
     data_section(tables=(Shown("centres", "The three centres (section 2.1)"),
                          Shown("balance", "The split of centre A", digits=2,
                                note="Shares of patients by breast density on each side."),
                          Shown("counts", "Patches that train, and healthy share of the test patches", digits=2),
-                         Shown("background", "Share of background in the lesion patches", digits=3, keys=("centre", "scope")),
+                         Shown("background", "Share of background in the lesion patches", digits=3,
+                               keys=("centre", "scope")),
                          Shown("not_run", "What this run left out")), figures=("patches",)),
     published_section("table1", "table2"),
     left_out_section()]

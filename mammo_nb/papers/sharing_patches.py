@@ -175,8 +175,8 @@ def count_table(
         test = cut.sets[min(cut.sets)]["test"]
         ours = vars(cut.counts)
         theirs = {f"{k}_published": n for k,n in zip(ours, published[scope])}
-        rows.append(dict(scope=scope) | ours | theirs | dict(test_patches=len(test), test_women=test.table.patient_id.nunique(),
-                                                             test_healthy_share=float((test.y==0).mean())))
+        tested = dict(test_patches=len(test), test_women=test.table.patient_id.nunique())
+        rows.append(dict(scope=scope) | ours | theirs | tested | dict(test_healthy_share=float((test.y==0).mean())))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/papers/84d_papers.sharing_patches.ipynb #a5a80fd1
