@@ -124,8 +124,9 @@ def jobs_of(tmp_path, *, a=A, b=B, **changes):
         write_json(stages[k]/"done.json", {})
     drawn = {k: at(toy(f"drawn {k}", 12, 0, 1)) for k in stages}
     held = {k: HELD for k in stages if paper.GENERATORS[k[0]][0] not in paper.handed_over(params)}
-    found = [*paper.generators(run, cuts).values(), *paper.draws(run, cuts, stages).values(), *paper.classifiers(run, cuts, drawn).values(),
-             *paper.audits(run, cuts, {k: stages[k] for k in held}, held).values()]
+    found = [*paper.audits(run, cuts, {k: stages[k] for k in held}, held).values()]
+    for s in paper.replicates(run):
+        found += [*paper.generators(run, cuts, s).values(), *paper.draws(run, cuts, stages, s).values(), *paper.classifiers(run, cuts, drawn, s).values()]
     return run, {j.name: j for j in found}
 
 def keys_of(tmp_path, **changes):
@@ -193,13 +194,25 @@ def test_switches_reach_what_they_name(tmp_path):
 
 def test_a_left_out_generator_leaves_its_rows_out(tmp_path):
     run, _ = jobs_of(tmp_path, **SOME)
-    cuts = paper.Cuts({"masses": sharing_patches.Cut({64: A}, Counts(16, 12, 8), None, None)}, {("b", "masses"): {64: B["masses"]}})
+    cuts = paper.Cuts({"masses": sharing_patches.Cut({32: A}, Counts(16, 12, 8), None, None)}, {("b", "masses"): {32: B["masses"]}})
     jobs = paper.classifiers(run, cuts, {("bcdr_dcgan", "masses"): None})
     assert {c.arm for c,j in jobs.items() if j.given["added"] is None} == {"bcdr_dcgan"}
 
 
+def test_replicates_leave_the_first_as_it_was(tmp_path):
+    one, three = keys_of(tmp_path, **SOME), keys_of(tmp_path, **SOME, replicates=3)
+    trained = [n for n in three if n.startswith("gan-")]
+    assert {n: three[n] for n in trained if n in one} == {n: one[n] for n in one if n.startswith("gan-")} and len(trained) == 3
+    assert len({three[n] for n in trained}) == 3 and len([n for n in three if n.startswith("clf-")]) == 3*len([n for n in one if n.startswith("clf-")])
+
+def test_arms_train_on_the_same_side_whatever_the_classifier(tmp_path):
+    _, jobs = jobs_of(tmp_path, **SOME | dict(models="cnn,swin", arms="none,bcdr_dcgan,copies"))
+    sides = {len(ps.pixels[0,0]) for j in jobs.values() if j.name.startswith("clf-") for ps in [*j.given["sets"].values(), *j.given["added"].values()]}
+    networks = {j.given["how"].network["kind"]: j.given["how"].network["size"] for j in jobs.values() if j.name.startswith("clf-")}
+    assert sides == {8} and networks == dict(cnn=32, swin=64)
+
 # ---------------------------------------------------------------- every parameter does something
-OTHER = dict(seed=5, preset="paper", protocol="clean", switches="crop_faults", scopes="masses", models="cnn", arms="none", regimes="50", scaling="voi", margin=30,
+OTHER = dict(replicates=2, seed=5, preset="paper", protocol="clean", switches="crop_faults", scopes="lesions", models="cnn", arms="none", regimes="50", scaling="voi", margin=30,
              patients=36, gan_epochs=2, clf_epochs=2, boots=50, split_seed=4, gan_seed=4, phantom_seed=4, holdout=.2, dp_epsilon=8., mode="fast")
 ELSEWHERE = dict(run_dir="where the run goes", only="which stages are done, see test_left_out_stages_leave_the_rest_out", device="counts in every key as cpu, cuda or mps",
                  show_real="what the page shows, see test_report.py")

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCOPES', 'MODELS', 'REGIMES', 'GENERATORS', 'LISTS', 'SWITCHES', 'CLEAN', 'DEMO', 'PUBLISHED', 'PAPER', 'PHANTOMS',
-           'plan', 'scope_of', 'plan_generators', 'Protocol', 'Setup', 'handed_over', 'refuse', 'settle', 'Hospitals',
-           'load', 'cutting_of', 'Cuts', 'cut', 'gan_recipe', 'generators', 'draws', 'synthetic', 'training_of',
-           'sources', 'classifiers', 'held_patches', 'audits', 'audit_table', 'keep_audits']
+           'MAX_EXTENT', 'plan', 'not_run', 'scope_of', 'plan_generators', 'Protocol', 'Setup', 'handed_over', 'refuse',
+           'settle', 'Hospitals', 'load', 'cutting_of', 'Cuts', 'cut', 'background_table', 'gan_recipe',
+           'replicate_name', 'replicates', 'generators', 'draws', 'synthetic', 'training_of', 'sources', 'classifiers',
+           'held_patches', 'trained_on', 'audits', 'audit_table', 'keep_audits']
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #1ffaba81
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,11 +25,12 @@ from ..gans.fit import Budget, Drawing, Fit, audit_generator, draw, drawn, fit_g
 from ..gans.privacy import COLUMNS, Audit, no_audit
 from ..gans.train import RECIPES, Recipe
 from ..metrics.answers import Cell
-from ..paper import Paper, Settled
+from ..paper import Paper, Settled, replicate_seeds
 from .sharing_centres import fresh_centre, kept_from, phantom_centres, real_centres
 from .sharing_patches import Cutting, cut_centre_a, cut_lesions
-from .sharing_rows import ARMS, Counts, Halving, Training, fit_cell, who_trains
+from .sharing_rows import ADDED, ARMS, Counts, Halving, Training, fit_cell, who_trains
 from ..params import Params, between, split_words
+from ..runs import Seeds
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #45451e88
 SCOPES = ("lesions", "masses")   # Table 1, Table 2
@@ -36,20 +38,34 @@ MODELS = ("cnn", "swin")
 REGIMES = ("100", "50")          # Percent of centre A's training patches
 GENERATORS = dict(               # name -> centre, recipe; centre C only ever makes masses (section 2.3.3)
     bcdr_dcgan=("b", "sharing_dcgan"), bcdr_wgangp=("b", "sharing_wgangp"), optimam_dcgan=("c", "thesis_dcgan"))
-LISTS = dict(scopes=SCOPES, models=MODELS, regimes=REGIMES, arms=tuple(ARMS)) # Parameter -> words it may hold
+LISTS = dict(scopes=SCOPES, models=MODELS, regimes=REGIMES, arms=tuple(ADDED)) # Parameter -> words it may hold
 
 def plan(
     params:Params, # Checked parameters
-    setup=None, # Sizes, which decide nothing here
+    setup=None, # Sizes; `usual` says what is run where nothing is asked for
 ) -> pd.DataFrame: # One row a cell: scope, model, regime, arm
     "The grid of section 3, in the order of Tables 1 and 2."
-    def asked(name): return [w for w in LISTS[name] if w in (split_words(getattr(params, name)) or LISTS[name])]
+    usual = LISTS | (setup.usual if setup else {})
+    def asked(name): return [w for w in LISTS[name] if w in (split_words(getattr(params, name)) or usual[name])]
     arms = asked("arms")
-    if params.generator_b and not params.arms: arms = [a for a in arms if "bcdr_wgangp" not in ARMS[a]] # it plays one
+    if params.generator_b and not params.arms: arms = [a for a in arms if "bcdr_wgangp" not in ADDED[a]] # it plays one
     rows = [(s, m, r, a) for s,m in _pairs(asked("scopes"), asked("models")) for r,a in _pairs(asked("regimes"), arms)]
     return pd.DataFrame(rows, columns=["scope", "model", "regime", "arm"])
 
 def _pairs(first, second): return [(one, two) for one in first for two in second]
+
+# %% ../../nbs/papers/84_papers.sharing.ipynb #b89b7113
+def not_run(
+    grid:pd.DataFrame, # From `plan`
+) -> pd.DataFrame: # parameter, run, left_out, to_run
+    "What of the tables this run leaves out, and what to type for it."
+    rows = []
+    for name,words in LISTS.items():
+        done = set(grid[name.removesuffix("s")])
+        out = [w for w in words if w not in done]
+        rows.append(dict(parameter=name, run=", ".join(w for w in words if w in done), left_out=", ".join(out),
+                         to_run=f"-p {name} {','.join(out)}" if out else ""))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #812e25be
 def scope_of(
@@ -65,7 +81,7 @@ def plan_generators(
 ) -> list: # (generator, scope) pairs
     "The generators that these cells need."
     pairs = zip(cells.scope, cells.arm)
-    return sorted({(g, scope_of(g, scope)) for scope,arm in pairs for g in ARMS[arm] if g in GENERATORS})
+    return sorted({(g, scope_of(g, scope)) for scope,arm in pairs for g in ADDED[arm] if g in GENERATORS})
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #8e5e6d6c
 @dataclass(frozen=True)
@@ -100,8 +116,8 @@ class Setup:
     "Sizes of a run."
     patients:dict                # Phantom patients of centres a, b, c
     phantom_scale:float          # Size of phantoms against 3328x2560
-    size:int                     # Patch side for generators and CNN, px
-    swin_size:int                # Patch side for Swin, px
+    size:int                     # Side at which every patch is cut or drawn, px
+    swin_size:int                # Side to which Swin's loader enlarges them, px
     views:int                    # Random crops kept of each training patch
     counts:dict                  # scope -> Counts
     gan_width:float              # Width of all generators against the published one
@@ -117,18 +133,24 @@ class Setup:
     lr:float = 1e-3              # Section 2.4.1
     momentum:float = 0.9         # Section 2.4.1
     positive:str = "healthy"     # Class whose AUPRC chooses the best epoch (authors: the last class, healthy)
+    gan:dict = field(default_factory=dict) # Recipe -> fields that differ from the published recipe made smaller
+    usual:dict = field(default_factory=dict) # Parameter of `LISTS` -> words where none are asked for; the rest: all
 
     @property
-    def sizes(self) -> tuple: return tuple(dict.fromkeys((self.size, self.swin_size)))
+    def sizes(self) -> tuple: return (self.size,)
     def side(self, model:str) -> int: return self.swin_size if model == "swin" else self.size
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #0d223c93
 DEMO = Setup(
-    patients=dict(a=72, b=30, c=24), held=dict(b=20, c=14), phantom_scale=.25, size=64, swin_size=64, views=4,
-    counts=dict(lesions=Counts(80, 48, 32), masses=Counts(40, 40, 28)), gan_width=1/8, clf_epochs=9,
-    epochs={"sharing_dcgan/lesions": 60, "sharing_dcgan/masses": 60, "sharing_wgangp/lesions": 90,
-            "sharing_wgangp/masses": 90, "thesis_dcgan/masses": 60},
-    lr=3e-3, cnn=dict(widths=(8, 16, 32, 64), hidden=64), boots=500, audit=240,
+    patients=dict(a=120, b=48, c=32), held=dict(b=20, c=16), phantom_scale=.125, size=32, swin_size=64, views=6,
+    counts=dict(lesions=Counts(96, 80, 40), masses=Counts(56, 80, 40)), gan_width=1/4, clf_epochs=10,
+    epochs={"sharing_dcgan/lesions": 320, "sharing_dcgan/masses": 360, "sharing_wgangp/lesions": 280,
+            "sharing_wgangp/masses": 320, "thesis_dcgan/masses": 320},
+    gan=dict(sharing_dcgan=dict(ema=.98, snapshots="last"),
+             sharing_wgangp=dict(lr_g=1e-3, lr_d=1e-3, betas=(0., .9), g_every=2, ema=.95, snapshots="last"),
+             thesis_dcgan=dict(lr_g=4e-4, lr_d=4e-4, batch=16, ema=.98)),
+    usual=dict(scopes=("masses",), arms=("none", "bcdr_wgangp", "bcdr_dcgan", "optimam_dcgan", "bcdr_real", "copies")),
+    lr=3e-3, cnn=dict(widths=(8, 16, 32), hidden=64), boots=500, audit=240,
     swin=dict(patch=8, embed=24, depths=(2, 2), heads=(2, 4), window=4))
 PUBLISHED = Setup(
     patients=dict(a=115, b=1010, c=740), held=dict(b=300, c=200), phantom_scale=.5, size=128, swin_size=224, views=20,
@@ -229,13 +251,20 @@ def _kept(run, centres, trains): # centre -> (Centre that trains, Centre no gene
     with ThreadPoolExecutor(2) as pool: return dict(zip(trains, pool.map(keep, trains)))     # drawn side by side
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #400c13e4
+MAX_EXTENT = 750 # Longest side of a lesion of centre C, px at full size; Alyafi 2019 leaves out larger ones
+
 def cutting_of(
     run, # Run
+    centre:str="a", # `a`, `b` or `c`
 ) -> Cutting:
-    "How this run cuts patches."
+    "How this run cuts the patches of a centre; centre C's as Alyafi 2019 cut them: the bare box, no jitter."
     setup, protocol = run.setup, run.protocol
+    scale = setup.phantom_scale if run.phantom else 1.
     rule = "reference" if protocol.crop_rule == "reference" else "paper"
-    options = dict(scale=setup.phantom_scale if run.phantom else 1., margin=setup.margin, crop_rule=rule)
+    if centre == "c":
+        bare = dict(rule="zoom", zoom=1, max_extent=MAX_EXTENT*scale)
+        return Cutting(sizes=setup.sizes, seed=run.seeds.split, options=bare)
+    options = dict(scale=scale, margin=setup.margin, crop_rule=rule)
     return Cutting(sizes=setup.sizes, views=setup.views, seed=run.seeds.split, options=options,
                    healthy=dict(swap=protocol.swap_axes, max_inside=protocol.max_inside),
                    test_jitter=protocol.test_jitter, healthy_side=protocol.healthy_side,
@@ -261,7 +290,7 @@ def cut(
     cutting, theirs, size = cutting_of(run), handed_over(run.params), run.setup.size
     need = {(GENERATORS[g][0], scope) for g,scope in plan_generators(run.grid) if GENERATORS[g][0] not in theirs}
     need |= {("b", scope) for scope in run.grid.scope[run.grid.arm == "bcdr_real"]}
-    lesions = {(c, scope): cut_lesions(hospitals.centres[c], scope, cutting) for c,scope in sorted(need)}
+    lesions = {(c, scope): cut_lesions(hospitals.centres[c], scope, cutting_of(run, c)) for c,scope in sorted(need)}
     at_b, a = {s: len(sets[size]) for (c,s),sets in lesions.items() if c == "b"}, hospitals.centres["a"]
     def of_a(scope): return cut_centre_a(a, scope, run.setup.counts[scope], cutting, at_b.get(scope))
     cuts = Cuts({scope: of_a(scope) for scope in run.grid.scope.unique()}, lesions)
@@ -275,6 +304,18 @@ def _tell(run, cuts): # What was left out, what was compared, how many train
     run.note(data_hash=hash_of([ps.key() for ps in sets]), files_skipped=int(skipped["count"].sum()),
              counts={s: vars(c.counts) for s,c in cuts.a.items()})
 
+# %% ../../nbs/papers/84_papers.sharing.ipynb #f42363aa
+def background_table(
+    cuts:Cuts, # From `cut`
+    size:int, # Patch side, px
+) -> pd.DataFrame: # centre, scope, patches, background
+    "Share of background in the lesion patches of each centre."
+    of_a = {("a", scope): c.sets[size]["train"] for scope,c in cuts.a.items()}
+    sets = of_a | {key: found[size] for key,found in cuts.lesions.items()}
+    tables = {key: ps.table[ps.table.target == 1] for key,ps in sets.items()}
+    return pd.DataFrame([dict(centre=c.upper(), scope=scope, patches=len(t), background=t.background.mean())
+                         for (c,scope),t in tables.items()])
+
 # %% ../../nbs/papers/84_papers.sharing.ipynb #792eb920
 def gan_recipe(
     name:str, # Key of `GENERATORS`
@@ -283,16 +324,32 @@ def gan_recipe(
 ) -> Recipe:
     "The published recipe of a generator at this preset's size, with this protocol's departures."
     published = RECIPES[GENERATORS[name][1]]
-    every = protocol.g_every if protocol.g_every > 1 else published.g_every # the counter fault hit both GANs alike
-    return published.small(size=setup.size, width=setup.gan_width, g_every=every, real_range=protocol.real_range)
+    changed = dict(g_every=published.g_every) | setup.gan.get(GENERATORS[name][1], {})
+    if protocol.g_every > 1: changed |= dict(g_every=protocol.g_every)      # the counter fault hit both GANs alike
+    return published.small(size=setup.size, width=setup.gan_width, real_range=protocol.real_range, **changed)
+
+# %% ../../nbs/papers/84_papers.sharing.ipynb #51e1ed32
+def replicate_name(
+    run, # Run
+    seeds:Seeds, # Of a replicate
+) -> str: # Ends the names of its jobs
+    "Nothing for the first replicate, so that it is the run without replicates."
+    return "" if seeds == run.seeds else f"-gan{seeds.gan}"
+
+def replicates(
+    run, # Run
+) -> list: # Seeds, one a replicate
+    "Seeds of every generator a recipe gets, with those of its classifiers."
+    return replicate_seeds(run.seeds, run.params.replicates)
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #4213778e
 def generators(
     run, # Run
     cuts:Cuts, # From `cut`
+    seeds:Seeds=None, # Of this replicate, default the run's
 ) -> dict: # (name, scope) -> Job
     "Train every generator the cells need, or take what was handed over."
-    setup, theirs, params = run.setup, handed_over(run.params), run.params
+    setup, theirs, params, seeds = run.setup, handed_over(run.params), run.params, seeds or run.seeds
     budget = Budget(params.dp_epsilon, Path(params.dp_key).expanduser() if params.dp_key else "")
     of_a = [ps.table.patient_id for c in cuts.a.values() for ps in c.sets[setup.size].values()]
     mine = sorted(set().union(*of_a))
@@ -304,9 +361,9 @@ def generators(
             jobs[name,scope] = run.job(take_generator, name=f"import-{name}-{scope}", **kept, **given)
             continue
         epochs, published = setup.epochs[f"{recipe}/{scope}"], gan_recipe(name, setup, run.protocol)
-        fit = Fit(published, epochs, run.seeds.gan, scope, budget=budget)
-        patches = cuts.lesions[centre,scope][setup.size]
-        jobs[name,scope] = run.job(fit_generator, name=f"gan-{name}-{scope}", **kept, fit=fit, patches=patches)
+        fit = Fit(published, epochs, seeds.gan, scope, budget=budget)
+        patches, called = cuts.lesions[centre,scope][setup.size], f"gan-{name}-{scope}{replicate_name(run, seeds)}"
+        jobs[name,scope] = run.job(fit_generator, name=called, **kept, fit=fit, patches=patches)
     return jobs
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #7f5a19b9
@@ -314,15 +371,18 @@ def draws(
     run, # Run
     cuts:Cuts, # From `cut`
     trained:dict, # (name, scope) -> folder, of `generators`
+    seeds:Seeds=None, # Of this replicate, default the run's
 ) -> dict: # (name, scope) -> Job
-    "A synthetic set of every generator, at both sizes."
+    "A synthetic set of every generator."
     most, theirs, jobs = max(c.counts.synthetic for c in cuts.a.values()), handed_over(run.params), {}
+    seeds = seeds or run.seeds
     for (name,scope),stage in trained.items():
         centre = GENERATORS[name][0]
         seen = () if centre in theirs else cuts.lesions[centre,scope][run.setup.size].table.patient_id
-        drawing = Drawing(name, most, run.seeds.gan, run.setup.sizes, lesion_type="mass" if centre == "c" else "")
-        jobs[name,scope] = run.job(draw, name=f"draw-{name}-{scope}", group="generators", shared=True, generator=stage,
-                                   drawing=drawing, patients=seen)
+        drawing = Drawing(name, most, seeds.gan, run.setup.sizes, lesion_type="mass" if centre == "c" else "")
+        called = f"draw-{name}-{scope}{replicate_name(run, seeds)}"
+        jobs[name,scope] = run.job(draw, name=called, group="generators", shared=True, generator=stage, drawing=drawing,
+                                   patients=seen)
     return jobs
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #fe433490
@@ -343,14 +403,16 @@ def synthetic(
 def training_of(
     run, # Run
     model:str, # Of `MODELS`
+    seeds:Seeds=None, # Of this replicate, default the run's
 ) -> Training:
     "How this run trains a classifier (section 2.4.1)."
-    setup, protocol = run.setup, run.protocol
+    setup, protocol, seeds = run.setup, run.protocol, seeds or run.seeds
     recipe = change(SHARING, epochs=setup.clf_epochs, bs=setup.clf_batch, lr=setup.lr, momentum=setup.momentum,
                     positive=setup.positive, skip_synthetic=protocol.skip_synthetic, score=protocol.score,
                     eval_after_first_val=protocol.eval_after_first_val)
     network = dict(kind=model, size=setup.side(model), **getattr(setup, model))
-    return Training(network, recipe, run.seeds.seed)
+    several = len(replicates(run)) > 1
+    return Training(network, recipe, seeds.seed, str(seeds.gan) if several else "")
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #6d36e54e
 def sources(
@@ -360,24 +422,28 @@ def sources(
     cuts:Cuts, # From `cut`
 ) -> dict: # Source -> {size: PatchSet}; None where left out
     "What an arm adds: synthetic sets by name, or centre B's real lesions."
-    return {g: cuts.lesions["b",scope] if g == "bcdr_real" else synthetic[g,scope_of(g, scope)] for g in ARMS[arm]}
+    names = ARMS.get(arm, ())                     # a control makes its own
+    return {g: cuts.lesions["b",scope] if g == "bcdr_real" else synthetic[g,scope_of(g, scope)] for g in names}
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #247a7fd6
 def classifiers(
     run, # Run
     cuts:Cuts, # From `cut`
     synthetic:dict, # From `synthetic`
+    seeds:Seeds=None, # Of this replicate, default the run's
 ) -> dict: # Cell -> Job
     "One training for each row of Tables 1 and 2."
-    seeds, jobs = run.seeds, {}
+    seeds, jobs, size = seeds or run.seeds, {}, run.setup.size
+    end = replicate_name(run, seeds)
     halving = Halving(seeds.split, 42 if run.protocol.half_fixed else seeds.seed, run.protocol.half_by)
     for row in run.grid.itertuples(index=False):
-        cell, size, of_a = Cell(**row._asdict()), run.setup.side(row.model), cuts.a[row.scope]
+        cell, of_a = Cell(**row._asdict(), replicate=end.strip("-")), cuts.a[row.scope]
         found = sources(row.arm, row.scope, synthetic, cuts)
         added = None if None in found.values() else {g: v[size] for g,v in found.items()}
         team = who_trains(cell, of_a.sets[size]["train"], of_a.counts, halving)
-        jobs[cell] = run.job(fit_cell, name=f"clf-{row.scope}-{row.model}-{row.regime}-{row.arm}", group="classifiers",
-                             cell=cell, sets=of_a.sets[size], team=team, added=added, how=training_of(run, row.model))
+        how, called = training_of(run, row.model, seeds), f"clf-{row.scope}-{row.model}-{row.regime}-{row.arm}{end}"
+        jobs[cell] = run.job(fit_cell, name=called, group="classifiers", cell=cell, sets=of_a.sets[size], team=team,
+                             added=added, how=how)
     return jobs
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #a4936ce7
@@ -386,15 +452,28 @@ def held_patches(
     hospitals:Hospitals, # From `load`
 ) -> dict: # (name, scope) -> PatchSet, or the reason why there is none
     "Patches of the patients that no generator sees."
-    cutting, found = replace(cutting_of(run), sizes=(run.setup.size,)), {}
-    def patches(who, scope):
+    found = {}
+    def patches(centre, scope):
+        who = hospitals.held[centre]
         if isinstance(who, str): return who
-        try: return cut_lesions(who, scope, cutting)[run.setup.size]
+        try: return cut_lesions(who, scope, cutting_of(run, centre))[run.setup.size]
         except DataError as e: return str(e)
     for name,scope in plan_generators(run.grid):
         centre = GENERATORS[name][0]
-        if (centre,scope) not in found: found[centre,scope] = patches(hospitals.held[centre], scope)
+        if (centre,scope) not in found: found[centre,scope] = patches(centre, scope)
     return {(g,scope): found[GENERATORS[g][0],scope] for g,scope in plan_generators(run.grid)}
+
+# %% ../../nbs/papers/84_papers.sharing.ipynb #ee6de456
+def trained_on(
+    run, # Run
+    cuts:Cuts, # From `cut`
+) -> dict: # (name, scope) -> PatchSet, of those that were trained here
+    "The patches each generator has learnt from."
+    theirs, found = handed_over(run.params), {}
+    for name,scope in plan_generators(run.grid):
+        centre = GENERATORS[name][0]
+        if centre not in theirs: found[name,scope] = cuts.lesions[centre,scope][run.setup.size]
+    return found
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #2508748f
 def audits(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Cutting', 'lesion_plan', 'healthy_plan', 'scope_table', 'Cut', 'single', 'cut_centre_a', 'cut_lesions', 'balance',
-           'probe']
+           'count_table', 'probe']
 
 # %% ../../nbs/papers/84d_papers.sharing_patches.ipynb #351fe17a
 from dataclasses import dataclass, field, replace
@@ -42,7 +42,7 @@ class Cutting:
 def lesion_plan(
     centre:Centre, # Whose lesions
     scope:str, # `lesions` or `masses`
-    options:dict, # Settings of the rule `square`
+    options:dict, # Settings of the rule, `square` unless they name another
     patients=None, # Only these; None for all of the centre
 ) -> Plan:
     "Every lesion of the scope in these patients, ready patches included."
@@ -163,6 +163,21 @@ def balance(
         tables.append(t.assign(scope=scope, lesion_patches=lesion, healthy_patches=healthy))
     t = pd.concat(tables, ignore_index=True)
     return t[["scope", "split", *(c for c in t if c not in ("scope", "split"))]]
+
+# %% ../../nbs/papers/84d_papers.sharing_patches.ipynb #1b5e25ec
+def count_table(
+    cuts:dict, # scope -> Cut
+) -> pd.DataFrame: # One row a scope
+    "How many patches train, and what share of the test patches is healthy; the published counts beside them."
+    published = dict(lesions=(1374, 1200, 1148), masses=(70, 1200, 500))
+    rows = []
+    for scope,cut in cuts.items():
+        test = cut.sets[min(cut.sets)]["test"]
+        ours = vars(cut.counts)
+        theirs = {f"{k}_published": n for k,n in zip(ours, published[scope])}
+        tested = dict(test_patches=len(test), test_women=test.table.patient_id.nunique())
+        rows.append(dict(scope=scope) | ours | theirs | tested | dict(test_healthy_share=float((test.y==0).mean())))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/papers/84d_papers.sharing_patches.ipynb #a5a80fd1
 def probe(

@@ -523,4 +523,5 @@ def joined(
 ) -> Answers: # With a column a seed
     "Several runs as one table: their trainings are told apart by seed, generators by the seed that trained them."
     names = [k for k in ("seed","split","gan") if all(k in s for _,s in runs)]
-    return Answers.join(*(a.named(**{k: str(s[k]) for k in names}) for a,s in runs if a is not None))
+    def missing(answers): return [k for k in names if k not in answers.frame] # a run with several generators names them
+    return Answers.join(*(a.named(**{k: str(s[k]) for k in missing(a)}) for a,s in runs if a is not None))
