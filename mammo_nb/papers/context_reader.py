@@ -64,5 +64,6 @@ def reader_table(
         kept = mine[mine.kept]
         after, lo, hi = above(kept.patient_id, kept.after, normal)
         before, *_ = above(kept.patient_id, kept.before, normal)
-        rows.append(dict(task=task, tried=len(mine), kept=len(kept), before=before, after=after, lo=lo, hi=hi, real=above(real.patient_id, real.before, normal)[0]))
+        rows.append(dict(task=task, tried=len(mine), kept=len(kept), before=before, after=after,
+                         lo=lo, hi=hi, real=above(real.patient_id, real.before, normal)[0]))
     return pd.DataFrame(rows)
