@@ -30,7 +30,8 @@ from .context_decay import ARMS, CONTEXT, Decay, fit_arm, training_of
 from .context_edits import (Painting, draw_synthetic, edit_mammogram, edit_pairs, kept_of,
                                            measure_removal, row_images)
 from .context_embedding import embed_models, shown_patches
-from .context_patches import PUBLISHED as COUNTS, TYPES, Cut, Cutting, context_style, cut_patches, wanted_kinds
+from .context_patches import (PUBLISHED as COUNTS, TYPES, Cut, Cutting, context_style, cut_patches,
+                                             wanted_kinds)
 from .context_reader import read_edits
 from ..params import Params, between, split_words
 
@@ -112,14 +113,16 @@ class Setup:
 DEMO = Setup(
     patients=36, phantom_scale=.25, size=64, conspicuity=8., tasks=("mass", "remove"),
     train=dict(normal=240, malignant_mass=200, malignant_calc=100, benign_mass=60, benign_calc=40),
-    held=dict(normal=48, malignant_mass=48, malignant_calc=32), gan_updates=600, gan_half=42_000, gan_per_epoch=50, gan_batch=4,
-    gan_width=.25, d_mult=2, gan_lr=(1e-3, 3e-3), gan_ema=.98, synthetic=80, rounds=2, samples=600, every=60,
+    held=dict(normal=48, malignant_mass=48, malignant_calc=32), gan_updates=600, gan_half=42_000,
+    gan_per_epoch=50, gan_batch=4, gan_width=.25, d_mult=2, gan_lr=(1e-3, 3e-3), gan_ema=.98,
+    synthetic=80, rounds=2, samples=600, every=60,
     decay=1-.9**10, clf_batch=16, clf_lr=5e-4, weights="none", depth="small", boots=300,
     arms=("baseline", "decay25", "decay50", "decay100", "baseline_again"),
     embed=dict(normal=40, mass=32, calc=32, synthetic_mass=48, synthetic_calc=48), tsne_iter=300)
 PUBLISHED = Setup(
     patients=4000, phantom_scale=.5, size=256, **COUNTS, gan_updates=50_000, gan_per_epoch=500, gan_batch=8,
-    gan_width=1., d_mult=8, gan_lr=(), gan_half=20_000, gan_ema=0., synthetic=5000, rounds=20, samples=500_000, every=5000, decay=.1,
+    gan_width=1., d_mult=8, gan_lr=(), gan_half=20_000, gan_ema=0., synthetic=5000, rounds=20,
+    samples=500_000, every=5000, decay=.1,
     clf_batch=32, clf_lr=1e-5, weights="imagenet_v2", depth="50", boots=2000,
     embed=dict(normal=2000, mass=1000, calc=1000, synthetic_mass=3560, synthetic_calc=4000), tsne_iter=1000)
 

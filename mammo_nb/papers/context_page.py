@@ -98,7 +98,7 @@ corrected over the arms of the paper. *synthetic*: synthetic patches the classif
 MAP = """t-SNE of the last features, validation patches, synthetic ones, and the rescued cancers of the test set. t-SNE
 shows neighbourhoods, not distances; the table counts them in the features themselves: the share of cancers among the
 five nearest real patches of other patients."""
-PAIRS = """The picture at the head of this page: the first edits that post-processing kept, of validation patients, in an
+PAIRS = """The picture at the head of this page: first edits that post-processing kept, of validation patients, in an
 order of chance. Difference: mid-grey is no change. What was dropped is counted below; the paper gives no such count."""
 READER = """AUROC against normal patches that nobody edited, validation patients. The reader is the baseline of Table 1,
 which has seen real patches alone. *before*: the kept patches before the edit; *real*: real lesions of that type. An

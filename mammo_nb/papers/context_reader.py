@@ -63,6 +63,7 @@ def reader_table(
         mine, real = t[t.task == task], t[t.kind.isin(LESIONS[task])]
         kept = mine[mine.kept]
         after, lo, hi = above(kept.patient_id, kept.after, normal)
-        rows.append(dict(task=task, tried=len(mine), kept=len(kept), before=above(kept.patient_id, kept.before, normal)[0],
-                         after=after, lo=lo, hi=hi, real=above(real.patient_id, real.before, normal)[0]))
+        before, *_ = above(kept.patient_id, kept.before, normal)
+        rows.append(dict(task=task, tried=len(mine), kept=len(kept), before=before, after=after,
+                         lo=lo, hi=hi, real=above(real.patient_id, real.before, normal)[0]))
     return pd.DataFrame(rows)

@@ -184,8 +184,8 @@ def edit_words(
     start = f"{named_task(r.task)}: {r.kept:.0f} of {r.tried:.0f} edits of validation patients were kept"
     if not r.kept: return f"- {start}, so there is nothing to look at."
     if r.task == "remove":
-        return (f"- {start}. A classifier of real patches ranks them above normal ones with AUROC {r.before:.2f} before "
-                f"and {r.after:.2f} [{r.lo:.2f}, {r.hi:.2f}] after; 0.5 would be a normal patch.")
+        return (f"- {start}. A classifier of real patches ranks them above normal ones with AUROC {r.before:.2f} "
+                f"before and {r.after:.2f} [{r.lo:.2f}, {r.hi:.2f}] after; 0.5 would be a normal patch.")
     return (f"- {start}. A classifier of real patches ranks them above normal ones with AUROC {r.after:.2f} "
             f"[{r.lo:.2f}, {r.hi:.2f}]; real lesions {r.real:.2f}, the same patches before {r.before:.2f}.")
 
