@@ -9,6 +9,7 @@ __all__ = ['PICKS', 'IDLE', 'STRATA', 'DIFFERENCE', 'CONTROLS', 'NULL', 'BASELIN
            'controlled', 'control_words', 'verdicts', 'joined']
 
 # %% ../../nbs/lib/62_report.claims.ipynb #434cd465
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np, pandas as pd
@@ -333,8 +334,11 @@ def gains(
             found = _difference(bench, what, i, base[0])
             theirs = _published_gain(paper, metric, positive, key, group.arm[i], baseline)
             if found: out.append(row | found | dict(published=theirs))
-    cols = ["scope","model","regime","arm",*DIFFERENCE,"published","n_patients","trainings"]
-    return pd.DataFrame(out, columns=[c for c in cols if c!="p_holm"]).assign(p_holm=lambda d: holm(d.p))[cols]
+    return _corrected(out, ["scope","model","regime","arm",*DIFFERENCE,"published","n_patients","trainings"])
+
+def _corrected(rows, columns): # A table of differences with Holm's p
+    t = pd.DataFrame(rows, columns=[c for c in columns if c!="p_holm"])
+    return t.assign(p_holm=holm(t.p))[columns]
 
 DIFFERENCE = ["value","lo","hi","se","p","p_holm"]
 
@@ -348,7 +352,8 @@ def _difference(bench, what, i, j): # Row i minus row j of the cells; {} where a
 
 # %% ../../nbs/lib/62_report.claims.ipynb #3a538bbc
 CONTROLS = { # Arm -> what it has of the augmented arm
-    "none_steps": "as many training steps", "none_healthy": "the extra healthy tissue, and the real lesions repeated",
+    "none_steps": "as many training steps",
+    "none_healthy": "the extra healthy tissue, and the real lesions repeated",
     "copies": "as many lesions, which are jittered copies of the real ones", "noise": "as many lesions, which are noise"}
 
 def against_controls(
@@ -362,14 +367,12 @@ def against_controls(
     "Each augmented arm minus the baseline and minus each control of its stratum; no row where there is no control."
     bench, out, what = Bench(answers), [], Claim("", paper, "", "", metric, positive)
     for key,group in answers.cells().groupby(["scope","model","regime"], sort=False):
-        rivals = [i for i in group.index if group.arm[i] in (baseline, *CONTROLS)]
-        if not set(group.arm) & set(CONTROLS): continue
-        for i in group.index.drop(rivals):
-            row = dict(zip(["scope","model","regime"], key), arm=group.arm[i])
-            found = [dict(against=group.arm[j]) | _difference(bench, what, i, j) for j in rivals]
-            out += [row | f for f in found if "value" in f]
-    cols = ["scope","model","regime","arm","against",*DIFFERENCE,"n_patients","trainings"]
-    return pd.DataFrame(out, columns=[c for c in cols if c!="p_holm"]).assign(p_holm=lambda d: holm(d.p))[cols]
+        rivals = group.index[group.arm.isin([baseline, *CONTROLS])]
+        pairs = itertools.product(group.index.drop(rivals), rivals) if group.arm.isin(list(CONTROLS)).any() else ()
+        for i,j in pairs:
+            row = dict(zip(["scope","model","regime"], key), arm=group.arm[i], against=group.arm[j])
+            if found := _difference(bench, what, i, j): out.append(row | found)
+    return _corrected(out, ["scope","model","regime","arm","against",*DIFFERENCE,"n_patients","trainings"])
 
 
 # %% ../../nbs/lib/62_report.claims.ipynb #5651a6b6

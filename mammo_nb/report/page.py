@@ -6,8 +6,8 @@
 __all__ = ['NAMES', 'FREE', 'GRAY', 'DRAW', 'PROBE', 'DISCRIMINATOR', 'ATTACKS', 'AUDIT_NOTE', 'GLOSSARY', 'RunFolder',
            'check_alike', 'find_folders', 'mean_over', 'on_file', 'ours', 'as_told', 'verdicts_of', 'said', 'words',
            'Shown', 'part', 'headline', 'seeds_words', 'condition_words', 'decided_table', 'verdicts_section', 'labels',
-           'spaced', 'scatter_figure', 'count_words', 'beside_section', 'gain_figure', 'gains_section',
-           'controls_table', 'curve_figure', 'curves_section', 'probe_words', 'probe_section', 'leaks_section',
+           'spaced', 'scatter_figure', 'count_words', 'beside_section', 'gain_figure', 'controls_table',
+           'gains_section', 'curve_figure', 'curves_section', 'probe_words', 'probe_section', 'leaks_section',
            'data_section', 'generators_section', 'audit_headline', 'audit_lines', 'audits_on_file', 'audit_section',
            'check_words', 'published_section', 'left_out', 'left_out_section', 'facts', 'meta_of', 'cited',
            'glossary_section', 'page', 'sections_of', 'gather', 'gather_main']
@@ -331,7 +331,7 @@ def decided_table(
     if not len(t): return []
     shown = pd.DataFrame({"Claim": t.claim, "Smallest effect that could be decided": t.smallest.astype(float),
                           "Smallest that matters (margin)": t.margin.astype(float), "Paper": t.published.astype(float)})
-    note = "With 80 % power, for each claim alone; among all claims of the paper it has to be larger. What is smaller stays unseen."
+    note = "With 80 % power, for each claim alone; among all claims it is larger. What is smaller stays unseen."
     return [Table(shown, "What this run could decide", note, index=False)]
 
 
@@ -437,6 +437,33 @@ def gain_figure(
     return Picture(fig, f"Differences in {metric} of each arm to none, with intervals, for {len(groups)} combinations",
                    f"{metric.upper()} of each arm minus that of none, with 95 % intervals. The band is ±{margin:g}.")
 
+# %% ../../nbs/lib/65_report.page.ipynb #75d7bb8c
+def controls_table(
+    runs:list, # Of RunFolder
+    metrics:list, # Of the answers
+) -> list: # One `Table`; none where no run has a control arm
+    "Gains over the baseline beside gains over the controls."
+    said = [(a, dict(seed=r.seed)) for r,a in ((r, r.answers()) for r in runs) if a is not None and len(a)]
+    if not said or not any(set(a.frame.arm) & set(CONTROLS) for a,_ in said): return []
+    answers, parts = joined(said), []
+    for m in metrics:
+        t = against_controls(answers, runs[0].paper, metric=m, positive=_positive(runs, m))
+        parts.append(t.assign(metric=m))
+    t, named = pd.concat(parts, ignore_index=True), labels(runs[0].paper)
+    keys = ["metric","scope","model","regime","arm"]
+    told = t.assign(told=[f"{r.value:+.3f} [{r.lo:+.3f}, {r.hi:+.3f}]" for r in t.itertuples()])
+    wide = told.pivot_table(index=keys, columns="against", values="told", aggfunc="first", sort=False)
+    shown = wide.rename(columns=lambda c: f"minus {c}").reset_index().map(lambda v: named.get(v, v)).fillna("")
+    note = "What is left of a gain against a control is the generator's own. "
+    note += "; ".join(f"{k}: {v}" for k,v in CONTROLS.items())
+    return [Table(shown, "Is the gain the generator's?", note, index=False, file="tables/controls.csv", numbers=t)]
+
+def _positive(runs, metric): # Positive class of a metric in the gains of the runs
+    gains = on_file(runs, "gains")
+    mine = gains[gains.metric==metric] if gains is not None and "positive" in gains else None
+    return str(mine.positive.iloc[0]) if mine is not None and len(mine) and pd.notna(mine.positive.iloc[0]) else ""
+
+
 # %% ../../nbs/lib/65_report.page.ipynb #920ef4fd
 def gains_section(
     *,
@@ -456,32 +483,6 @@ def gains_section(
         beside = controls_table(runs, have)
         return Section(heading, told, figures=pictures, tables=beside) if have else None
     return section
-
-# %% ../../nbs/lib/65_report.page.ipynb #75d7bb8c
-def controls_table(
-    runs:list, # Of RunFolder
-    metrics:list, # Of the answers
-) -> list: # One `Table`; none where no run has a control arm
-    "Gains over the baseline beside gains over the controls."
-    said = [(a, dict(seed=r.seed)) for r,a in ((r, r.answers()) for r in runs) if a is not None and len(a)]
-    if not said or not any(set(a.frame.arm) & set(CONTROLS) for a,_ in said): return []
-    answers, parts = joined(said), []
-    for m in metrics:
-        t = against_controls(answers, runs[0].paper, metric=m, positive=_positive(runs, m))
-        parts.append(t.assign(metric=m))
-    t, named = pd.concat(parts, ignore_index=True), labels(runs[0].paper)
-    keys = ["metric","scope","model","regime","arm"]
-    told = t.assign(told=[f"{r.value:+.3f} [{r.lo:+.3f}, {r.hi:+.3f}]" for r in t.itertuples()])
-    wide = told.pivot_table(index=keys, columns="against", values="told", aggfunc="first", sort=False)
-    shown = wide.reset_index().map(lambda v: named.get(v, v)).rename(columns=lambda c: f"minus {c}" if c in set(t.against) else c)
-    note = "What is left of a gain against a control is the generator's own. " + "; ".join(f"{k}: {v}" for k,v in CONTROLS.items())
-    return [Table(shown.fillna(""), "Is the gain the generator's?", note, index=False, file="tables/controls.csv", numbers=t)]
-
-def _positive(runs, metric): # Positive class of a metric in the gains of the runs
-    gains = on_file(runs, "gains")
-    mine = gains[gains.metric==metric] if gains is not None and "positive" in gains else None
-    return str(mine.positive.iloc[0]) if mine is not None and len(mine) and pd.notna(mine.positive.iloc[0]) else ""
-
 
 # %% ../../nbs/lib/65_report.page.ipynb #98b032f5
 DRAW = {"ROC":roc_curves, "precision-recall":pr_curves}
@@ -717,7 +718,8 @@ def facts(
     "How a run was made."
     resolved = run.info.get("resolved", {})
     stages = ", ".join(sorted(set(left_out([run]).stage))) or "nothing"
-    return {"Notebook":f"nbs/{run.paper}.ipynb", "Rules of the claims":fixed_rules(run.paper), "Protocol":resolved.get("protocol", {}), "Left out":stages,
+    return {"Notebook":f"nbs/{run.paper}.ipynb", "Rules of the claims":fixed_rules(run.paper),
+            "Protocol":resolved.get("protocol", {}), "Left out":stages,
             "Seeds":resolved.get("seeds", {}), **facts_of(run.info)}
 
 # %% ../../nbs/lib/65_report.page.ipynb #11dd9384
@@ -742,8 +744,8 @@ def cited(
 
 # %% ../../nbs/lib/65_report.page.ipynb #1464c1c1
 GLOSSARY = {
-    "AUROC": "area under the ROC curve: how often a patch of the class is ranked above one without; 0.5 is guessing, 1 is perfect",
-    "AUPRC": "area under the curve of precision (positive predictive value) against recall (sensitivity); depends on prevalence",
+    "AUROC": "how often a patch of the class is ranked above one of the other; 0.5 is guessing, 1 is perfect",
+    "AUPRC": "area under the curve of positive predictive value against sensitivity; depends on prevalence",
     "F1": "one number for precision and recall of a class at a fixed threshold; depends on prevalence",
     "arm": "one way to compose the training set, e.g. with or without synthetic patches",
     "seed": "the number from which all chance of a run is drawn; another seed is another training of the same recipe",

@@ -112,13 +112,15 @@ def given_women(
     "Counts that a person gives for the test side."
     pairs = [word.split("=") for word in split_words(text)]
     fix = "e.g. `-p women lesion=40,healthy=60`"
-    if not all(len(p)==2 and p[1].strip().isdigit() for p in pairs): raise ParameterError(f"women is {text!r}", "mammo_plan", fix)
+    if not all(len(p)==2 and p[1].strip().isdigit() for p in pairs):
+        raise ParameterError(f"women is {text!r}", "mammo_plan", fix)
     told = {k.strip().lower(): int(n) for k,n in pairs}
     known = sorted({c for kinds in classes.values() for c in kinds})
     for k in told:
         if k not in map(str.lower, known): raise ParameterError(f"no class '{k}'", "women", nearest(k, known))
     whole = {s: kinds for s,kinds in classes.items() if all(c.lower() in told for c in kinds)}
-    if not whole: raise ParameterError(f"women is {text!r}", "mammo_plan", f"name all classes of a table: {', '.join(known)}")
+    if not whole:
+        raise ParameterError(f"women is {text!r}", "mammo_plan", f"name all classes of a table: {', '.join(known)}")
     return {s: {c: told[c.lower()] for c in kinds} for s,kinds in whole.items()}
 
 # %% ../../nbs/lib/62a_report.plan.ipynb #f2f6716f
@@ -133,7 +135,7 @@ def counted_women(
     "Women of each class below `data_dir`, times the share of patients that tests."
     names = split_words(getattr(params, "dataset", "")) or None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                 # what is odd in the data is for mammo_doctor to say
+        warnings.simplefilter("ignore")         # what is odd in the data is for mammo_doctor to say
         who = _who(read_any(params.data_dir, names))
     share = _setting(record["share"], setup)
     return {s: {c: round(share*len(who[kind])) for c,kind in kinds.items()} for s,kinds in record["classes"].items()}
@@ -148,12 +150,14 @@ def who_tests(
     "Who will test, and how often each arm is trained in one run."
     record = paper_record(paper).get("planned")
     if not record:
-        raise ParameterError(f"{paper} does not say who tests", "published/index.json", "give its record `planned`, see lesson 62a")
+        raise ParameterError(f"{paper} does not say who tests", "published/index.json",
+                             "give its record `planned`, see lesson 62a")
     if women: classes, words = given_women(women, record["classes"]), "women on the test side as given"
     elif params.data_dir:
         classes = counted_women(record, params, setup)
         words = f"women of each class in the data, times the share that tests ({_setting(record['share'], setup):.0%})"
-    else: raise ParameterError("nobody to test on", "mammo_plan", "give -p data_dir DIR, or -p women lesion=40,healthy=60")
+    else:
+        raise ParameterError("nobody to test on", "mammo_plan", "give -p data_dir DIR, or -p women lesion=40,healthy=60")
     return WhoTests(classes, words, _setting(record["trainings"], setup), _setting(record["folds"], setup))
 
 # %% ../../nbs/lib/62a_report.plan.ipynb #8b66d49a
@@ -213,7 +217,8 @@ def assumptions(
     if not np.isfinite(sd): sd = usual_sd("accuracy")
     how = ("given" if own["auroc"] else "published" if len(mine) else "assumed",
            "given" if own["sd"] else "published" if printed else "assumed, as other papers print")
-    return Assumed(float(value), float(sd), f"{claim.metric} {value:.3g} ({how[0]}), sd over trainings {sd:.2g} ({how[1]})")
+    words = f"{claim.metric} {value:.3g} ({how[0]}), sd over trainings {sd:.2g} ({how[1]})"
+    return Assumed(float(value), float(sd), words)
 
 # %% ../../nbs/lib/62a_report.plan.ipynb #42850000
 def planned_spread(
@@ -317,7 +322,8 @@ def cannot_plan(
     if (found := _fewest(claim, side)) is None: return "the women of its classes are not known"
     n = found[1:]
     if min(n)<2: return f"{n[0]} and {n[1]} women on the test side; each class needs two"
-    if np.isnan(metric_variance(claim.metric, .5, *n)): return f"no formula tells the variance of {claim.metric} before a run"
+    if np.isnan(metric_variance(claim.metric, .5, *n)):
+        return f"no formula tells the variance of {claim.metric} before a run"
     return ""
 
 # %% ../../nbs/lib/62a_report.plan.ipynb #318145af
@@ -406,7 +412,8 @@ def claim_lines(
     if row.why: return [*head, f"    cannot be planned: {row.why}"]
     kind = "margin that can be shown" if row.what=="margin" else "effect that can be decided"
     found = f"    smallest {kind}: {row.smallest:.3f} alone, {row.among:.3f} among {family} claims"
-    chance = f"    {'margin' if row.what=='margin' else 'published or margin'} {row.target:.3f}: chance {row.chance:.0%} or more"
+    target = "margin" if row.what=="margin" else "published or margin"
+    chance = f"    {target} {row.target:.3f}: chance {row.chance:.0%} or more"
     more = f"needs {_number(row.trainings, 'trainings')} on these women, or {_number(row.women, 'test women')}"
     return [*head, found, f"{chance}; {more}", f"    stands on {row.stands_on}"]
 
@@ -415,10 +422,10 @@ def known_lines(
 ) -> list: # Of text
     "Could the paper have known? Its own means and spreads through the same rule."
     t = published_verdicts(paper)
-    if not len(t): return ["could the paper have known? It prints no spread over trainings: nothing can be told from its numbers alone"]
+    if not len(t): return ["could the paper have known? It prints no spread over trainings: nothing can be told"]
     tell = int((t.verdict=="cannot tell").sum())
     head = f"could the paper have known? By its own means and spreads {tell} of {len(t)} claims cannot be told:"
-    lines = [f"    {r.id:18s}{r.value:+.3f} [{r.lo:+.3f}, {r.hi:+.3f}]  {r.verdict}; smallest it could decide {r.smallest:.3f}"
+    lines = [f"    {r.id:18s}{r.value:+.3f} [{r.lo:+.3f}, {r.hi:+.3f}]  {r.verdict}; smallest {r.smallest:.3f}"
              for r in t.itertuples()]
     return [head, *lines]
 
