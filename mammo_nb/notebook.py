@@ -63,6 +63,7 @@ def _fitted(name, value, declared): # The value, or ValueError
     kind = declared[name][0]
     return read_value(value, kind) if isinstance(value, str) else fit_value(value, kind)
 
+# %% ../nbs/lib/68b_notebook.ipynb #80578f79
 def settings_of(
     file:str, # YAML
 ) -> dict:

@@ -33,6 +33,7 @@ class Jitter:
     grey:float = .05 # Brightness and contrast are multiplied by U[1-grey, 1+grey]
     flips:bool = True # Mirrored left-right and upside down, each with p = 0.5
 
+# %% ../../nbs/lib/29a_data.controls.ipynb #87cbf1d1
 def jittered(
     picture:np.ndarray, # uint8 `(s,s)`
     jitter:Jitter, # How far

@@ -36,7 +36,8 @@ WHOLE = ("target","x0","y0","x1","y1","side_px")
 REAL = ("density","age","spacing_mm","background","breast")
 FLAGS = ("synthetic","limited")
 COLUMNS = ("patch_id","patient_id","image_id","lesion_id","target","lesion_type","label","density","dataset","x0","y0",
-    "x1","y1","side_px","background","breast","synthetic","generator","generator_patients","pixel_hash","limited","rule","group",
+    "x1","y1","side_px","background","breast","synthetic",
+    "generator","generator_patients","pixel_hash","limited","rule","group",
     "subset","device","laterality","view","birads","age","spacing_mm","official_split")
 
 def patch_table(
@@ -772,7 +773,8 @@ def _assemble(plan, out, parts, cut, skipped):
     t, f = plan.rows.iloc[number[order]].reset_index(drop=True), facts[order]
     box = dict(zip(("x0","y0","x1","y1"), f[:,:4].astype(int).T))
     side = np.maximum(box["x1"]-box["x0"], box["y1"]-box["y0"])
-    t = t.assign(**box, background=f[:,4], limited=f[:,5]>0, breast=f[:,6], synthetic=False, pixel_hash=hashes[0], side_px=side)
+    t = t.assign(**box, background=f[:,4], limited=f[:,5]>0, breast=f[:,6], synthetic=False)
+    t = t.assign(pixel_hash=hashes[0], side_px=side)
     _write_table(out/"table.json", patch_table(t), {})
     lines = pd.DataFrame(sorted(skipped), columns=["file","reason","count"])
     if len(plan.skipped): lines = pd.concat([plan.skipped, lines], ignore_index=True)

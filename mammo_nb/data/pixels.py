@@ -531,7 +531,7 @@ def breast_side(
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #40609ff9
 def _edge_drop(x, breast, line, least):
-    "How far brightness drops across a line from (top,0) to (0,bottom); 0 where air lies behind it or a third of it shows no drop."
+    "How far brightness drops across a line from (top,0) to (0,bottom); 0 with air behind it or too little drop."
     top, bottom = line
     down = np.arange(len(x))[:,None]/bottom
     t = np.arange(x.shape[1])/top + down                                 # 1 on the line

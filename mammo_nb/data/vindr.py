@@ -38,6 +38,7 @@ def vindr_rating(
     found = re.fullmatch(r"(?:bi-?rads)?[\s:]*([0-6])(?:[abc]|\.0)?", word(said).casefold())
     return found[1] if found else ""
 
+# %% ../../nbs/lib/26c_data.vindr.ipynb #4a9b6f6b
 def vindr_label(
     rating:str, # From `vindr_rating`
     malignant_from:int=4, # Lowest category that counts as malignant

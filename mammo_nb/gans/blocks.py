@@ -86,7 +86,7 @@ def build_generator(
     "Rebuild a generator from plain values; only classes of this package can be named."
     kind = str(config.get("kind"))
     if kind not in KINDS:
-        fix = nearest(kind, sorted(KINDS)) + " Kinds come with their modules: import mammo_nb.gans.kinds for all of them"
+        fix = nearest(kind, sorted(KINDS)) + " Kinds come with modules: import mammo_nb.gans.kinds for all of them"
         raise WeightsError(f"'{kind}' is no kind of generator", "config", fix)
     args = {k: tuple(v) if isinstance(v, list) else v for k,v in config.items() if k != "kind"}
     try: return KINDS[kind](**args)

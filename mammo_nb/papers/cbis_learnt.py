@@ -64,6 +64,7 @@ def variety(
     def of(ps, name): return diversity(np.asarray(ps.pixels[(ps.table.label == name).to_numpy(), 0]))
     return min(of(made, name)/of(real, name) for name in NAMES)
 
+# %% ../../nbs/papers/83j_papers.cbis_learnt.ipynb #5aceb150
 def learnt_table(
     synthetic:dict, # (split, trial) -> PatchSet, None where left out
     study, # `papers.cbis.Study`
@@ -97,6 +98,7 @@ def answer_words(
             f"images, {direction(r.lo, r.hi)}." for r in t.itertuples()]
     return " ".join(["This run's answer, over its test patients.", *told]) if told else ""
 
+# %% ../../nbs/papers/83j_papers.cbis_learnt.ipynb #f16e3db9
 def learnt_words(
     table:pd.DataFrame, # From `learnt_table`
 ) -> str: # "" where nothing was measured
@@ -104,10 +106,11 @@ def learnt_words(
     if not len(table): return ""
     apart, varied = (f"{table[k].min():.2f}" for k in ("told_apart", "variety"))
     far = ""
-    if "fid_over_floor" in table: far = f", FID {table.fid_over_floor.max():.1f} times that of two halves of the real ones"
+    if "fid_over_floor" in table: far = f", FID {table.fid_over_floor.max():.1f} times that of halves of the real ones"
     return (f"The generators: a classifier of real images tells their classes apart with AUC {apart} (0.5: not at "
             f"all), they are {varied} times as varied as real ones{far}; the worst of {len(table)} is given.")
 
+# %% ../../nbs/papers/83j_papers.cbis_learnt.ipynb #f03e7580
 def opening_words(learnt:pd.DataFrame, asked:pd.DataFrame, models:tuple) -> str:
     "Question, answer, generators, what to type next."
     return "\n\n".join(filter(None, (QUESTION, answer_words(asked, models), learnt_words(learnt), NEXT)))

@@ -162,7 +162,7 @@ def data_words(
     have = [LABEL[m] for m,net in nets.items() if net.get("weights", "random") != "random"]
     began = (f"{' and '.join(have)} started from the ImageNet weights that were given." if have else
              "All networks started from random weights; the paper's VGG16 and DenseNet-169 started from ImageNet "
-             "(`-p weights FOLDER`; the published size leaves both out without these files, unless `-p weights random`).")
+             "(`-p weights FOLDER`; without these files the published size leaves both out, or `-p weights random`).")
     return (f"Source: {source}. {sizes['images']} images of {sizes['sizes']} size{'s'*(sizes['sizes'] > 1)} were made "
             f"square; {sizes['not_square']} of them were not, so their aspect ratio is lost (the paper says it is "
             f"kept, which one resize to a square cannot do). {began}")

@@ -53,6 +53,7 @@ def above(
     d = delong(y, np.r_[scores, normal.before], patients=np.r_[patients, normal.patient_id].astype(object))
     return float(d.auc[0]), *auc_interval(d)
 
+# %% ../../nbs/papers/81i_papers.context_reader.ipynb #241558ff
 def reader_table(
     folder:Path, # Of `read_edits`
 ) -> pd.DataFrame: # One row a task: tried, kept, before, after, lo, hi, real

@@ -42,6 +42,7 @@ def qualities(
                             test=unseen, train=trained_on[key], how=how)
     return jobs
 
+# %% ../../nbs/papers/84e_papers.sharing_quality.ipynb #1097901b
 def fitting(
     held:PatchSet, # Of unseen patients
     n:int, # Synthetic patches there are
@@ -62,6 +63,7 @@ def quality_row(
     return dict(unseen_patches=int(n.fid), kid=of.kid, kid_floor=of.kid_floor, fid=of.fid, **distances,
                 diversity=diversity(fake.pixels[:,0], held.pixels[:,0]))
 
+# %% ../../nbs/papers/84e_papers.sharing_quality.ipynb #f0ae888d
 def quality_table(
     measured:dict, # (name, scope) -> folder, of `qualities`; None where left out
     made:dict, # (name, scope) -> PatchSet
@@ -78,6 +80,7 @@ def quality_table(
         rows.append(row)
     return pd.DataFrame(rows)
 
+# %% ../../nbs/papers/84e_papers.sharing_quality.ipynb #e6aa3b40
 def alarm(
     stage:Path, # Folder of a generator's training
 ) -> str: # `yes`, `no`, or `not known` where it was handed over

@@ -20,7 +20,8 @@ from ..metrics.answers import KEYS, Answers, Cell, said, two_classes
 from ..metrics.baselines import at_shares
 from ..metrics.boot import holm
 from ..metrics.trainings import Trainings, decidable, effect_of, interval_of, left_out, prediction_interval
-from .rules import (CELL, TRAININGS, Claim, claims, contrasts, family, judge, of_metric, published_value, strata_needed, on_claimed_side)
+from .rules import (CELL, TRAININGS, Claim, claims, contrasts, family, judge, of_metric,
+                                    published_value, strata_needed, on_claimed_side)
 from .rules import VERDICTS, claim, fixed_rules  # noqa: F401 - whoever asks the judge asks for these
 from .tables import paper_record, published
 
@@ -354,7 +355,8 @@ def _difference(bench, what, i, j): # Row i minus row j of the cells; {} where a
 CONTROLS = { # Arm -> what it has of the augmented arm
     "none_steps": "as many training steps",
     "none_healthy": "the extra healthy tissue, and the real lesions repeated",
-    "copies": "as many lesions, which are jittered copies of the real ones", "noise": "as many lesions, which are noise"}
+    "copies": "as many lesions, which are jittered copies of the real ones",
+    "noise": "as many lesions, which are noise"}
 
 def against_controls(
     answers:Answers, # What the tested classifiers said, of one run or several joined

@@ -360,7 +360,7 @@ GLOSSARY = {
     "phantom": "A drawn picture with known truth. No patient, and no finding about patients.",
     "seed": "The number from which all chance of a run is drawn. The same seed gives the same tables.",
     "membership": "Can somebody who holds the generator tell that a patient was in its training data?",
-    "differential privacy": "Training with noise, so that one patient changes the result by no more than a stated bound.",
+    "differential privacy": "Training with noise, so that no patient changes the result by more than a stated bound.",
 }
 
 # %% ../../nbs/lib/63_report.html.ipynb #fb17999c

@@ -157,7 +157,7 @@ def who_tests(
         classes = counted_women(record, params, setup)
         words = f"women of each class in the data, times the share that tests ({_setting(record['share'], setup):.0%})"
     else:
-        raise ParameterError("nobody to test on", "mammo_plan", "give -p data_dir DIR, or -p women lesion=40,healthy=60")
+        raise ParameterError("nobody to test on", "mammo_plan", "give -p data_dir DIR or -p women lesion=40,healthy=60")
     return WhoTests(classes, words, _setting(record["trainings"], setup), _setting(record["folds"], setup))
 
 # %% ../../nbs/lib/62a_report.plan.ipynb #8b66d49a
@@ -168,6 +168,7 @@ def f1_rate(
     "At which rate, equal for both classes, a classifier has this F1."
     return float(np.clip(value/(2*share - value*(2*share-1)), 0, 1))
 
+# %% ../../nbs/lib/62a_report.plan.ipynb #cb714d6a
 def metric_variance(
     metric:str, # `auroc`, `accuracy`, `recall`, `f1`
     value:float, # Its value
@@ -196,6 +197,7 @@ def usual_sd(
     known = pd.concat(found)
     return float(known.median()) if len(known) else np.nan
 
+# %% ../../nbs/lib/62a_report.plan.ipynb #89b1f26d
 @dataclass(frozen=True)
 class Assumed:
     "What a plan of one claim stands on."
@@ -203,6 +205,7 @@ class Assumed:
     sd:float # Over trainings, of one cell
     words:str # Which is published and which assumed
 
+# %% ../../nbs/lib/62a_report.plan.ipynb #8fce27bb
 def assumptions(
     claim:Claim, # Its cells are looked up
     own:dict, # `auroc` and `sd` where a person gives them
@@ -248,6 +251,7 @@ class Design:
         se, df = _planned(spread, self.women, self.trainings)
         return se, max(min(df, (self.folds or self.rarer) - 1), 1)
 
+# %% ../../nbs/lib/62a_report.plan.ipynb #e65f39bb
 @dataclass(frozen=True)
 class Aim:
     "What is to be found, and how surely."
@@ -269,6 +273,7 @@ def smallest_for(
     "The smallest effect, or the smallest margin, that such a run decides."
     return decidable(*design.error(spread), power=aim.each(), level=aim.level(family))
 
+# %% ../../nbs/lib/62a_report.plan.ipynb #f513682f
 def chance_for(
     effect:float, # True effect
     spread:Spread, # Of the contrast
@@ -336,6 +341,7 @@ def design_of(
     n, several = _fewest(claim, side)[1:], own["generators"]>1
     return Design(own["generators"] if several else own["seeds"]*side.trainings, sum(n), min(n), side.folds)
 
+# %% ../../nbs/lib/62a_report.plan.ipynb #fca18456
 def spread_for(
     claim:Claim, # What is claimed
     cells:pd.DataFrame, # From `planned_cells`
@@ -348,6 +354,7 @@ def spread_for(
     variance = metric_variance(claim.metric, basis.value, *n, share=shares.get(scope, {}).get(claim.positive))
     return planned_spread(_strata(claim, cells)[0][0], variance, basis.sd, sum(n))
 
+# %% ../../nbs/lib/62a_report.plan.ipynb #68a132ea
 def target_of(
     claim:Claim, # What is claimed
 ) -> float: # Above zero
@@ -387,6 +394,7 @@ class Outlook:
     own:dict # From `own_parameters`
     table:pd.DataFrame # COLUMNS, a row a claim
 
+# %% ../../nbs/lib/62a_report.plan.ipynb #252106a7
 def outlook(
     name:str, # `04_sharing`, or the path of its notebook
     **given # Its parameters and `OWN`
@@ -417,6 +425,7 @@ def claim_lines(
     more = f"needs {_number(row.trainings, 'trainings')} on these women, or {_number(row.women, 'test women')}"
     return [*head, found, f"{chance}; {more}", f"    stands on {row.stands_on}"]
 
+# %% ../../nbs/lib/62a_report.plan.ipynb #e6103304
 def known_lines(
     paper:str, # `04_sharing`
 ) -> list: # Of text
@@ -429,12 +438,14 @@ def known_lines(
              for r in t.itertuples()]
     return [head, *lines]
 
+# %% ../../nbs/lib/62a_report.plan.ipynb #5e6c0413
 def plan_text(
     plan:Outlook, # From `outlook`
 ) -> str:
     "A plan as text for a terminal."
     own, side, t = plan.own, plan.side, plan.table
-    units = f"{own['generators']} generators" if own["generators"]>1 else f"{own['seeds']} seeds of one generator a recipe"
+    one = f"{own['seeds']} seeds of one generator a recipe"
+    units = f"{own['generators']} generators" if own["generators"]>1 else one
     runs = f", {side.trainings} trainings a run" if side.trainings>1 else ""
     women = ["    " + f"{s}: " + ", ".join(f"{n} {c}" for c,n in kinds.items()) for s,kinds in side.classes.items()]
     head = f"{plan.paper}: what {units}{runs} can decide with {own['power']:.0%} power"
@@ -454,6 +465,7 @@ def given_values(
     def value(text): return yaml.safe_load(text) if isinstance(yaml.safe_load(text), (bool, int, float)) else text
     return {k: value(v) for k,v in pairs}
 
+# %% ../../nbs/lib/62a_report.plan.ipynb #6a01ea92
 def main(argv=None) -> int: # Exit code
     "Console script `mammo_plan`."
     what = "What a paper's run could decide, for each of its claims, before anything is trained."
@@ -461,7 +473,8 @@ def main(argv=None) -> int: # Exit code
     a = argparse.ArgumentParser("mammo_plan", description=f"{what} {own}", epilog=EXAMPLE,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("paper", help="name of a paper, or path of its notebook")
-    a.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME","VALUE"), help="a parameter, as for papermill")
+    a.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME","VALUE"),
+                   help="a parameter, as for papermill")
     a.add_argument("--csv", default="", help="write the table there, too")
     p = a.parse_args(argv)
     try: plan = outlook(p.paper, **given_values(p.p))
