@@ -11,9 +11,9 @@ from conftest import ROOT
 
 
 def test_more_of_everything_decides_smaller_effects():
-    few = outlook("04_sharing", women="lesion=20,healthy=20").table.set_index("id")
+    few = outlook("04_sharing", preset="paper", women="lesion=20,healthy=20").table.set_index("id")
     for more in (dict(women="lesion=200,healthy=200"), dict(women="lesion=20,healthy=20", seeds=10)):
-        t = outlook("04_sharing", **more).table.set_index("id")
+        t = outlook("04_sharing", preset="paper", **more).table.set_index("id")
         both = few.among.notna()
         assert both.sum() > 10 and (t.among[both] < few.among[both]).all() and (t.smallest <= t.among)[both].all()
     assert [c.id for c in claims("04_sharing")] == list(few.index)
@@ -21,7 +21,7 @@ def test_more_of_everything_decides_smaller_effects():
 
 
 def test_the_published_effect_of_the_headline_needs_more_than_the_paper_had():
-    row = outlook("04_sharing", women="lesion=17,healthy=17", seeds=3).table.set_index("id").loc["04.headline"]
+    row = outlook("04_sharing", preset="paper", women="lesion=17,healthy=17", seeds=3).table.set_index("id").loc["04.headline"]
     assert row.target == pytest.approx(.146) and row.smallest > .146 and row.chance < .2
 
 
@@ -38,7 +38,7 @@ def test_the_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "each class needs two" in out and "could the paper have known?" in out and list(pd.read_csv(tmp_path/"p.csv")) == COLUMNS
     assert main(["05_nothing"]) == 1 and "unknown paper" in capsys.readouterr().err
-    assert 'mammo_plan = "mammo_nb.report.plan:main"' in (ROOT/"pyproject.toml").read_text()
+    assert 'mammo_plan = "mammo_nb.cli:main"' in (ROOT/"pyproject.toml").read_text()
 
 
 def test_one_small_study_finds_no_gain_in_noise():

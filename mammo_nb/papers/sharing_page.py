@@ -59,8 +59,9 @@ def overview_figure(
     def real(y): return np.asarray(train.pixels[np.flatnonzero(train.y==y)[:9],0])
     made = [(named(*k), np.asarray(v[size].pixels[picked(len(v[size]), 9),0]), "synthetic") for k,v in have.items()]
     panels = [("lesions of centre A", real(1), "lesion"), *made, ("healthy, centre A", real(0), "healthy")]
-    fig, axs = sheet(1, len(panels), size=(2.4*len(panels), 2.7), squeeze=False)
-    for ax,(title,pixels,kind) in zip(axs[0], panels): patch_grid(ax, pixels, cols=3, title=title, kind=kind)
+    fig, axs = sheet(1, len(panels), size=(2.4*len(panels), 3.), squeeze=False)
+    for ax,(title,pixels,kind) in zip(axs[0], panels):
+        patch_grid(ax, pixels, cols=3, title=title.replace(", ", ",\n"), kind=kind)
     caption = "What trains: real lesions, what other centres' generators draw, healthy tissue. None was chosen by hand."
     return dict(fig=fig, alt=f"Nine patches of each of {len(panels)} kinds", caption=caption, real=True)
 
