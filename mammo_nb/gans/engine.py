@@ -68,12 +68,13 @@ class Engine:
     def __init__(self,
         device, # Where the steps run
         generators:dict, # Name -> generator the steps draw from; made anew in place when a capture fails
-        mode:str = "exact", # Arithmetic, see `kernels`
+        mode:str = "exact", # Arithmetic, see `kernels`; empty: whatever the caller chose
         graph:bool = True, # Capture on CUDA
         log = None, # Told once, with keyword fields, why steps are not captured
         capture = None, # How to capture; default `cuda_capture` on CUDA, nothing elsewhere
     ):
-        self.device, self.generators, self.mode, self.log = torch.device(device), generators, check_mode(mode), log
+        self.device, self.generators, self.log = torch.device(device), generators, log
+        self.mode = mode and check_mode(mode)
         cuda = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if cuda else None
         self.capture = capture or (cuda_capture if cuda else None)
@@ -92,7 +93,7 @@ class Engine:
     @contextlib.contextmanager
     def ready(self):
         "Steps are run inside this block: kernels of the mode, and one stream for eager and captured steps."
-        with kernels(self.mode):
+        with kernels(self.mode) if self.mode else contextlib.nullcontext():
             if not self.stream:
                 yield self
                 return
