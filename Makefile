@@ -7,7 +7,7 @@ SEED  ?= 0
 ARGS  ?=
 OUT    = reports/demo/notebooks/$(P)-seed$(SEED).ipynb
 
-.PHONY: run test quick paper gpu docs install sync lint outputs clean
+.PHONY: run test quick paper gpu gpu-slice docs install sync lint outputs clean
 
 run: install
 	@mkdir -p $(dir $(OUT))
@@ -45,6 +45,18 @@ gpu: install   ## on a machine with a GPU: its tests, the benchmarks, five paper
 
 docs: install ## all notebooks with their outputs, a search and a reference as a site in _site/, offline
 	$(BIN)/python docs/site.py
+
+# A borrowed machine: no network, ten minutes, a few small files back. Packages come as wheels, the kernel is put beside them.
+gpu-slice: OUT = gpu-slice
+gpu-slice: WHAT ?= tests
+gpu-slice: MINUTES ?= 9
+gpu-slice: export PYTHONPATH = $(CURDIR):$(CURDIR)/.site
+gpu-slice: export JUPYTER_PATH = $(CURDIR)/.kernel/share/jupyter
+gpu-slice: export MAMMO_NB_CACHE ?= $(CURDIR)/.cache
+gpu-slice: ## make gpu-slice MINUTES=9 WHAT=tests|bench|00|01|02|03|04 OUT=folder [WHEELS=folder]: goes on from what lies in OUT
+	[ -z "$(WHEELS)" ] || $(PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target .site $(WHEELS)/*.whl
+	$(PY) -m ipykernel install --prefix .kernel --name python3 >/dev/null
+	$(PY) -m mammo_nb.slices --what $(WHAT) --minutes $(MINUTES) --out $(OUT)
 
 lint: install ## lines, unused names, imports inside functions, likely bugs; types of the spine
 	$(BIN)/ruff check mammo_nb nbs

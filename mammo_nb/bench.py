@@ -317,7 +317,7 @@ def bench_gan(
     pixels, y = noise_patches(n, recipe.size), np.arange(n) % labels if labels else None
     job = partial(engine_job, recipe, pixels, device, labels=y)
     jobs = {"exact": job(), "fast": job(mode="fast")}
-    if torch.device(device).type == "cuda": jobs["exact without graph"] = job(graph=False)
+    if torch.device(device).type == "cuda": jobs |= {"tf32": job(mode="tf32"), "exact without graph": job(graph=False)}
     if textbook: jobs["textbook"] = textbook_gan(recipe, pixels, device)
     # enough steps of each kind to have them captured
     raw = in_turns(jobs, rounds=rounds, device=device, warmup=1 if cpu else 4)
@@ -983,7 +983,7 @@ GOALS = (
          when=(("heads", HeadsSize()),)))
 
 def _answers(goal, rows): # Lines that answer a goal
-    keep = rows.variant.isin(["exact", "fast", "ours"])
+    keep = rows.variant.isin(["exact", "tf32", "fast", "ours"])
     for column,value in goal.find.items(): keep &= rows[column] == value
     return rows[keep]
 

@@ -81,7 +81,7 @@ COMMON = dict(
     data_dir = AfterValidator(existing_folder),
     run_dir = AfterValidator(writable_folder),
     device = AfterValidator(lambda v: v if v.split(":")[0] in ("auto","cpu","cuda","mps") else _no_device(v)),
-    mode = one_of(*MODES),
+    mode = one_of("auto", *MODES),
     only = some_of(),
 )
 
@@ -122,7 +122,7 @@ def check_params(
     if errors:
         fix = "see the parameters cell of the notebook, or `papermill --help-notebook`"
         raise ParameterError("; ".join(errors), "parameters", fix)
-    return Params(**{"mode":"exact", **checked.model_dump()})
+    return Params(**{"mode":"auto", **checked.model_dump()})
 
 def _ruled(t, rule): # A type with its rule or rules
     return t if rule is None else Annotated[(t, *rule)] if isinstance(rule, tuple) else Annotated[t, rule]

@@ -11,9 +11,9 @@ def pytest_collection_modifyitems(config, items):
     import torch
     marked = config.getoption("-m")
     for i in items:
-        if "slow" in i.keywords and "slow" not in marked: i.add_marker(pytest.mark.skip(reason="slow: run with pytest -m slow"))
-        if "data" in i.keywords and not SHARED.is_dir(): i.add_marker(pytest.mark.skip(reason="needs ../shared/data"))
-        if "gpu" in i.keywords and not torch.cuda.is_available(): i.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if i.get_closest_marker("slow") and "slow" not in marked: i.add_marker(pytest.mark.skip(reason="slow: run with pytest -m slow"))
+        if i.get_closest_marker("data") and not SHARED.is_dir(): i.add_marker(pytest.mark.skip(reason="needs ../shared/data"))
+        if i.get_closest_marker("gpu") and not torch.cuda.is_available(): i.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):

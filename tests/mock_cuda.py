@@ -142,8 +142,9 @@ class Graph:
         if freed: raise RuntimeError(f"mock: the graph uses memory that was freed since its capture ({sum(s.nbytes() for s in freed)} bytes)")
         with _disable_current_modes(), torch.no_grad():
             for func,args,kwargs,out,at,ins in self.ops:
-                if at: at[0].aim(at[0].offset + at[1])
-                got = func(*args, **kwargs)
+                m = Machine.now
+                if at and at[0] is not m.default: at[0].aim(at[0].offset + at[1])
+                with m.globally(m.default.offset + at[1]) if at and at[0] is m.default else contextlib.nullcontext(): got = func(*args, **kwargs)
                 if out is not None:
                     for old,new in zip(tensors(out), tensors(got)):
                         if storage(old) not in ins: old.copy_(new)
@@ -237,12 +238,16 @@ class Machine(TorchDispatchMode):
             raise RuntimeError(f"Expected a '{place.type}' device type for generator but found '{'cpu' if g is None else 'cuda'}'")
         if place != GPU: return func(*args, **kwargs), None
         if g is not None: at = g.draw(); return func(*args, **kwargs), at if at is None else (g, at)
-        old, at = torch.default_generator.get_state(), self.default.draw()
-        if at is not None: raise RuntimeError("mock: a captured step draws from the global generator; give it one of its own")
-        with _disable_current_modes():
-            torch.default_generator.manual_seed(hash((self.default.number, self.default.offset)) % 2**63)
-            try: return func(*args, **kwargs), None
-            finally: torch.default_generator.set_state(old)
+        at = self.default.draw()
+        with _disable_current_modes(), self.globally(self.default.offset - 4): return func(*args, **kwargs), at if at is None else (self.default, at)
+
+    @contextlib.contextmanager
+    def globally(self, at):
+        "Torch's own generator draws as CUDA's would at this offset, and is put back."
+        old = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(hash((self.default.number, at)) % 2**63)
+        try: yield
+        finally: torch.default_generator.set_state(old)
 
 
 # ---- what Python sees

@@ -8,6 +8,7 @@ import torch
 
 from mammo_nb.clf import train as T
 from mammo_nb.clf.augment import PatchLoader, join, patch_arrays, training_mix
+from mammo_nb.gans.engine import Engine
 from mammo_nb.clf.train import SHARING, THESIS, build_classifier, change, fit_classifier, load_classifier, predict_proba
 from mammo_nb.core import DataError, ParameterError, RunError, WeightsError, global_seed, rng
 
@@ -217,3 +218,20 @@ def test_no_half_result_after_nan(tmp_path):
 def test_gpu_agrees_with_cpu():
     a, b = (fit({**CNN, "dropout": 0.}, device=d)[1].history for d in ("cpu", "cuda"))         # dropout draws other numbers on a GPU
     assert np.allclose(a.train_loss, b.train_loss, atol=.02)
+
+def graphed(config, recipe):
+    "Weights of the same training with its steps replayed, and with none captured."
+    def trained():
+        model, _ = fit(config, recipe=recipe, epochs=4, device="cuda", lr_decay=.5)
+        return {k: v.cpu() for k, v in model.state_dict().items()}
+    replayed = trained()
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Engine, "WARMUP", 10**9)
+        return replayed, trained()
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [CNN, SWIN], ids=["cnn", "swin"])
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+def test_replayed_steps_equal_eager_ones(config, optimiser):
+    replayed, eager = graphed(config, change(SHARING, optimiser=optimiser))
+    assert all(torch.equal(replayed[k], eager[k]) for k in eager)

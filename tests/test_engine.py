@@ -143,9 +143,9 @@ def test_hooks_survive_a_kill(tmp_path):
 
 def test_modes_are_runs_of_their_own(tmp_path):
     run = train_gan(KINDS["wgangp"], pixels().numpy(), folder=tmp_path/"fast", epochs=3, mode="fast")
-    with pytest.raises(RunError, match="mode: fast then, exact now"): train_gan(KINDS["wgangp"], pixels().numpy(), folder=tmp_path/"fast", epochs=3)
+    with pytest.raises(RunError, match="mode: bf16 then, float32 now"): train_gan(KINDS["wgangp"], pixels().numpy(), folder=tmp_path/"fast", epochs=3)
     exact = train_gan(KINDS["wgangp"], pixels().numpy(), folder=tmp_path/"exact", epochs=3)
-    assert np.allclose(run.history.penalty, exact.history.penalty, rtol=.05) and '"mode": "fast"' in (run.snapshots[0]/"generator.json").read_text()
+    assert np.allclose(run.history.penalty, exact.history.penalty, rtol=.05) and '"mode": "bf16"' in (run.snapshots[0]/"generator.json").read_text()
     with pytest.raises(ParameterError, match="did you mean 'exact'"): train_gan(KINDS["dcgan"], pixels().numpy(), folder=tmp_path/"x", mode="exakt")
 
 

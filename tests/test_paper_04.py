@@ -75,11 +75,11 @@ def test_killed_and_resumed_run_ends_with_the_same_bytes(whole, cache, tmp_path)
 def test_fast_arithmetic_is_stated_and_never_taken_for_exact(whole, papermill, tmp_path):
     papermill("04_sharing", tmp_path/"out.ipynb", *SMALL, "mode","fast", "run_dir", tmp_path/"run")
     fast, exact = (json.loads((r/"run.json").read_text()) for r in (tmp_path/"run", whole))
-    assert (fast["mode"], exact["mode"]) == ("fast", "exact")
+    assert (fast["mode"], exact["mode"]) == ("bf16", "float32")
     assert not {s["folder"] for s in fast["stages"].values()} & {s["folder"] for s in exact["stages"].values()}
     assert re.search(r"Arithmetic.{0,200}fast", (tmp_path/"run"/"report.html").read_text(), re.S)
     r = papermill("04_sharing", tmp_path/"out.ipynb", *SMALL, "mode","fast", "run_dir", whole, check=False)
-    assert r.returncode != 0 and "mode='exact'" in r.stderr
+    assert r.returncode != 0 and "mode='float32'" in r.stderr
 
 def test_left_out_stages_leave_the_rest_out(papermill, tmp_path):
     papermill("04_sharing", tmp_path/"out.ipynb", *SMALL, "only","data,patches,report", "gan_seed",7, "run_dir", tmp_path/"run")
@@ -244,5 +244,5 @@ def test_every_parameter_has_an_effect(tmp_path, monkeypatch):
 
 def test_contradictions_are_refused():
     for changes,said in ((dict(centres="a=x"), "phantoms have their roles"), (dict(split_by="image"), "phantoms have patients"), (dict(dp_key="x"), "does nothing"),
-                         (dict(dp_epsilon=1., mode="fast"), "exact only"), (dict(generator_c="/no/such/thing"), "generator_c")):
+                         (dict(dp_epsilon=1., mode="fast"), "float32 only"), (dict(generator_c="/no/such/thing"), "generator_c")):
         with pytest.raises(ParameterError, match=said): settle(paper.PAPER, Params(**declared() | changes))

@@ -101,6 +101,10 @@ def test_graphed_training_resumes_exactly(gpu, tmp_path): engine.test_graphed_tr
 
 def test_uncapturable_step_falls_back_with_one_line(gpu, tmp_path): engine.test_uncapturable_step_falls_back_with_one_line(tmp_path)
 
+@pytest.mark.parametrize("config", [clf.CNN, clf.SWIN], ids=["cnn", "swin"])
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+def test_replayed_steps_equal_eager_ones(gpu, config, optimiser): clf.test_replayed_steps_equal_eager_ones(config, optimiser); assert gpu.replays > 4
+
 def test_singan_graph_equals_eager(gpu): engine.test_singan_graph_equals_eager(dict(d_steps=1, g_steps=1, restart=3)); assert gpu.replays == 20
 
 @pytest.mark.slow

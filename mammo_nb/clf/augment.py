@@ -251,18 +251,44 @@ def draws(self:PatchLoader) -> tuple: # Order (n,), rows of pixels (n,), horizon
 
 # %% ../../nbs/lib/50_clf.augment.ipynb #543959b3
 @patch
-def __iter__(self:PatchLoader):
+def picks(self:PatchLoader): # Yields (dict of `row`, `h`, `v` `(b,)`, classes `(b,)`)
+    "Which rows of pixels each batch shows and which of them are mirrored, before a pixel is touched."
     order, row, h, v = self.draws()
     order, row = torch.from_numpy(order).to(self.device), torch.from_numpy(row).to(self.pixels.device)
-    augment = self.feed.augment if self.train else None
-    g = torch_rng(self.seed, "augment more", self.epoch) if augment else None
+    given = {name: each for name,each in dict(row=row, h=h, v=v).items() if each is not None}
     for i in range(len(self)):
         b = slice(i*self.bs, (i+1)*self.bs)
-        x = self.pixels[row[b]].to(self.device)
-        if h is not None: x = flip(x, h[b], dim=-1)
-        if v is not None: x = flip(x, v[b], dim=-2)
-        if augment: x = augment(x.float()/255, g)
-        yield to_input(x, **self.form), self.y[order[b]]
+        yield {name: each[b] for name,each in given.items()}, self.y[order[b]]
+
+# %% ../../nbs/lib/50_clf.augment.ipynb #738ded82
+@patch
+def shown(self:PatchLoader,
+    row:Tensor, # Rows of pixels `(b,)`
+    h:Tensor=None, # Mirrored left-right? `(b,)`
+    v:Tensor=None, # Upside down? `(b,)`
+    *,
+    augment=None, # Callable on the float batch `(b,s,s)` in [0,1]
+) -> Tensor: # As `to_input` gives it
+    "The pixels of a batch as the network sees them; without `augment` nothing here waits for the host."
+    x = self.pixels[row].to(self.device)
+    if h is not None: x = flip(x, h, dim=-1)
+    if v is not None: x = flip(x, v, dim=-2)
+    if augment: x = augment(x.float()/255)
+    return to_input(x, **self.form)
+
+# %% ../../nbs/lib/50_clf.augment.ipynb #9e843450
+@patch(as_prop=True)
+def resident(self:PatchLoader) -> bool:
+    "Can a batch be made without the host: pixels on the device, no further augmentation?"
+    return self.pixels.device == self.y.device and not (self.train and self.feed.augment)
+
+# %% ../../nbs/lib/50_clf.augment.ipynb #6828caa2
+@patch
+def __iter__(self:PatchLoader):
+    own = self.feed.augment if self.train else None
+    g = torch_rng(self.seed, "augment more", self.epoch) if own else None
+    augment = own and (lambda x: own(x, g))
+    for given,y in self.picks(): yield self.shown(**given, augment=augment), y
 
 # %% ../../nbs/lib/50_clf.augment.ipynb #72fb7bd2
 def affine(

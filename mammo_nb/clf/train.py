@@ -9,7 +9,7 @@ __all__ = ['CLASSIFIERS', 'MONITORS', 'SHARING', 'NOTEBOOK', 'THESIS', 'KERAS', 
            'load_classifier', 'predict_proba', 'FitResult', 'check_classes', 'fit_classifier']
 
 # %% ../../nbs/lib/56_clf.train.ipynb #a7aeb86a
-import hashlib, json, time, warnings
+import contextlib, hashlib, json, time, warnings
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,11 @@ import torch
 # fastai's import uses a function torch is about to retire; nothing the reader could do
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
-    from fastai.callback.core import Callback, CancelFitException, TrainEvalCallback
+    from fastai.callback.core import Callback, CancelBatchException, CancelFitException, TrainEvalCallback
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes, save as save_bytes
 from torch import nn, Tensor
@@ -39,6 +40,7 @@ from .swin import Swin
 from ..core import (DataError, MammoError, ParameterError, RunError, WeightsError, global_seed, hash_of, nearest,
                            pick_device, read_json, write_json, write_whole)
 from ..gans.checkpoint import Checkpoint, differs
+from ..gans.engine import Engine
 
 # %% ../../nbs/lib/56_clf.train.ipynb #acd85a48
 CLASSIFIERS = {"cnn": SharingCNN, "swin": Swin, "fcn": ThesisFCN, "notebook_cnn": NotebookCNN, "tuned_cnn": TunedCNN,
@@ -168,8 +170,9 @@ def change(
 # %% ../../nbs/lib/56_clf.train.ipynb #46b939fa
 class PatchLearner(Learner):
     "A fastai Learner for resident patches: no idle events, chance by epoch, errors in their own words."
-    def __init__(self, dls, model, *, seed:int=0, **kw):
-        self.seed = seed
+    def __init__(self, dls, model, *, seed:int=0, engine=None, **kw):
+        self.seed, self.engine = seed, engine
+        if engine: self.mean_loss, self.rate = torch.zeros(2, device=engine.device).unbind()
         super().__init__(dls, model, default_cbs=False, wd_bn_bias=True, train_bn=False, **kw)
 
     def __call__(self, event_name):
@@ -181,7 +184,9 @@ class PatchLearner(Learner):
 
     def _set_device(self, b): return b
     def _do_epoch_train(self):
-        with global_seed(self.seed, "dropout", self.epoch): super()._do_epoch_train()
+        with global_seed(self.seed, "dropout", self.epoch), _ready(self.engine): super()._do_epoch_train()
+
+def _ready(engine): return engine.ready() if engine else contextlib.nullcontext()
 
 class _Bf16(nn.Module):
     "The network's forward pass in bfloat16, its outputs in float32."
@@ -192,6 +197,52 @@ class _Bf16(nn.Module):
         with torch.autocast(self.device, torch.bfloat16): out = self.net(x)
         return out.float()
 
+# %% ../../nbs/lib/56_clf.train.ipynb #e4d7ffc9
+@patch
+def set_rate(self:PatchLearner,
+    lr:float, # New step
+) -> None:
+    "The optimiser's step from here on."
+    if not self.engine:
+        self.opt.set_hypers(lr=lr)
+        return
+    self.rate.fill_(lr)
+    for group in self.opt.opt.param_groups: group["lr"] = self.rate
+
+# %% ../../nbs/lib/56_clf.train.ipynb #9a274033
+@patch
+def step(self:PatchLearner,
+    y:Tensor, # Classes `(b,)`
+    x:Tensor=None, # What the network sees; None: looked up
+    **picked, # See `PatchLoader.shown`
+) -> None:
+    "One step of training; touches fixed buffers only, so that it can be captured."
+    if x is None: x = self.dls.train.shown(**picked)
+    opt, loss = self.opt.opt, self.loss_func(self.model(x), y)
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    opt.step()
+    self.mean_loss.copy_(loss.detach())
+
+# %% ../../nbs/lib/56_clf.train.ipynb #915e4d09
+@patch
+def all_batches(self:PatchLearner):
+    "fastai's loop over batches; on CUDA with the whole step replayed."
+    loader = self.dl
+    if not (self.engine and self.training):
+        Learner.all_batches(self)
+        return
+    self.n_iter = len(loader)
+    picks = loader.picks() if loader.resident else (({"x": x}, y) for x,y in loader)
+    for self.iter,(given,y) in enumerate(picks):
+        self.yb = (y,)
+        self._with_events(partial(self._replay, given, y), "batch", CancelBatchException)
+
+@patch
+def _replay(self:PatchLearner, given, y):
+    self.engine((len(y), self.model.training), self.step, y=y, **given)
+    self.loss = self.mean_loss
+
 # %% ../../nbs/lib/56_clf.train.ipynb #7865ec62
 class StartEpoch(Callback):
     "Tell loader and optimiser which epoch it is."
@@ -199,7 +250,7 @@ class StartEpoch(Callback):
     def __init__(self, recipe): self.recipe = recipe
     def before_train(self):
         self.dls.train.epoch = self.epoch
-        self.opt.set_hypers(lr=self.recipe.lr*self.recipe.lr_decay**(self.epoch//self.recipe.lr_every))
+        self.learn.set_rate(self.recipe.lr*self.recipe.lr_decay**(self.epoch//self.recipe.lr_every))
 
 # %% ../../nbs/lib/56_clf.train.ipynb #020e054b
 class StayInEval(Callback):
@@ -393,17 +444,18 @@ def _optimiser(recipe, device):
     # one kernel for all weights, half the time
     kw = dict(weight_decay=recipe.weight_decay, fused=device.type in ("cpu", "cuda"))
     if recipe.optimiser == "sgd": kw |= dict(opt=torch.optim.SGD, momentum=recipe.momentum)
-    else: kw |= dict(opt=torch.optim.Adam, betas=(recipe.momentum, .999))
+    else: kw |= dict(opt=torch.optim.Adam, betas=(recipe.momentum, .999), capturable=device.type == "cuda")
     return partial(OptimWrapper, **kw)
 
-def _learner(model, train, valid, recipe, seed, device):
+def _learner(model, train, valid, recipe, seed, device, log=None):
     "Learner, loaders and optimiser of one training."
     form = dict(device=device, **_form(model, recipe.value_range))
     feed = Feed(**{f.name: getattr(recipe, f.name) for f in fields(Feed)})
     dls = DataLoaders(PatchLoader(train, bs=recipe.bs, train=True, seed=seed, feed=feed, **form),
                       PatchLoader(valid, bs=max(recipe.bs, 128), **form), device=device)
     net = _Bf16(model, device.type) if recipe.precision == "bf16" else model
-    learn = PatchLearner(dls, net, seed=seed, loss_func=class_loss, lr=recipe.lr, opt_func=_optimiser(recipe, device),
+    engine = Engine(device, {}, mode="", log=log) if device.type == "cuda" else None
+    learn = PatchLearner(dls, net, seed=seed, engine=engine, loss_func=class_loss, lr=recipe.lr, opt_func=_optimiser(recipe, device),
                          cbs=[TrainEvalCallback(), StartEpoch(recipe), *[StayInEval()]*recipe.eval_after_first_val])
     learn.create_opt()
     return learn
@@ -452,7 +504,7 @@ def fit_classifier(
     _check(model, train, valid, recipe)
     identity = _identity(model, train, valid, seed, recipe)
     if done := _finished(model.to(device), folder, identity): return done
-    history, best, learn = [], {}, _learner(model, train, valid, recipe, seed, device)
+    history, best, learn = [], {}, _learner(model, train, valid, recipe, seed, device, log)
     ck = Checkpoint(folder, identity=identity, every_s=recipe.checkpoint_every_s, log=log) if folder else None
     if ck and (old := ck.load({"net": model, "opt": learn.opt.opt})):
         history += old["state"]["history"]

@@ -887,7 +887,7 @@ class SinGANRun:
     "Where and how SinGANs are trained; `auto` and None are settled as it is made."
     device:str = "auto"      # Where
     merge_width:int = None   # Scales up to this width train all images at once; None: 64 on a GPU, 8 elsewhere
-    mode:str = "exact"       # Arithmetic: `exact`, or on a GPU `fast` (TF32)
+    mode:str = "exact"       # Arithmetic, see core.MODES; `bf16` is `tf32` here
     checkpoint_every_s:float = 60.
 
     def __post_init__(self):

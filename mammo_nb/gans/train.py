@@ -209,19 +209,19 @@ class Game:
         channels_last:bool = False, # Memory format; faster where convolutions rule
         data:Tensor = None, # Patches, `(n,views,s,s)` uint8
         labels:Tensor = None, # `(n,)` int64
-        mode:str = "exact", # Arithmetic: `exact` or `fast`, see gans.engine
+        mode:str = "exact", # Arithmetic, see core.MODES
         log = None, # Told why steps are not captured
     ):
         self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
         self.data, self.labels = (x if x is None else x.to(self.device) for x in (data, labels))
-        fast = check_mode(mode) == "fast"
-        form = torch.channels_last if channels_last or fast else torch.contiguous_format
+        half = check_mode(mode) == "bf16"
+        form = torch.channels_last if channels_last or half else torch.contiguous_format
         self.G, self.D = (net.to(self.device, memory_format=form).train() for net in recipe.nets(seed))
         self.opt_g, self.opt_d = (adam(net, lr, recipe.betas, self.device)
                                   for net,lr in ((self.G, recipe.lr_g), (self.D, recipe.lr_d)))
         self.ema = copy.deepcopy(self.G).requires_grad_(False) if recipe.ema else None
         self.wide = False # Are the networks to stay in float32?
-        if fast and has_bfloat16(self.device):
+        if half and has_bfloat16(self.device):
             for net in (self.G, self.D): narrow(net, lambda: self.wide, device=self.device.type)
         self.fake, self.rows, self.sums, self.drawn = None, None, {}, 0
         self.clock = torch.zeros((), dtype=torch.int64, device=self.device) # Finished batches of all epochs
@@ -296,7 +296,7 @@ def show(self:Game,
 @patch
 @contextlib.contextmanager
 def precise(self:Game):
-    "Both networks stay in float32 inside the block, in `fast` mode too: for gradient penalties."
+    "Both networks stay in float32 inside the block, in `bf16` too: for gradient penalties."
     was, self.wide = self.wide, True
     try: yield
     finally: self.wide = was
@@ -439,8 +439,8 @@ class Options:
     log:object = None # Called with keyword fields once an epoch and at events
     checkpoint_every_s:float = 60. # Seconds between two checkpoints
     grid_every:int = None # Epochs between two pictures of the fixed latents, default 1/60 of the run
-    channels_last:bool = False # Memory format of the networks; always so in `fast` mode
-    mode:str = "exact" # Arithmetic: `exact` (float32, the same bytes again) or `fast`, see gans.engine
+    channels_last:bool = False # Memory format of the networks; always so in `bf16`
+    mode:str = "exact" # Arithmetic, see core.MODES
 
 # %% ../../nbs/lib/42_gans.train.ipynb #0ed707f3
 class Training:

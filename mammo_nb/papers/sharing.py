@@ -179,7 +179,8 @@ def refuse(
     private, key = params.dp_epsilon > 0, Path(params.dp_key).expanduser()
     without_data = "only data of a data_dir can be assigned or split otherwise"
     rules = [
-        (private and params.mode == "fast", "mode", "private training is exact only", "use mode exact with dp_epsilon"),
+        (private and params.mode in ("tf32", "bf16", "fast"), "mode", "private training is float32 only",
+         "use mode float32 with dp_epsilon"),
         (params.dp_key and not private, "dp_key", "a key without dp_epsilon does nothing", "give both, or none"),
         (params.dp_key and not key.is_file(), "dp_key", f"there is no file {key.name!r}", "give a text file"),
         (params.centres and not params.data_dir, "centres", "phantoms have their roles", without_data),
