@@ -6,7 +6,7 @@
 __all__ = ['LEASE', 'MODES', 'KERNELS', 'MammoError', 'ParameterError', 'DataError', 'LeakError', 'WeightsError', 'RunError',
            'nearest', 'repo_root', 'cache_roots', 'cache_dir', 'seed_of', 'rng', 'torch_rng', 'global_seed', 'owner',
            'write_whole', 'write_text', 'write_json', 'write_csv', 'read_json', 'hash_of', 'file_hash', 'lock_of',
-           'locked', 'pick_device', 'check_mode', 'Kernels', 'kernels', 'exact_mode', 'progress']
+           'locked', 'pick_device', 'check_mode', 'Kernels', 'kernels', 'arithmetic_on', 'exact_mode', 'progress']
 
 # %% ../nbs/lib/10_core.ipynb #093d1ee8
 import contextlib
@@ -271,12 +271,14 @@ def pick_device(
     return dev
 
 # %% ../nbs/lib/10_core.ipynb #61aa70d4
-MODES = ("exact", "fast")
+MODES = dict(float32="float32", tf32="tf32", bf16="bf16", exact="float32", fast="bf16") # Name -> arithmetic
 
-def check_mode(mode:str) -> str:
-    "`exact` or `fast`, or an error."
+def check_mode(
+    mode:str, # Key of `MODES`
+) -> str: # `float32`, `tf32` or `bf16`
+    "The arithmetic of this name, or an error."
     if mode not in MODES: raise ParameterError(f"'{mode}' is no mode", "mode", nearest(mode, list(MODES)))
-    return mode
+    return MODES[mode]
 
 # %% ../nbs/lib/10_core.ipynb #e904f9ec
 @dataclass(frozen=True)
@@ -287,7 +289,8 @@ class Kernels:
     tf32_conv:bool # TF32 in convolutions
     tf32_product:bool # TF32 in products
 
-KERNELS = dict(exact=Kernels(False, True, False, False), fast=Kernels(True, False, True, True))
+KERNELS = dict(float32=Kernels(False, True, False, False), tf32=Kernels(False, True, True, True),
+               bf16=Kernels(False, True, True, True))
 
 def _choose(new): # -> what was chosen before
     import torch
@@ -300,17 +303,26 @@ def _choose(new): # -> what was chosen before
 # %% ../nbs/lib/10_core.ipynb #eccc29c6
 @contextlib.contextmanager
 def kernels(
-    mode:str, # `exact` or `fast`
+    mode:str, # Key of `MODES`
 ):
     "Choose CUDA's kernels inside the block, and put back what was chosen before."
     old = _choose(KERNELS[check_mode(mode)])
     try: yield
     finally: _choose(old)
 
+# %% ../nbs/lib/10_core.ipynb #16becdd4
+def arithmetic_on(
+    mode:str, # Key of `MODES`, or `auto`
+    device, # Device name or `torch.device`
+) -> str: # `float32`, `tf32` or `bf16`
+    "What a mode means on a device: `auto` is `tf32` on CUDA, `float32` elsewhere."
+    if mode == "auto": return "tf32" if str(device).split(":")[0] == "cuda" else "float32"
+    return check_mode(mode)
+
 # %% ../nbs/lib/10_core.ipynb #75a04c08
 def exact_mode() -> None:
     "Ask torch for reproducible kernels and full float32: same seed and device class, same tables."
-    _choose(KERNELS["exact"])
+    _choose(KERNELS["float32"])
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # %% ../nbs/lib/10_core.ipynb #1bd79b9c

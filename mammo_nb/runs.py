@@ -33,8 +33,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .cache import damaged, sweep, writable
-from .core import (MammoError, RunError, cache_roots, file_hash, hash_of, kernels, locked, pick_device,
-                           progress, read_json, repo_root, write_csv, write_json, write_whole)
+from .core import (MammoError, RunError, arithmetic_on, cache_roots, check_mode, file_hash, hash_of, kernels,
+                           locked, pick_device, progress, read_json, repo_root, write_csv, write_json, write_whole)
 from .keys import MOVES_NUMBERS, code_key, key_of
 from .params import Params, split_words
 
@@ -91,12 +91,14 @@ class Run:
         grid:pd.DataFrame=None, # One row a cell
         resolved:dict=None, # The settings as run.json holds them
     ):
+        device = pick_device(params.device)
+        params = Params(**vars(params) | dict(mode=arithmetic_on(params.mode, device)))
         self.params, self.paper, self.setup, self.protocol, self.grid = params, paper, setup, protocol, grid
         self.seeds = seeds or Seeds(params.seed)
         self.data = Path(params.data_dir).resolve().name if params.data_dir else "phantom"
         usual = default_run_dir(params, paper, self.data)
         self.dir = Path(params.run_dir).expanduser().resolve() if params.run_dir else usual
-        self.device, self.only, self.started = pick_device(params.device), split_words(params.only), time.time()
+        self.device, self.only, self.started = device, split_words(params.only), time.time()
         self._refuse_foreign()
         for name in ("tables", "figures", "checkpoints"): self._mkdir(self.dir/name)
         what = dict(layout=LAYOUT, paper=paper, data=self.data, parameters=vars(params), resolved=resolved or {})
@@ -290,7 +292,7 @@ def job_key(
     "Key of a job: its code, every argument by content, the kind of device and the arithmetic."
     try: given = {k: key_of(v) for k, v in job.given.items()}
     except RunError as e: raise RunError(e.what, f"job {job.name}", e.fix) from e
-    return hash_of(job.name, code_key(job.fn), given, device, mode)[:12]
+    return hash_of(job.name, code_key(job.fn), given, device, check_mode(mode))[:12]
 
 # %% ../nbs/lib/13_runs.ipynb #ec4398ad
 def _fault(folder): # What is wrong with a finished stage, "" where nothing is, None where it was never finished
