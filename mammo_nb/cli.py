@@ -28,7 +28,7 @@ COMMANDS = dict(
     doctor=Command("what a folder of pictures is, what is wrong with it, which paper it can run", "mammo doctor /data",
                    "mammo_nb.data.doctor:main"),
     plan=Command("what a study could show, before it is run", "mammo plan 04_sharing -p data_dir /data -p seeds 5",
-                 "mammo_nb.report.plan:main"),
+                 "mammo_nb.plan:main"),
     run=Command("one paper", "mammo run 04_sharing -p seed 1 -p data_dir /data", "mammo_nb.notebook:main"),
     sweep=Command("many papers, settings and seeds", "mammo sweep sweeps/papers_demo.yaml --dry-run",
                   "mammo_nb.sweep:main"),
