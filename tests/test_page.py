@@ -72,6 +72,7 @@ def test_old_folders_are_refused_and_nothing_is_written(tmp_path, capsys):
 def test_a_sixth_paper_needs_only_an_entry(tmp_path, monkeypatch):
     module = types.ModuleType("mammo_nb_sixth_page"); module.SECTIONS = SECTIONS[:2]; monkeypatch.setitem(sys.modules, "mammo_nb_sixth_page", module)
     record = papers()["04_sharing"] | dict(page="mammo_nb_sixth_page"); monkeypatch.setattr(pages, "paper_record", lambda paper: record)
+    monkeypatch.setattr(pages, "fixed_rules", lambda paper: "of no published claims")
     for s in (0,1): run_folder(tmp_path, s, paper="05_sixth")
     assert gather_main([str(tmp_path), "--note", "Two seeds."]) == 0
     assert "Two seeds." in (tmp_path/"gathered"/"report.html").read_text() and main(["--page", str(tmp_path)]) == 0

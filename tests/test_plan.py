@@ -11,8 +11,8 @@ from conftest import ROOT
 
 
 def test_more_of_everything_decides_smaller_effects():
-    few = outlook("04_sharing", preset="paper", women="lesion=20,healthy=20", seeds=3).table.set_index("id")
-    for more in (dict(women="lesion=200,healthy=200", seeds=3), dict(women="lesion=20,healthy=20", seeds=10)):
+    few = outlook("04_sharing", preset="paper", women="lesion=20,healthy=20", seeds=10).table.set_index("id")
+    for more in (dict(women="lesion=200,healthy=200", seeds=10), dict(women="lesion=20,healthy=20", seeds=40)):
         t = outlook("04_sharing", preset="paper", **more).table.set_index("id")
         both = few.among.notna()
         assert both.sum() > 10 and (t.among[both] < few.among[both]).all() and (t.smallest <= t.among)[both].all()

@@ -126,7 +126,7 @@ def test_sweep_killed_whole_then_asked_again(tmp_path):
     until(lambda: not of_sweep(tmp_path/"out"), 20)                            # rows and kernels end with it
     p = start(file)
     until(lambda: len({l[1] for l in ledger(tmp_path) if l[0] == "step" and int(l[2]) >= 6}) == 2)
-    p.send_signal(signal.SIGINT); said, _ = p.communicate(timeout=60)
+    p.send_signal(signal.SIGINT); said, _ = p.communicate(timeout=240)
     assert p.returncode == 130 and "interrupted" in said and not until(lambda: not of_sweep(tmp_path/"out"), 20) is None
     hold.unlink(); p = start(file); said, _ = p.communicate(timeout=300)
     assert p.returncode == 0 and "begun" in said, said
@@ -160,7 +160,7 @@ def test_sample_sweeps_can_be_planned():
         s = read_sweep(f); assert len({r.id for r in s.rows}) == len(s.rows) > 0, f.name
 
 def test_wrong_sweep_file_ends_with_one_line(tmp_path):
-    p = start(sweep_file(tmp_path, "rows:\n  - {notebook: 90_tiny, parameters: {rat: 2}}\n")); said, _ = p.communicate(timeout=60)
+    p = start(sweep_file(tmp_path, "rows:\n  - {notebook: 90_tiny, parameters: {rat: 2}}\n")); said, _ = p.communicate(timeout=240)
     assert p.returncode == 2 and "did you mean 'rate'" in said and "Traceback" not in said and not (tmp_path/"out").exists()
 
 @pytest.mark.parametrize("text,said", [
