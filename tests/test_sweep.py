@@ -55,8 +55,11 @@ def sweep_file(folder, text):
 
 def env_of(folder): return os.environ | {"MAMMO_NB_CACHE":str(folder/"cache"), "TINY_LEDGER":str(folder/"ledger"), "PYTHONPATH":os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS":"1"}
 
+def heard(): signal.signal(signal.SIGINT, signal.SIG_DFL)      # a worker of pytest-xdist ignores Ctrl-C, and so would its children
+
 def start(file, *more, **kw):
-    return subprocess.Popen([sys.executable, "-m", "mammo_nb.sweep", str(file), *more], cwd=ROOT, env=env_of(file.parent), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+    return subprocess.Popen([sys.executable, "-m", "mammo_nb.sweep", str(file), *more], cwd=ROOT, env=env_of(file.parent), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            preexec_fn=heard, **kw)
 
 def ledger(folder): return [l.split() for l in (folder/"ledger").read_text().splitlines()] if (folder/"ledger").exists() else []
 
