@@ -216,7 +216,8 @@ def _taken(z, name, entry, target):
     size = int(entry["contentSize"])
     if z.getinfo(name).file_size != size: raise _refused(f"{name} has another size than the list says", z.filename)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with z.open(name) as source, open(target, "wb") as sink: shutil.copyfileobj(source, sink)
+    with z.open(name) as source, open(target, "wb") as sink:
+        shutil.copyfileobj(source, sink)
     if file_hash(target) != entry["sha256"]: raise _refused(f"{name} has other bytes than the list says", z.filename)
 
 UNREADABLE = (zipfile.BadZipFile, zipfile.zlib.error, KeyError, TypeError, ValueError, NotImplementedError,

@@ -128,7 +128,8 @@ def deserted(
         except ProcessLookupError: return True
         except OSError: return False        # it lives, and is somebody else's
         return False
-    with contextlib.suppress(OSError): return time.time() - os.stat(path).st_mtime > WEEK
+    with contextlib.suppress(OSError):
+        return time.time() - os.stat(path).st_mtime > WEEK
     return False
 
 # %% ../nbs/lib/10a_cache.ipynb #6444d4b0
@@ -140,5 +141,6 @@ def sweep(
     pattern = "**/.*.part*" if deep else ".*.part*"
     left = [p for p in Path(folder).glob(pattern) if re.search(r"\.part(\.\w+)?$", p.name) and deserted(p)]
     for p in left:
-        with contextlib.suppress(OSError): shutil.rmtree(p) if p.is_dir() else p.unlink()
+        with contextlib.suppress(OSError):
+            shutil.rmtree(p) if p.is_dir() else p.unlink()
     return [p.name for p in left]

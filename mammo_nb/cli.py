@@ -87,7 +87,8 @@ def _call(word, rest):
     if not any(r.startswith("--out") for r in rest) and "--list" not in rest:
         fix = "say with --out where the result goes"
         raise RunError("an archived run is unpacked for this command only", word, fix)
-    with tempfile.TemporaryDirectory() as folder: return function_of(word)(unpacked(rest, folder))
+    with tempfile.TemporaryDirectory() as folder:
+        return function_of(word)(unpacked(rest, folder))
 
 def _answered(word, rest):
     "The exit code of one command; an error of this package in one line."

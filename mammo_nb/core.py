@@ -252,7 +252,8 @@ def locked(
     lock = Path(f"{path}.lock")
     try: lock.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise _disk_error(e, lock.parent) from e
-    with lock_of(lock): yield
+    with lock_of(lock):
+        yield
 
 # %% ../nbs/lib/10_core.ipynb #843c2537
 def pick_device(

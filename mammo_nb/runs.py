@@ -356,7 +356,8 @@ def _work(ready, folder, mode): # Seconds, with those of earlier calls that were
     return before + time.time()-start
 
 def _seconds(note): # Of earlier calls; 0 where a kill or a fault left no number
-    with contextlib.suppress(RunError, TypeError, ValueError): return max(0., float(read_json(note)))
+    with contextlib.suppress(RunError, TypeError, ValueError):
+        return max(0., float(read_json(note)))
     return 0.
 
 # %% ../nbs/lib/13_runs.ipynb #956eb26d

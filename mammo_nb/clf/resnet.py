@@ -159,7 +159,8 @@ def stored(
     "Features from the cache, if they still have their hash."
     if not path.exists(): return None
     with contextlib.suppress(SafetensorError, KeyError, TypeError, OSError):
-        with safe_open(path, "pt") as f: found, told = f.get_tensor("features"), f.metadata()["hash"]
+        with safe_open(path, "pt") as f:
+            found, told = f.get_tensor("features"), f.metadata()["hash"]
         if hash_of(found) == told: return found.numpy()
     damaged(path, "is not what was written")
     return None
@@ -188,7 +189,8 @@ def resnet_features(
     with locked(path):
         if (found := stored(path)) is not None: return found
         features = _computed(pixels, net, prepare, bs, pick_device(str(device)), log).contiguous()
-        with write_whole(path) as tmp: save_file({"features": features}, tmp, metadata=dict(hash=hash_of(features)))
+        with write_whole(path) as tmp:
+            save_file({"features": features}, tmp, metadata=dict(hash=hash_of(features)))
     return features.numpy()
 
 # %% ../../nbs/lib/52_clf.resnet.ipynb #65e2fcf4

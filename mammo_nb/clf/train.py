@@ -184,7 +184,8 @@ class PatchLearner(Learner):
 
     def _set_device(self, b): return b
     def _do_epoch_train(self):
-        with global_seed(self.seed, "dropout", self.epoch), _ready(self.engine): super()._do_epoch_train()
+        with global_seed(self.seed, "dropout", self.epoch), _ready(self.engine):
+            super()._do_epoch_train()
 
 def _ready(engine): return engine.ready() if engine else contextlib.nullcontext()
 

@@ -127,7 +127,8 @@ def all_mask_boxes(
     files = sorted(set(paths))
     file = cached("cbis", f"boxes_{hash_of([(str(p), stamp(p)) for p in files], 3)}.json", whole=Path.exists)
     if (found := None if verifying() else read_sealed(file)) is None:
-        with ThreadPoolExecutor(workers) as pool: boxes = list(pool.map(_boxes_of, map(Path, files)))
+        with ThreadPoolExecutor(workers) as pool:
+            boxes = list(pool.map(_boxes_of, map(Path, files)))
         write_sealed(file, [[str(p), b] for p,b in zip(files, boxes)])
         found = read_sealed(file)
     return dict(found)

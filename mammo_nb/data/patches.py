@@ -663,7 +663,8 @@ def _hashes_of(folder, files):
     for p in todo:
         if out[p] and time.time_ns()-max(stamps[p][1:3])>2_000_000_000: new[os.path.basename(p)] = [*stamps[p], out[p]]
     if new:
-        with contextlib.suppress(MammoError): write_sealed(memo_file, {**memo, **new}) # a cache that can only be read
+        with contextlib.suppress(MammoError):
+            write_sealed(memo_file, {**memo, **new}) # a cache that can only be read
     return out
 
 def source_hashes(

@@ -107,7 +107,8 @@ class Parcel:
         if size > most and not first:
             raise WeightsError(f"'{name}' has {size >> 20} MB", self.path, f"more than {most >> 20} MB is not read")
         try:
-            with self.zip.open(name) if self.zip else open(self.path/name, "rb") as f: return f.read(min(size, most))
+            with self.zip.open(name) if self.zip else open(self.path/name, "rb") as f:
+                return f.read(min(size, most))
         except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, zipfile.zlib.error) as e:
             raise WeightsError(f"'{name}' is broken ({e})", self.path, "fetch it again") from e
 
@@ -185,7 +186,8 @@ def read_weights(
     path = Path(path)
     size = plain_file(path, BOUNDS.foreign)
     if path.suffix != ".safetensors": return read_pickle(path)
-    with open(path, "rb") as f: tensor_shapes(f.read(BOUNDS.text), size, path)
+    with open(path, "rb") as f:
+        tensor_shapes(f.read(BOUNDS.text), size, path)
     try: return load_bytes(path.read_bytes())
     except (SafetensorError, ValueError, KeyError) as e:
         raise WeightsError(f"cut off, or no safetensors file ({e})", path, "fetch it again") from e

@@ -204,7 +204,8 @@ def meta_network(
 ) -> Generator: # On the meta device
     "The network that a card describes, without its numbers; whatever keeps it from being built is named."
     try:
-        with torch.device("meta"): net = build_generator(config)
+        with torch.device("meta"):
+            net = build_generator(config)
     except WeightsError: raise
     except Exception as e:  # a constructor that was given nonsense can fail in any way
         raise WeightsError(f"the network cannot be built: {' '.join(str(e).split())[:160]}", where,
@@ -239,7 +240,8 @@ def cost_of(
     largest = [0]
     def seen(module, given, out): largest.append(out.numel()*4 if isinstance(out, torch.Tensor) else 0)
     hooks = [m.register_forward_hook(seen) for m in net.modules()]
-    with torch.no_grad(), FlopCounterMode(display=False) as counted: _called(net.eval())
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        _called(net.eval())
     for h in hooks: h.remove()
     return counted.get_total_flops(), max(largest)
 
@@ -332,5 +334,6 @@ def admit_folder(
     weights, card = Path(folder)/"G.safetensors", Path(folder)/"generator.json"
     plain_file(card, BOUNDS.text)
     size = plain_file(weights, BOUNDS.weights)
-    with open(weights, "rb") as f: head = f.read(BOUNDS.text)
+    with open(weights, "rb") as f:
+        head = f.read(BOUNDS.text)
     return admitted(card.read_bytes(), head, size, folder)

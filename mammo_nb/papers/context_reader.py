@@ -34,7 +34,8 @@ def read_edits(
     tables = [pd.DataFrame(dict(task="", kind=kind_of(patches.table), patient_id=patches.table.patient_id, kept=True,
                                 before=seen, after=seen))]
     for task,of in pairs.items():
-        with np.load(of/"pairs.npz") as z: p = dict(z)
+        with np.load(of/"pairs.npz") as z:
+            p = dict(z)
         tables.append(pd.DataFrame(dict(task=task, kind="", patient_id=p["patient"], kept=p["kept"],
                                         before=score(p["before"]), after=score(p["after"]))))
     write_csv(folder/"reader.csv", pd.concat(tables, ignore_index=True))
