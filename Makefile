@@ -20,9 +20,7 @@ paper: run   ## make paper P=04_sharing SEED=1 ARGS="-p preset paper"
 test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg
 test: install
-	@# each notebook in a process of its own: nbdev_test reuses its workers, and one notebook's imports would colour the next
-	ls nbs/lib/*.ipynb nbs/papers/*.ipynb nbs/*.ipynb | xargs -P 2 -n 1 sh -c 'start=$$(date +%s); \
-	  $(BIN)/nbdev_test --path "$$0" --n_workers 0 --do_print || exit 255; echo "$$0: $$(($$(date +%s)-start)) s"'
+	$(BIN)/python tests/lessons.py --jobs 2 nbs/*.ipynb nbs/papers/*.ipynb nbs/lib/*.ipynb   # nbdev_test, a process each; the long ones first
 	$(BIN)/pytest --durations=25 -n 2 --dist loadfile   # a file's tests share what they made
 
 # What a change is tried with before it is pushed: contracts, ratchets, sync, lint, the lessons that changed, one paper.
@@ -33,8 +31,8 @@ quick: install lint ## make quick SINCE=main: also the lessons changed since a b
 	@mkdir -p reports/demo/notebooks
 	$(BIN)/papermill nbs/00_annotation_shift.ipynb reports/demo/notebooks/quick.ipynb -p run_dir reports/demo/quick -p boots 50 --no-progress-bar & \
 	$(BIN)/pytest tests/test_notebooks.py tests/test_style.py tests/test_sync.py tests/test_environment.py && \
-	(git diff --name-only $(SINCE) -- nbs/lib nbs/papers; git ls-files --others --exclude-standard -- nbs) | sort -u | \
-	  xargs -r -P 1 -n 1 sh -c '[ ! -f "$$0" ] || $(BIN)/nbdev_test --path "$$0" --n_workers 0 --do_print || exit 255' && wait $$!
+	(git diff --name-only --diff-filter=d $(SINCE) -- nbs/lib nbs/papers; git ls-files --others --exclude-standard -- 'nbs/*.ipynb') | sort -u | \
+	  xargs -r $(BIN)/python tests/lessons.py --jobs 1 && wait $$!
 
 gpu: install   ## on a machine with a GPU: its tests, the benchmarks, five papers at published size, the page; asked again it goes on
 	$(BIN)/pytest -m gpu
