@@ -21,7 +21,7 @@ test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg
 test: install
 	$(BIN)/python tests/lessons.py --jobs 2 nbs/*.ipynb nbs/papers/*.ipynb nbs/lib/*.ipynb   # nbdev_test, a process each; the long ones first
-	$(BIN)/pytest --durations=25 -n 2 --dist loadfile   # a file's tests share what they made
+	$(BIN)/pytest --durations=25 -n 2 --dist loadfile --no-loadscope-reorder   # a file's tests share what they made; long files first
 
 # What a change is tried with before it is pushed: contracts, ratchets, sync, lint, the lessons that changed, one paper.
 quick: export OMP_NUM_THREADS = 1

@@ -7,8 +7,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent/"shared"/"data"
 
+LONG = ("test_paper_", "test_sweep", "test_rehearsal", "test_stale")   # whole notebooks in processes
+
 def pytest_collection_modifyitems(config, items):
     import torch
+    items.sort(key=lambda i: not i.path.name.startswith(LONG))      # long files first: at the end no core waits for another
     marked = config.getoption("-m")
     for i in items:
         if i.get_closest_marker("slow") and "slow" not in marked: i.add_marker(pytest.mark.skip(reason="slow: run with pytest -m slow"))
