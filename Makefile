@@ -7,7 +7,7 @@ SEED  ?= 0
 ARGS  ?=
 OUT    = reports/demo/notebooks/$(P)-seed$(SEED).ipynb
 
-.PHONY: run test quick paper gpu gpu-slice docs install sync lint outputs clean
+.PHONY: run test quick paper gpu gpu-slice evidence docs install sync lint outputs clean
 
 run: install
 	@mkdir -p $(dir $(OUT))
@@ -40,6 +40,9 @@ gpu: install   ## on a machine with a GPU: its tests, the benchmarks, five paper
 	$(BIN)/papermill nbs/90_benchmarks.ipynb reports/local/90_benchmarks.ipynb -p preset paper -p device cuda -p publish auto --no-progress-bar --log-output
 	$(BIN)/mammo sweep sweeps/papers_full.yaml --keep
 	$(BIN)/mammo report
+
+evidence: install ## the five demos from a committed tree: executed notebooks and pages into reports/ (some 15 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/evidence.py $(ARGS)
 
 docs: install ## all notebooks with their outputs, a search and a reference as a site in _site/, offline
 	$(BIN)/python docs/site.py
