@@ -1,5 +1,5 @@
 "Shared fixtures: a private cache, the repository, the real data where they are."
-import os, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +37,16 @@ def papermill(cache):
         assert not check or r.returncode == 0, r.stderr[-3000:]
         return r
     return run
+
+@pytest.fixture
+def begin():
+    "The first cells of a paper notebook in this process: its parameters, these values over them (as papermill lays them), the check. -> Run"
+    def begun(paper, **given):
+        cells = [c for c in json.loads((ROOT/"nbs"/f"{paper}.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+        at = next(i for i,c in enumerate(cells) if "parameters" in c["metadata"].get("tags", []))
+        place = {}
+        exec("".join(cells[at]["source"]), place)
+        place |= given
+        exec("".join(cells[at+1]["source"]), place)
+        return place["run"]
+    return begun
