@@ -7,7 +7,7 @@ SEED  ?= 0
 ARGS  ?=
 OUT    = reports/demo/notebooks/$(P)-seed$(SEED).ipynb
 
-.PHONY: run test quick paper gpu gpu-slice docs install sync lint outputs clean
+.PHONY: run test quick paper gpu gpu-slice evidence docs install sync lint outputs clean
 
 run: install
 	@mkdir -p $(dir $(OUT))
@@ -20,10 +20,8 @@ paper: run   ## make paper P=04_sharing SEED=1 ARGS="-p preset paper"
 test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg
 test: install
-	@# each notebook in a process of its own: nbdev_test reuses its workers, and one notebook's imports would colour the next
-	ls nbs/lib/*.ipynb nbs/papers/*.ipynb nbs/*.ipynb | xargs -P 2 -n 1 sh -c 'start=$$(date +%s); \
-	  $(BIN)/nbdev_test --path "$$0" --n_workers 0 --do_print || exit 255; echo "$$0: $$(($$(date +%s)-start)) s"'
-	$(BIN)/pytest --durations=25 -n 2 --dist loadfile   # a file's tests share what they made
+	$(BIN)/python tests/lessons.py --jobs 2 nbs/*.ipynb nbs/papers/*.ipynb nbs/lib/*.ipynb   # nbdev_test, a process each; the long ones first
+	$(BIN)/pytest --durations=25 -n 2 --dist loadfile --no-loadscope-reorder   # a file's tests share what they made; long files first
 
 # What a change is tried with before it is pushed: contracts, ratchets, sync, lint, the lessons that changed, one paper.
 quick: export OMP_NUM_THREADS = 1
@@ -33,8 +31,8 @@ quick: install lint ## make quick SINCE=main: also the lessons changed since a b
 	@mkdir -p reports/demo/notebooks
 	$(BIN)/papermill nbs/00_annotation_shift.ipynb reports/demo/notebooks/quick.ipynb -p run_dir reports/demo/quick -p boots 50 --no-progress-bar & \
 	$(BIN)/pytest tests/test_notebooks.py tests/test_style.py tests/test_sync.py tests/test_environment.py && \
-	(git diff --name-only $(SINCE) -- nbs/lib nbs/papers; git ls-files --others --exclude-standard -- nbs) | sort -u | \
-	  xargs -r -P 1 -n 1 sh -c '[ ! -f "$$0" ] || $(BIN)/nbdev_test --path "$$0" --n_workers 0 --do_print || exit 255' && wait $$!
+	(git diff --name-only --diff-filter=d $(SINCE) -- nbs/lib nbs/papers; git ls-files --others --exclude-standard -- 'nbs/*.ipynb') | sort -u | \
+	  xargs -r $(BIN)/python tests/lessons.py --jobs 1 && wait $$!
 
 gpu: install   ## on a machine with a GPU: its tests, the benchmarks, five papers at published size, the page; asked again it goes on
 	$(BIN)/pytest -m gpu
@@ -42,6 +40,9 @@ gpu: install   ## on a machine with a GPU: its tests, the benchmarks, five paper
 	$(BIN)/papermill nbs/90_benchmarks.ipynb reports/local/90_benchmarks.ipynb -p preset paper -p device cuda -p publish auto --no-progress-bar --log-output
 	$(BIN)/mammo sweep sweeps/papers_full.yaml --keep
 	$(BIN)/mammo report
+
+evidence: install ## the five demos from a committed tree: executed notebooks and pages into reports/ (some 15 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/evidence.py $(ARGS)
 
 docs: install ## all notebooks with their outputs, a search and a reference as a site in _site/, offline
 	$(BIN)/python docs/site.py

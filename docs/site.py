@@ -77,9 +77,21 @@ def cell_html(cell:dict) -> str:
     return highlight(source, PYTHON, CODE) + outputs
 
 
+def cells_of(path:Path) -> list: # Cells of a notebook
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def with_outputs(path:Path) -> list: # Cells
+    "A paper's notebook holds no outputs; its executed copy in reports/ does, and is shown while it has the same cells."
+    cells, copy = cells_of(path), ROOT/"reports"/path.stem/"notebook.ipynb"
+    if path.parent != ROOT/"nbs" or not copy.is_file(): return cells
+    executed = cells_of(copy)
+    return executed if [c["source"] for c in executed] == [c["source"] for c in cells] else cells
+
+
 def read_book(path:Path) -> Book:
     "A notebook with its outputs as they were committed."
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    cells = with_outputs(path)
     sources = ["".join(c["source"]) for c in cells]
     module = next((m[1] for s in sources if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", s, re.M))), "")
     kept = [c for c, s in zip(cells[1:], sources[1:]) if not re.match(r"\s*#\|\s*(default_exp|hide)", s)]
@@ -123,17 +135,22 @@ def reference(books:list) -> Book:
     return Book(ROOT/"nbs"/"reference.ipynb", "Reference", about, "\n".join(parts), heads, "")
 
 
+REPORTS = {"demo.html": "demo on phantoms", "report.html": "all seeds"}
+
+
 def reports(books:list, out:Path) -> Book:
     "The committed reports, each beside the notebook that writes it and the lessons of its paper."
     shutil.copytree(ROOT/"reports", out/"reports", ignore=shutil.ignore_patterns("demo", "paper", "local"), dirs_exist_ok=True)
     rows = ['<li><a href="reports/index.html">All papers on one page</a></li>']
     for book in books:
-        page = ROOT/"reports"/book.path.stem/"report.html"
-        if not page.is_file(): continue
+        place = ROOT/"reports"/book.path.stem
+        there = {name: words for name, words in REPORTS.items() if (place/name).is_file()}
+        if not there: continue
         own = [b for b in books if b.path.name.startswith(f"8{book.path.name[1]}")]
         lessons = ", ".join(f'<a href="{b.page}">{html.escape(b.title)}</a>' for b in own)
-        rows.append(f'<li><a href="reports/{book.path.stem}/report.html">Report of {html.escape(book.title)}</a>, written by '
-                    f'<a href="{book.page}">its notebook</a>. Its tables and figures are made in: {lessons}</li>')
+        links = " · ".join(f'<a href="reports/{book.path.stem}/{name}">{words}</a>' for name, words in there.items())
+        rows.append(f'<li>{html.escape(book.title)}: {links}, written by <a href="{book.page}">its notebook</a>. '
+                    f'Tables and figures are made in: {lessons}</li>')
     about = "What was committed of the runs, and where each table comes from"
     return Book(ROOT/"nbs"/"reports.ipynb", "Reports", about, f"<ul>{''.join(rows)}</ul>", [], "")
 

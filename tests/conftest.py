@@ -1,5 +1,5 @@
 "Shared fixtures: a private cache, the repository, the real data where they are."
-import os, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -7,8 +7,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent/"shared"/"data"
 
+LONG = ("test_paper_", "test_sweep", "test_rehearsal", "test_stale")   # whole notebooks in processes
+
 def pytest_collection_modifyitems(config, items):
     import torch
+    items.sort(key=lambda i: not i.path.name.startswith(LONG))      # long files first: at the end no core waits for another
     marked = config.getoption("-m")
     for i in items:
         if i.get_closest_marker("slow") and "slow" not in marked: i.add_marker(pytest.mark.skip(reason="slow: run with pytest -m slow"))
@@ -34,3 +37,16 @@ def papermill(cache):
         assert not check or r.returncode == 0, r.stderr[-3000:]
         return r
     return run
+
+@pytest.fixture
+def begin():
+    "The first cells of a paper notebook in this process: its parameters, these values over them (as papermill lays them), the check. -> Run"
+    def begun(paper, **given):
+        cells = [c for c in json.loads((ROOT/"nbs"/f"{paper}.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+        at = next(i for i,c in enumerate(cells) if "parameters" in c["metadata"].get("tags", []))
+        place = {}
+        exec("".join(cells[at]["source"]), place)
+        place |= given
+        exec("".join(cells[at+1]["source"]), place)
+        return place["run"]
+    return begun

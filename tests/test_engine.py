@@ -8,7 +8,7 @@ import torch
 from mammo_nb.core import ParameterError, RunError, file_hash, rng, torch_rng
 from mammo_nb.gans import wgangp  # noqa: F401 - adds its recipe
 from mammo_nb.gans.dcgan import DCGAN, RECIPES
-from mammo_nb.gans.engine import waits
+from mammo_nb.gans.engine import pad_channels, waits
 from mammo_nb.gans.losses import grad_penalty
 from mammo_nb.gans.singan import SinGANFit, SinGANRecipe, to_tanh
 from mammo_nb.gans.train import Game, as_pixels, train_epoch, train_gan
@@ -81,6 +81,23 @@ def test_nothing_in_a_step_waits_for_the_device(kind):
     recipe = KINDS[kind]
     game, _ = played(recipe, epochs=3)
     for k in range(recipe.g_every): game.place(k); assert waits(lambda: game.step(torch.arange(8))) == []
+
+
+def test_a_padded_step_is_captured_like_any_other():
+    "Widths of 28 and 6 are no multiples of eight: padded, the step replays exactly and trains what the plain one trains, to the digits of float32."
+    recipe, data = replace(KINDS["thesis"], widths_g=(28,), widths_d=(6,)), pixels()
+    def padded(capture=None):
+        game = Game(recipe, 1, "cpu")
+        for net in (game.G, game.D): pad_channels(net)
+        if capture: game.engine.capture = lambda fn, generators, stream: capture(game, fn)
+        for e in range(3): game.start_epoch(e); train_epoch(game, data, epoch=e)
+        return game
+    eager, taped, (plain, _) = padded(), padded(Tape), played(recipe, epochs=3)
+    a, b, c = state(eager), state(taped), state(plain)
+    assert all(torch.equal(a[k], b[k]) for k in a) and any(s.graph for s in taped.engine.slots.values())
+    assert a.keys() == c.keys() and all(torch.allclose(a[k], c[k], atol=2e-3) for k in a)
+    eager.place(0)
+    assert waits(lambda: eager.step(torch.arange(8))) == []
 
 
 class Reading(DCGAN):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..core import (DataError, ParameterError, RunError, WeightsError, check_mode, file_hash, hash_of, locked,
                            progress, read_json, rng, seed_of, torch_rng, write_csv, write_json, write_whole)
 from .checkpoint import Checkpoint, differs, stop_asked
-from .engine import Engine, has_bfloat16, narrow, rate_for, set_rate
+from .engine import Engine, has_bfloat16, narrow, pad_channels, rate_for, set_rate
 from .share import output_to_uint8, save_generator
 
 # %% ../../nbs/lib/42_gans.train.ipynb #130d25eb
@@ -223,6 +223,8 @@ class Game:
         self.wide = False # Are the networks to stay in float32?
         if half and has_bfloat16(self.device):
             for net in (self.G, self.D): narrow(net, lambda: self.wide, device=self.device.type)
+        if half and self.device.type == "cuda":
+            for net in (self.G, self.D): pad_channels(net)
         self.fake, self.rows, self.sums, self.drawn = None, None, {}, 0
         self.clock = torch.zeros((), dtype=torch.int64, device=self.device) # Finished batches of all epochs
         self.rng = {k: torch.Generator(self.device) for k in (*self.CHANCE, *recipe.chance)}

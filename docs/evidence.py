@@ -1,0 +1,80 @@
+"""The five demos as committed evidence: `make evidence` runs them from a committed tree and puts page and notebook into `reports/`.
+
+    python docs/evidence.py [PAPER …]
+
+Each paper's notebook is run by papermill (phantoms, seed 0, demo size, two at a time) into `reports/demo/evidence/`. The executed
+notebook, without progress lines, warnings, times and names of folders, becomes `reports/PAPER/notebook.ipynb`; its page becomes
+`reports/PAPER/demo.html`. Both are made of phantoms only. A tree with changes is refused: evidence is a commit's.
+"""
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPERS = sorted(p.stem for p in (ROOT/"nbs").glob("0*.ipynb"))
+WORK = Path("reports/demo/evidence")
+# a path from the root of a machine, or an address in memory
+PRIVATE = re.compile(r"(?<![\w.:/…])/(?!data/)[A-Za-z]\w*/[.\w]|0x[0-9a-f]{6,}")
+LARGEST = 300_000     # characters of one output
+
+
+def changes() -> str:
+    "What git finds changed in the tree."
+    return subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def run(paper:str) -> Path: # The executed notebook
+    "The demo of a paper, as a reader would run it."
+    out = WORK/f"{paper}.ipynb"
+    (ROOT/WORK).mkdir(parents=True, exist_ok=True)
+    command = [Path(sys.executable).with_name("papermill"), f"nbs/{paper}.ipynb", out, "-p", "run_dir", WORK/paper]
+    with open(ROOT/WORK/f"{paper}.log", "w") as log:
+        subprocess.run([*command, "--no-progress-bar"], cwd=ROOT, stdout=log, stderr=log, check=True)
+    return ROOT/out
+
+
+def words(output) -> str:
+    "Everything in an output that can be read."
+    return output.get("text", "") + "".join(str(v) for k, v in output.get("data", {}).items() if k.startswith("text"))
+
+
+def keep(output) -> bool:
+    "Tables, pictures and values; no streams (progress, folders, warnings) and nothing that names this machine."
+    return output.output_type != "stream" and not PRIVATE.search(words(output)) and len(str(output)) <= LARGEST
+
+
+def take(paper:str, executed:Path) -> None:
+    "Notebook and page of a finished run into reports/."
+    book = nbformat.read(executed, 4)
+    for cell in book.cells:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+        if cell.cell_type != "code": continue
+        cell.execution_count = None
+        cell.outputs = [o for o in cell.outputs if keep(o)]
+        for output in cell.outputs:
+            if output.output_type == "execute_result": output["execution_count"] = None
+    book.cells = [c for c in book.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    book.metadata = {"kernelspec": book.metadata["kernelspec"]}
+    place = ROOT/"reports"/paper
+    place.mkdir(exist_ok=True)
+    nbformat.write(book, place/"notebook.ipynb")
+    shutil.copy(ROOT/WORK/paper/"report.html", place/"demo.html")
+    print(f"{paper}: {(place/'notebook.ipynb').stat().st_size/1e6:.1f} MB, {(place/'demo.html').stat().st_size/1e6:.1f} MB")
+
+
+def main(wanted:list) -> None:
+    "Run and take the papers asked for, all when none is named."
+    unknown = [p for p in wanted if p not in PAPERS]
+    if unknown: sys.exit(f"{', '.join(unknown)}: no such paper; there are {', '.join(PAPERS)}")
+    if changes(): sys.exit(f"commit first: evidence is taken from a committed tree\n{changes()}")
+    with ThreadPoolExecutor(2) as both:
+        asked = wanted or PAPERS
+        for paper, executed in zip(asked, both.map(run, asked)): take(paper, executed)
+
+
+if __name__ == "__main__": main(sys.argv[1:])
