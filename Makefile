@@ -78,7 +78,7 @@ $(VENV)/.ready: settings.ini pyproject.toml constraints.txt
 	$(PY) -c 'import sys; sys.exit(0 if (3,10) <= sys.version_info[:2] <= (3,13) else "mammo_nb needs Python 3.10 to 3.13: make PY=python3.11 run")'
 	$(PY) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,dicom,privacy,cluster]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,notebooks,dicom,privacy,cluster]'
 	$(BIN)/python -m ipykernel install --prefix $(VENV) --name python3 >/dev/null
 	@touch $@
 

@@ -9,7 +9,9 @@ from packaging.utils import canonicalize_name
 tomllib = pytest.importorskip("tomllib", reason="tomllib is part of Python from 3.11 on")
 ROOT = Path(__file__).resolve().parents[1]
 
-def settings(): 
+EXTRAS = ("notebooks", "dicom", "privacy", "cluster", "dev")
+
+def settings():
     c = configparser.ConfigParser(); c.read(ROOT/"settings.ini"); return c["DEFAULT"]
 
 def project(): return tomllib.loads((ROOT/"pyproject.toml").read_text())["project"]
@@ -27,13 +29,28 @@ def pins():
 def test_pyproject_repeats_settings():
     s, p = settings(), project()
     assert as_set(p["dependencies"]) == as_set(s["requirements"].split())
-    for extra in ("dicom", "privacy", "cluster", "dev"):
+    for extra in EXTRAS:
         assert as_set(p["optional-dependencies"][extra]) == as_set(s[f"{extra}_requirements"].split())
     assert p["name"] == s["lib_name"] and p["requires-python"].startswith(f">={s['min_python']}")
 
+def test_nbdev_reads_the_options_of_settings():
+    "[tool.nbdev] repeats nbdev's options in settings.ini, in TOML's types: true for True, a list of words for the metadata keys."
+    said, read = settings(), tomllib.loads((ROOT/"pyproject.toml").read_text())["tool"]["nbdev"]
+    words = {k: " ".join(v) if isinstance(v, list) else str(v) for k,v in read.items()}
+    assert words == {k: said[k] for k in words}
+    ours = {"lib_path", "nbs_path", "doc_path", "recursive", "tst_flags", "allowed_cell_metadata_keys", "put_version_in_init", "cell_timeout"}
+    assert ours <= words.keys()
+
+@pytest.mark.parametrize("typed", [["nbdev_test", "--path", "nbs/lib/12_keys.ipynb", "--n_workers", "0", "--do_print"], ["nbdev_export", "--help"],
+                                   ["nbdev_clean", "--fname", "nbs/lib/12_keys.ipynb", "--disp"]])
+def test_nbdev_commands_take_what_the_readme_shows(typed):
+    done = subprocess.run([Path(sys.executable).with_name(typed[0]), *typed[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-2000:]
+    assert typed[0] != "nbdev_test" or "Success." in done.stdout and "Completed" in done.stdout
+
 def test_constraints_satisfy_settings():
     s, pinned = settings(), pins()
-    for r in map(Requirement, " ".join(s[k] for k in ("requirements","dicom_requirements","privacy_requirements","cluster_requirements","dev_requirements")).split()):
+    for r in map(Requirement, " ".join([s["requirements"], *(s[f"{extra}_requirements"] for extra in EXTRAS)]).split()):
         versions = pinned[canonicalize_name(r.name)]
         assert versions and all(spec.startswith("==") for spec,_ in versions)
         assert all(r.specifier.contains(spec[2:].split("+")[0]) for spec,_ in versions), (r, versions)
@@ -48,7 +65,7 @@ def test_one_pin_for_each_python(python):
 
 def test_conda_file_uses_the_same_lists():
     text = (ROOT/"environment.yml").read_text()
-    assert "-c constraints.txt" in text and "-e .[dev,dicom,privacy,cluster]" in text and "python>=3.10,<3.14" in text
+    assert "-c constraints.txt" in text and "-e .[dev,notebooks,dicom,privacy,cluster]" in text and "python>=3.10,<3.14" in text
 
 def test_installed_set_fits():
     bad = [f"{r.name} {importlib.metadata.version(r.name)}" for r in map(Requirement, settings()["requirements"].split())
@@ -95,6 +112,7 @@ def test_every_console_command_is_one_word_of_mammo():
     scripts = project()["scripts"]
     assert scripts["mammo"] == "mammo_nb.cli:main"
     for name, target in scripts.items():
+        if name.startswith("nbdev_"): continue           # nbdev's own, see above
         word = name.removeprefix("mammo_")
         assert name == "mammo" or word in COMMANDS
         assert target == "mammo_nb.cli:main" or not COMMANDS[word].target, f"{name} goes past mammo"
