@@ -29,7 +29,7 @@ TABLE2 = [("G1", "G1"), ("G2", "G2"), ("G3", "G3"), ("G3", "G1"), ("G2", "G1"), 
 TABLE3 = [("G3", "G1")] + [(f"G3+singan{n}", "G1") for n in SINGANS]     # section 4.3
 ENSEMBLES = ("G3", "G3+singan4", "G3+oversampling", "G3+singan4+oversampling")
 TABLE4 = [(a, r) for a in ENSEMBLES for r in ("G1", "G1+crop", "G3", "G3+crop")] # section 4.4
-JITTERS = dict(copies=Jitter(), mirrored=Jitter(zoom=0., grey=0.)) # Control -> how its patches differ from the sources
+JITTERS = dict(copies=Jitter(), mirrored=Jitter(shift=0., grey=0.)) # Control -> how its patches differ from the sources
 CONTROLS = ("G3+copies", "G3+mirrored", "G3+unweighted")                 # ours, beside Tables 3 and 4
 ARMS = (ALL, *ZOOMS, *(f"G3+singan{n}" for n in SINGANS), "G3+oversampling", *CONTROLS) # Trainings of three classes
 SCOPES = dict( # Trainings of each scope
