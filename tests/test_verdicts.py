@@ -300,6 +300,7 @@ def test_controls_are_a_family_of_their_own():
     "Twenty gains without any truth over their controls: what passes alone does not pass among all."
     known = [claim(k) for k in ("04.headline","04.gain_f1","04.cnn_f1")]
     luck = {c.id: dict(copies=(c, Evidence(.05, .004, .096, .03, used=1, of=1, other=1., opposite=1., se=.02))) for c in known}
-    plain = verdict_table(known, {k: v["copies"][1] for k,v in luck.items()}, data="phantom", preset="demo")
+    sure = Evidence(.05, .03, .07, 1e-6, used=1, of=1, other=1., opposite=1., se=.01)
+    plain = verdict_table(known, dict.fromkeys(luck, sure), data="phantom", preset="demo")
     assert set(with_controls(plain, {k: luck[k] for k in ["04.headline"]}, data="phantom", preset="demo").control_verdict) == {"holds",""}
     assert set(with_controls(plain, luck, data="phantom", preset="demo").control_verdict) == {"cannot tell (alone: holds)"}
