@@ -42,7 +42,7 @@ def settled(**changes): return settle(paper.PAPER, Params(**declared() | changes
 
 def test_published_numbers_of_parameters_and_trainings():
     assert [sum(p.numel() for p in start_head(2048, c, seed=0)) for c in (3,1)] == [6147, 2049]
-    assert 3*(len(shift_rows.ARMS)+1) == 27
+    assert 3*(len(set(shift_rows.ARMS)-set(shift_rows.CONTROLS))+1) == 27
     setup = settled(preset="paper").setup
     h, s = setup.head, setup.singan
     assert (h.epochs, h.bs, h.lr, h.lr_every, h.lr_decay, h.betas, setup.weights, setup.size, s.steps, s.factor) == (100, 128, .01, 5, .1, (.9,.999), "imagenet_v2", 224, 30, .8)
@@ -313,7 +313,9 @@ def test_a_source_that_tests_is_a_leak(tmp_path):
 
 def test_arms_add_the_same_number_of_patches(tmp_path):
     groups, sources, f = cut_folder(tmp_path)
-    rows = shift_rows.gather_rows(groups, f, SAMPLES, crops=1)
+    n = shift_patches.samples_needed(groups["G3"].table, f)
+    controls = shift_rows.control_patches(groups["G1"].subset(np.array(sources)), n, seed=0)
+    rows = shift_rows.gather_rows(groups, f, SAMPLES, crops=1, controls=controls)
     ids = tuple(groups["G1"].table.patch_id.iloc[sources])
     kinds, n = rows.table.cls.to_numpy(), {}
     for arm in shift_rows.ARMS:
@@ -322,6 +324,7 @@ def test_arms_add_the_same_number_of_patches(tmp_path):
         assert balanced == ("+" not in arm)
         assert rows.table.patient_id.iloc[at].map(f.fold0).dropna().eq("train").all()
     for arm in shift_rows.ARMS:
-        if "+" in arm: assert n[arm][1] == n[arm][2] and n[arm][0] == n["G3"][0]
+        filled = n["G3"][2] if arm == "G3+unweighted" else n[arm][1]
+        if "+" in arm: assert n[arm][2] == filled and n[arm][1] == n["G3"][1] and n[arm][0] == n["G3"][0], arm
     def made(arm): return {g for g in rows.table.group.iloc[shift_rows.train_rows(rows, arm, f.fold0, source_ids=ids)[0]] if g.startswith("S")}
     assert [len(made(f"G3+singan{k}")) for k in (1,2,4)] == [1,2,4]

@@ -10,7 +10,7 @@ from mammo_nb.metrics.answers import Answers, Cell, said
 from mammo_nb.metrics.baselines import at_shares
 from mammo_nb.metrics.boot import over_seeds
 from mammo_nb.metrics.trainings import Effect
-from mammo_nb.report.claims import Bench, Evidence, against_controls, as_answers, careful, decide, evidence, joined, learnt, measure, verdict_table, verdicts
+from mammo_nb.report.claims import Bench, Evidence, against_controls, as_answers, careful, decide, evidence, joined, learnt, measure, verdict_table, verdicts, with_controls
 from mammo_nb.report.page import as_told
 from mammo_nb.report.rules import KINDS, SIDES, claim, claims, contrasts, family, judge, published_value, published_verdicts
 
@@ -285,7 +285,22 @@ def test_gains_stand_beside_gains_over_controls():
     assert set(t.arm) == {"bcdr_dcgan"} and list(t.index) == ["none","copies","noise"]
     assert t.lo["none"] > 0 and t.lo["noise"] > 0 and t.lo["copies"] < 0 < t.hi["copies"]
     v = verdicts("04_sharing", as_answers(cells), **ON).set_index("id")
-    assert v.control["04.headline"].startswith("minus copies: ") and "; minus noise: +" in v.control["04.headline"]
+    told = v.control["04.headline"]
+    assert told.startswith("BCDR (DCGAN) minus its control (as many jittered copies of the real lesions): ")
+    assert told.index("minus nothing added: +") < told.index("; minus as many patches of noise: +")
+    assert v.verdict["04.headline"] == "holds" and not v.control_verdict["04.headline"].startswith("holds")
+    assert f": {v.control_verdict['04.headline']}; minus nothing added" in told
+    assert abs(v.control_ours["04.headline"]) < .05 and v.control_lo["04.headline"] < 0 < v.control_hi["04.headline"]
     assert v.control["04.swin"] == "" and v.control["04.epochs"] == ""
     plain = verdicts("04_sharing", as_answers(trained({"none":.3, "bcdr_dcgan":.8})), **ON)
-    assert (plain.control == "").all()
+    assert (plain.control == "").all() and (plain.control_verdict == "").all()
+
+
+def test_controls_are_a_family_of_their_own():
+    "Twenty gains without any truth over their controls: what passes alone does not pass among all."
+    known = [claim(k) for k in ("04.headline","04.gain_f1","04.cnn_f1")]
+    luck = {c.id: dict(copies=(c, Evidence(.05, .004, .096, .03, used=1, of=1, other=1., opposite=1., se=.02))) for c in known}
+    sure = Evidence(.05, .03, .07, 1e-6, used=1, of=1, other=1., opposite=1., se=.01)
+    plain = verdict_table(known, dict.fromkeys(luck, sure), data="phantom", preset="demo")
+    assert set(with_controls(plain, {k: luck[k] for k in ["04.headline"]}, data="phantom", preset="demo").control_verdict) == {"holds",""}
+    assert set(with_controls(plain, luck, data="phantom", preset="demo").control_verdict) == {"cannot tell (alone: holds)"}

@@ -12,7 +12,6 @@ import numpy as np
 
 from ..core import DataError, rng
 from .patches import PatchSet, synthetic_patches
-from .pixels import area_resize
 
 # %% ../../nbs/lib/29a_data.controls.ipynb #2be93c68
 def in_turn(
@@ -29,7 +28,7 @@ def in_turn(
 @dataclass(frozen=True)
 class Jitter:
     "How far a copy may differ from its source."
-    zoom:float = .15 # Largest share of the side that is cut away
+    shift:float = 1/16 # Largest move down and across, share of the side
     grey:float = .05 # Brightness and contrast are multiplied by U[1-grey, 1+grey]
     flips:bool = True # Mirrored left-right and upside down, each with p = 0.5
 
@@ -38,13 +37,12 @@ def jittered(
     picture:np.ndarray, # uint8 `(s,s)`
     jitter:Jitter, # How far
     chance:np.random.Generator, # Source of chance
-) -> np.ndarray: # uint8 `(s,s)`
-    "One copy of a patch: another window, mirrored, other brightness and contrast."
-    zoom, light, contrast, down, across, mirrored, turned = chance.random(7)
-    side = len(picture)
-    kept = round(side*(1 - jitter.zoom*zoom))
-    top, left = int(down*(side-kept+1)), int(across*(side-kept+1))
-    x = area_resize(picture[top:top+kept, left:left+kept].astype(np.float32), side)
+) -> np.ndarray: # uint8 `(s,s)`, as sharp as the source
+    "One copy of a patch: moved by whole pixels, mirrored, other brightness and contrast."
+    down, across, light, contrast, mirrored, turned = chance.random(6)
+    side, most = len(picture), round(len(picture)*jitter.shift)
+    top, left = int(down*(2*most+1)), int(across*(2*most+1))
+    x = np.pad(picture.astype(np.float32), most, mode="reflect")[top:top+side, left:left+side]
     if jitter.flips: x = x[::-1 if turned < .5 else 1, ::-1 if mirrored < .5 else 1]
     x = x*(1 + jitter.grey*(2*light-1))
     x = x.mean() + (x - x.mean())*(1 + jitter.grey*(2*contrast-1))

@@ -117,7 +117,7 @@ DEMO = Setup(
     gan_per_epoch=50, gan_batch=4, gan_width=.25, d_mult=2, gan_lr=(1e-3, 3e-3), gan_ema=.98,
     synthetic=80, rounds=2, samples=600, every=60,
     decay=1-.9**10, clf_batch=16, clf_lr=5e-4, weights="none", depth="small", boots=300,
-    arms=("baseline", "decay25", "decay50", "decay100", "baseline_again"),
+    arms=("baseline", "decay25", "decay50", "decay100", "baseline_again", "copies50"),
     embed=dict(normal=40, mass=32, calc=32, synthetic_mass=48, synthetic_calc=48), tsne_iter=300)
 PUBLISHED = Setup(
     patients=4000, phantom_scale=.5, size=256, **COUNTS, gan_updates=50_000, gan_per_epoch=500, gan_batch=8,

@@ -13,8 +13,8 @@ from .context_words import (contradictions, implied_errors, lost, lost_words, re
                                            rescue_line, short_answer, withheld)
 from ..report.html import Section, Table
 from ..report.opening import opening
-from ..report.page import (Shown, beside_section, data_section, headline, left_out_section, on_file, part,
-                                  verdicts_section, words)
+from ..report.page import (Shown, beside_section, controls_table, data_section, headline, led_words,
+                                  left_out_section, on_file, part, verdicts_section, words)
 
 # %% ../../nbs/papers/81h_papers.context_page.ipynb #edba8446
 def rescue_words(
@@ -79,13 +79,15 @@ def judged(
     section = verdicts_section(text=_verdicts)(runs)
     if section is None: return None
     verdicts = withheld(section.verdicts, lost(on_file(runs, "synthesis")))
-    section.text = section.text.replace(headline(section.verdicts), headline(verdicts))
+    for count in (c for c in (led_words, headline) if c(section.verdicts)):
+        section.text = section.text.replace(count(section.verdicts), count(verdicts))
     section.verdicts = verdicts
     return section
 
 def _lost(runs): return lost_words(on_file(runs, "synthesis"))
 def _verdicts(runs): return "\n\n".join(filter(None, [words("intro")(runs), _lost(runs)]))
 def _table1(runs): return "\n\n".join(filter(None, [TABLE1 + joint_words(runs), _lost(runs)]))
+def _controls(runs): return controls_table(runs, ["auroc"], "lesion")
 def _errors(runs): return Table(implied_errors(), "Standard errors behind the published p-values", ERRORS, False, 4)
 def _against(runs): return Table(contradictions(), index=False)
 
@@ -104,7 +106,7 @@ READER = """AUROC against normal patches that nobody edited, validation patients
 which has seen real patches alone. *before*: the kept patches before the edit; *real*: real lesions of that type. An
 added lesion should reach *real*, a removed one 0.5."""
 MORE = {"all three generators": "-p tasks mass,calc,remove",
-        "all shares of Table 1": "-p arms baseline,decay10,decay25,decay50,decay75,decay100,baseline_again"}
+        "all shares of Table 1": "-p arms baseline,decay10,decay25,decay50,decay75,decay100,baseline_again,copies50"}
 TRUTH = """Only phantoms know what lies below a lesion: the same breast is drawn without it. Root-mean-square distance
 in grey levels, test patients. *model*: the generator; *ideal*: the true difference through the same painting;
 *other*: the residual of another patch."""
@@ -122,7 +124,7 @@ SECTIONS = [
     judged,
     beside_section("table1", text=_table1),
     part("All tests", text=TESTS, figures=("table1_arms", "roc"), tables=(
-        arms_table, Shown("types", "Masses and calcifications apart", make=_named),
+        arms_table, _controls, Shown("types", "Masses and calcifications apart", make=_named),
         Shown("draws", "How much synthetic data an arm sees", digits=0, make=_named))),
     part("Figures 4 and 5: embedding", text=MAP, figures=("fig4_5_tsne",), tables=(
         Shown("neighbours", "Share of cancers among the five nearest real patches", digits=2, make=_near),)),

@@ -12,8 +12,7 @@ from scipy import stats
 
 from ..gans.context import ContextGAN
 from .context import PAPER, PUBLISHED, Protocol, Setup, gan_recipe
-from .context_arms import CONTROLS
-from .context_decay import ARMS
+from .context_decay import ARMS, CONTROLS
 from .context_figures import named
 from ..report.rules import claims
 from ..report.tables import published
@@ -137,8 +136,10 @@ def withheld(
     hit = judged.ours.notna() & ~judged.id.isin(alone)
     tail = [shown.removeprefix(verdict) for shown,verdict in zip(judged.shown, judged.verdict)]
     why = f"no {' and no '.join(names)} survived post-processing, so these arms are not the paper's"
-    return judged.assign(verdict=judged.verdict.where(~hit, "cannot tell"), why=judged.why.where(~hit, why),
+    told = judged.assign(verdict=judged.verdict.where(~hit, "cannot tell"), why=judged.why.where(~hit, why),
                          shown=judged.shown.where(~hit, ["cannot tell" + t for t in tail]))
+    without = {k: told[k].where(~hit, "") for k in ("control","control_verdict") if k in told}
+    return told.assign(**without)
 
 # %% ../../nbs/papers/81g_papers.context_words.ipynb #a4771171
 def removal_words(

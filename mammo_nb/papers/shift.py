@@ -13,6 +13,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..clf.resnet import HeadRecipe, resnet_file
@@ -27,7 +28,8 @@ from ..paper import Paper, Settled
 from .shift_heads import Network, compute_features, probabilities, tested, train_heads, train_whole
 from .shift_patches import (CLASSES, ZOOMS, Cutting, Folding, check_counts, check_folds, check_sets,
                                            cut_groups, fold_counts, labelled, make_folds, pick_sources, samples_needed)
-from .shift_rows import SCOPES, Choice, Rows, gather_rows, healthy_groups, plan_cells, plan_jobs
+from .shift_rows import (SCOPES, Choice, Rows, control_patches, gather_rows, healthy_groups, plan_cells,
+                                        plan_jobs)
 from .shift_singans import (Learning, Sources, Wanted, check_sources, draw_singans, load_samples,
                                            singan_sources, train_singans)
 from ..params import Params, between, split_words
@@ -284,11 +286,14 @@ def all_rows(
     cuts:Cuts, # From `cut`
     samples:dict, # From `synthetic`
 ) -> Rows:
-    "The one table of patches of this run."
+    "The one table of patches of this run, those of our controls among them."
     protocol = run.protocol
+    n = samples_needed(cuts.groups["G3"].table, cuts.folds, protocol.subset_patients)
+    controls = control_patches(cuts.groups["G1"].subset(np.array(cuts.sources)), n, seed=run.seeds.gan)
     healthy = healthy_groups(["G1", "G3"], protocol.healthy)
     return gather_rows(cuts.groups, cuts.folds, samples, crops=run.setup.crops if protocol.fixed else 0,
-                       cropped=("G1", "G3", *healthy), apart=protocol.subset_patients, seed=run.seeds.seed)
+                       cropped=("G1", "G3", *healthy), apart=protocol.subset_patients, seed=run.seeds.seed,
+                       controls=controls)
 
 def trial(
     run, # Run

@@ -238,7 +238,7 @@ padding:.25rem .6rem;margin-right:.6rem;width:14rem;max-width:100%}
 .claims li{display:grid;grid-template-columns:minmax(0,1fr) 15.5rem;gap:.2rem 1.2rem;padding:.85rem 1rem;margin:0;
 border-bottom:1px solid var(--line)}.claims li:last-child{border:0}.claims .say{font-weight:600}
 .claims small{display:block;color:var(--soft);font-size:.82rem;font-weight:400}.claims .nums{font-size:.88rem}
-.claims .nums b{font-weight:650}.v{text-align:right}.v small{margin-top:.15rem}
+.claims .control{grid-column:1/-1;font-size:.88rem}.claims .nums b{font-weight:650}.v{text-align:right}.v small{margin-top:.15rem}
 .badge{display:inline-block;padding:.12rem .6rem;border-radius:99px;font-size:.8rem;font-weight:700;white-space:nowrap}
 .holds{color:var(--ok);background:var(--okbg)}.refuted{color:var(--no);background:var(--nobg)}
 .cannot,.provisional{color:var(--dk);background:var(--dkbg)}
@@ -391,6 +391,7 @@ TEMPLATE = """<!doctype html>
 <li><div class="say">{{ v.claim }}<small>{{ v.where }}</small>
 {% if v.note %}<small>{{ v.note }}</small>{% endif %}</div>
 <div class="v"><span class="badge {{ v.group.split()[0] }}">{{ v.shown }}</span><small>{{ v.why }}</small></div>
+{% if v.control %}<div class="control">{{ v.control }}</div>{% endif %}
 <div class="nums">paper {{ v.published }}{% if v.ours %} · ours <b>{{ v.ours }}</b> {{ v.interval }}
 {% if v.p %} · {{ v.p }}{% endif %}<small>{{ v.how }}</small>{% endif %}</div></li>{% endfor %}</ul>{% endif %}
 {% for t in s.tables %}<div class="scroll{{ ' wide' if t.wide }}" tabindex="0">{{ t.html }}</div>
@@ -436,8 +437,8 @@ def verdict_parts(
     size = f"the published size is {row['size']} our interval" if row.get("size") in ("inside","outside") else ""
     if np.isfinite(number["expected_lo"]): size += f" (a repetition was to be expected in {_span(number, 'expected_')})"
     control = row.get("control") if isinstance(row.get("control"), str) else ""
-    how = [control, size, f"{told['strata']} comparisons" if told["strata"] else "", told["how"], told["on"]]
-    return told | dict(group=group, how=" · ".join(filter(None, how)), published=signed(number["published"]) or "–",
+    how = [size, f"{told['strata']} comparisons" if told["strata"] else "", told["how"], told["on"]]
+    return told | dict(group=group, control=control, how=" · ".join(filter(None, how)), published=signed(number["published"]) or "–",
                        ours=signed(number["ours"]), interval=span, p=small if np.isfinite(p) else "")
 
 # %% ../../nbs/lib/63_report.html.ipynb #467067c3

@@ -6,7 +6,7 @@
 __all__ = ['next_words', 'opening']
 
 # %% ../../nbs/lib/65a_report.opening.ipynb #8ef61f33
-from .page import RunFolder, part, said
+from .page import RunFolder, led_words, part, said
 
 # %% ../../nbs/lib/65a_report.opening.ipynb #bcfe4081
 def next_words(
@@ -28,8 +28,10 @@ def opening(
     more:dict=None, # As in `next_words`
     heading:str="In short", # Of the section
 ): # Section function
-    "Question, picture, answer, next command."
+    "Question, picture, what is left over controls, answer, next command."
     def text(runs):
         one = runs[0]
-        return "\n\n".join([f"**{one.record['question']}**", said(answer, runs), next_words(one, more or {})])
+        judged = one.table("claims") if len(runs)==1 else None
+        led = "" if judged is None else led_words(judged)
+        return "\n\n".join(filter(None, [f"**{one.record['question']}**", led, said(answer, runs), next_words(one, more or {})]))
     return part(heading, text=text, figures=(figure,), always=True)

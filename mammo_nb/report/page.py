@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['NAMES', 'FREE', 'GRAY', 'DRAW', 'PROBE', 'DISCRIMINATOR', 'ATTACKS', 'AUDIT_NOTE', 'GLOSSARY', 'RunFolder',
            'check_alike', 'find_folders', 'mean_over', 'on_file', 'ours', 'as_told', 'verdicts_of', 'said', 'words',
-           'Shown', 'part', 'headline', 'seeds_words', 'condition_words', 'decided_table', 'verdicts_section', 'labels',
-           'spaced', 'scatter_figure', 'count_words', 'beside_section', 'gain_figure', 'controls_table',
-           'gains_section', 'curve_figure', 'curves_section', 'probe_words', 'probe_section', 'leaks_section',
-           'data_section', 'generators_section', 'audit_headline', 'audit_lines', 'audits_on_file', 'audit_section',
-           'check_words', 'published_section', 'left_out', 'left_out_section', 'facts', 'meta_of', 'cited',
-           'glossary_section', 'page', 'sections_of', 'gather', 'gather_main']
+           'Shown', 'part', 'headline', 'led_words', 'seeds_words', 'condition_words', 'decided_table',
+           'verdicts_section', 'labels', 'spaced', 'scatter_figure', 'count_words', 'beside_section', 'gain_figure',
+           'controls_table', 'gains_section', 'curve_figure', 'curves_section', 'probe_words', 'probe_section',
+           'leaks_section', 'data_section', 'generators_section', 'audit_headline', 'audit_lines', 'audits_on_file',
+           'audit_section', 'check_words', 'published_section', 'left_out', 'left_out_section', 'facts', 'meta_of',
+           'cited', 'glossary_section', 'page', 'sections_of', 'gather', 'gather_main']
 
 # %% ../../nbs/lib/65_report.page.ipynb #7373701f
 import argparse
@@ -27,7 +27,8 @@ from fastcore.basics import patch
 
 from ..core import MammoError, ParameterError, RunError, read_json, repo_root, write_csv
 from ..metrics.answers import Answers
-from .claims import CONTROLS, against_controls, claims, joined, verdict_table, verdicts
+from .claims import (BASELINES, CONTROLS, Evidence, against_controls, claims, controls_of, effect_words,
+                                    joined, verdict_table, verdicts)
 from .rules import fixed_rules, tally_of
 from .figures import forest, ours_vs_published, pr_curves, roc_curves, sheet
 from .html import Picture, Section, Table, banner_for, beside_html, write_report
@@ -300,6 +301,19 @@ def headline(
     return (f"Of {len(verdicts)} claims {n['holds']} hold, {n['refuted']} are refuted, {passing}"
             f"and {n['cannot tell']} cannot be told from this.")
 
+# %% ../../nbs/lib/65_report.page.ipynb #b8e9f53f
+def led_words(
+    verdicts:pd.DataFrame, # Verdict table
+) -> str: # "" where no run had a control
+    "How many gains are left over their controls: what a reader wants to know first."
+    led = verdicts[verdicts.control_verdict.fillna("") != ""] if "control_verdict" in verdicts else verdicts[:0]
+    if not len(led): return ""
+    n, plain = tally_of(led.control_verdict), tally_of(led.verdict)["holds"]
+    gains = "One gain was" if len(led)==1 else f"{len(led)} gains were"
+    left = f"{n['holds']} are left, {n['refuted']} are refuted, {n['provisional']} are told for one training only"
+    return (f"{gains} set against a control, a training that has everything but the generator's work: {left}, "
+            f"and {n['cannot tell']} cannot be told. Over nothing added {plain} hold.")
+
 # %% ../../nbs/lib/65_report.page.ipynb #5ad2aa1b
 def seeds_words(
     runs:list, # Of RunFolder
@@ -347,7 +361,8 @@ def verdicts_section(
         verdicts = verdicts_of(runs, protocol)
         if verdicts is None: return None
         rule = f"A verdict has to hold among all claims of the paper; {seeds_words(runs)}."
-        told = f"{headline(verdicts)} {rule} {condition_words(verdicts)} {said(text, runs)}".strip()
+        told = " ".join(filter(None, [led_words(verdicts), headline(verdicts), rule, condition_words(verdicts),
+                                      said(text, runs)]))
         return Section(heading, told, verdicts=verdicts, tables=decided_table(verdicts))
     return section
 
@@ -441,22 +456,28 @@ def gain_figure(
 def controls_table(
     runs:list, # Of RunFolder
     metrics:list, # Of the answers
+    positive:str=None, # Class; None: that of the runs' gains
 ) -> list: # One `Table`; none where no run has a control arm
     "Gains over the baseline beside gains over the controls."
     said = [(a, dict(seed=r.seed)) for r,a in ((r, r.answers()) for r in runs) if a is not None and len(a)]
-    if not said or not any(set(a.frame.arm) & set(CONTROLS) for a,_ in said): return []
-    answers, parts = joined(said), []
-    for m in metrics:
-        t = against_controls(answers, runs[0].paper, metric=m, positive=_positive(runs, m))
-        parts.append(t.assign(metric=m))
-    t, named = pd.concat(parts, ignore_index=True), labels(runs[0].paper)
-    keys = ["metric","scope","model","regime","arm"]
-    told = t.assign(told=[f"{r.value:+.3f} [{r.lo:+.3f}, {r.hi:+.3f}]" for r in t.itertuples()])
-    wide = told.pivot_table(index=keys, columns="against", values="told", aggfunc="first", sort=False)
-    shown = wide.rename(columns=lambda c: f"minus {c}").reset_index().map(lambda v: named.get(v, v)).fillna("")
+    if not said: return []
+    answers, paper = joined(said), runs[0].paper
+    how = dict(baseline=next((b for b in BASELINES if b in set(answers.frame.arm)), "none"))
+    classes = {m: _positive(runs, m) if positive is None else positive for m in metrics}
+    parts = [against_controls(answers, paper, metric=m, positive=classes[m], **how).assign(metric=m) for m in metrics]
+    t = pd.concat(parts, ignore_index=True)
+    if not len(t): return []
+    kinds = {c: CONTROLS[k] for a in t.arm.unique() for c,k in controls_of(paper, a).items() if c in set(t.against)}
     note = "What is left of a gain against a control is the generator's own. "
-    note += "; ".join(f"{k}: {v}" for k,v in CONTROLS.items())
-    return [Table(shown, "Is the gain the generator's?", note, index=False, file="tables/controls.csv", numbers=t)]
+    note += "; ".join(f"{labels(paper).get(c, c)}: {words}" for c,words in kinds.items())
+    return [Table(_side_by_side(t, labels(paper)), "Is the gain the generator's?", note, index=False,
+                  file="tables/controls.csv", numbers=t)]
+
+def _side_by_side(t, named): # One row an arm, one column a rival
+    told = t.assign(told=[effect_words(Evidence(r.value, r.lo, r.hi)) for r in t.itertuples()])
+    wide = told.pivot_table(index=["metric","scope","model","regime","arm"], columns="against", values="told",
+                            aggfunc="first", sort=False)
+    return wide.rename(columns=lambda c: f"minus {named.get(c, c)}").reset_index().map(lambda v: named.get(v, v)).fillna("")
 
 def _positive(runs, metric): # Positive class of a metric in the gains of the runs
     gains = on_file(runs, "gains")

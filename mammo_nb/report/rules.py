@@ -64,10 +64,12 @@ def claim(id:str) -> Claim:
 # %% ../../nbs/lib/61a_report.rules.ipynb #fcb692f7
 def fixed_rules(
     paper:str=None, # One paper; None = all
-) -> str: # Changes with any rule, margin or cell of its claims
+) -> str: # Changes with any rule, margin or cell of its claims, and with any control
     "The fingerprint of the claims: a page that carries it shows that no rule was bent after the run."
     words = ("text","where","note","reason")
-    return hash_of([{k:v for k,v in vars(c).items() if k not in words} for c in claims(paper)])
+    asked = claims(paper)
+    controls = {c.paper: paper_record(c.paper).get("controls", {}) for c in asked}
+    return hash_of([[{k:v for k,v in vars(c).items() if k not in words} for c in asked], controls])
 
 # %% ../../nbs/lib/61a_report.rules.ipynb #d50bbded
 CELL = ["scope", "model", "arm", "regime"] # What names a cell of a claim
