@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['CMMD_TABLE', 'CMMD_NEED', 'CMMD_CODES', 'cmmd_breasts', 'coded_view', 'read_cmmd']
 
-# %% ../../nbs/lib/26d_data.cmmd.ipynb #r18ca2a18d
+# %% ../../nbs/lib/26d_data.cmmd.ipynb #r18c74b71a
 import re
 from pathlib import Path
 
+import numpy as np
+
 from ..core import DataError
 from .pixels import header_or_skip, read_dicom
-from .rows import breast_of, image_row, read_sheet, screening_view, state_rule, table_named
-from .table import NO_BOX, Ledger, find_files, label_of, make_data, mark_normal, number_of, side_of
+from .rows import breast_of, finish, image_row, read_sheet, screening_view, table_named
+from .table import NO_BOX, Ledger, find_files, label_of, number_of, side_of
 
-# %% ../../nbs/lib/26d_data.cmmd.ipynb #r18cd8f210
+# %% ../../nbs/lib/26d_data.cmmd.ipynb #r18c0d9722
 CMMD_TABLE = r"cmmd_clinicaldata.*\.(csv|xlsx)" # Name of the table, see `table_named`
 CMMD_NEED = ("id1","leftright","age","abnormality","classification") # Columns of the table, in lower case
 
@@ -27,14 +29,15 @@ def cmmd_breasts(
     found = {}
     for r in read_sheet(path, need=CMMD_NEED).to_dict("records"):
         who, side = breast_of(r, "id1", "leftright")
-        said = dict(age=number_of(r["age"], 10, 120), kind=r["abnormality"].casefold(), label=label_of(r["classification"]))
+        said = dict(age=number_of(r["age"], 10, 120), kind=r["abnormality"].casefold())
+        said["label"] = label_of(r["classification"])
         if not who or side!=side: ledger.skip(path, "row without a patient or a side")
         elif found.setdefault((who.upper(), side), said)["label"]!=said["label"]:
             ledger.skip(path, "two rows give a breast different classes; its class is unknown")
             found[who.upper(), side]["label"] = "unknown"
     return found
 
-# %% ../../nbs/lib/26d_data.cmmd.ipynb #r18c4bd517
+# %% ../../nbs/lib/26d_data.cmmd.ipynb #r18cef1e73
 CMMD_CODES = {"399162004":"CC", "R-10242":"CC", "399368009":"MLO", "R-10226":"MLO"} # SNOMED CT, and its older form
 
 def coded_view(
@@ -43,7 +46,8 @@ def coded_view(
     "View by the code in the header (ViewCodeSequence)."
     ds = read_dicom(path, pixels=False, most=1<<20)
     try: codes = [str(item.get("CodeValue", "")).strip() for item in ds.get("ViewCodeSequence") or []]
-    except Exception as e: raise DataError(f"view code cannot be read ({type(e).__name__})", path, "the file is damaged") from e
+    except Exception as e:
+        raise DataError(f"view code cannot be read ({type(e).__name__})", path, "the file is damaged") from e
     return next((CMMD_CODES[c] for c in codes if c in CMMD_CODES), "other")
 
 # %% ../../nbs/lib/26d_data.cmmd.ipynb #r18cdc5e9e
@@ -89,7 +93,14 @@ def _cmmd_images(root, ledger):
         row["image_id"] = f"cmmd:{name}" + (f"_{twins[name]}" if twins[name]>1 else "")
     return rows
 
-# %% ../../nbs/lib/26d_data.cmmd.ipynb #r18c29f67d
+# %% ../../nbs/lib/26d_data.cmmd.ipynb #r18c253015
+def _say_class(images, breasts):
+    "What the table says of its breast, on every image."
+    for im in images:
+        said = breasts.get((im["_who"], im["laterality"]))
+        words = [NO_BOX, f"breast {said['label']}: {said['kind']}"] if said else []
+        im |= dict(age=said["age"] if said else np.nan, has_lesion=bool(said), quirks=words)
+
 def read_cmmd(
     root:Path, # Folder of the table and of CMMD/
     *,
@@ -97,16 +108,11 @@ def read_cmmd(
     strict:bool=False, # Stop at the first fault instead of listing it
 ):
     "CMMD as `MammoData`: one row an image; a class a breast, no boxes, no normal images."
-    root, led = Path(root), Ledger("cmmd", strict)
+    led = Ledger("cmmd", strict)
     table = table_named(root, CMMD_TABLE, "CMMD_clinicaldata_revision.xlsx of CMMD")
     breasts, images = cmmd_breasts(table, ledger=led), _cmmd_images(root, led)
-    if not images: raise DataError("CMMD: a table and no picture of it", root, "put CMMD/ beside the table")
-    for im in images:
-        said = breasts.get((im.pop("_who"), im["laterality"]))
-        if said: im |= dict(age=said["age"], has_lesion=True, quirks=[NO_BOX, f"breast {said['label']}: {said['kind']}"])
-    here = {(im["patient_id"].split(":")[1], im["laterality"]) for im in images}
-    for _ in set(breasts)-here: led.skip(table, "breast has a row and no picture")
-    mark_normal(images, lambda im: "its breast has no row, and nobody says it is healthy", ledger=led, file=table)
-    state_rule(led, table, "class of the breast, not of a view; no outlines, no image is normal")
-    led.warn()
-    return make_data("cmmd", images, [], ledger=led, scaling=scaling)
+    _say_class(images, breasts)
+    for _ in set(breasts)-{(im["_who"], im["laterality"]) for im in images}:
+        led.skip(table, "breast has a row and no picture")
+    return finish(images, [], lambda im: "its breast has no row, and nobody says it is healthy", ledger=led, file=table,
+        rule="class of the breast, not of a view; no outlines, no image is normal", scaling=scaling)

@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['CSAW_RULES', 'CSAW_TABLE', 'CSAW_NEED', 'csaw_state', 'csaw_against', 'read_csaw']
 
-# %% ../../nbs/lib/26h_data.csaw.ipynb #r18w7989f5
+# %% ../../nbs/lib/26h_data.csaw.ipynb #r18w2e81dc
 import re
 from pathlib import Path
 
-import numpy as np
-
 from ..core import DataError, ParameterError, nearest
 from .pixels import mask_box, read_mask
-from .rows import (breast_of, image_row, matched, pictures_by_name, rows_by_image, screening_view,
-    sick_breasts, state_rule, table_named)
-from .table import BOX, NO_BOX, Ledger, make_data, mark_normal, number_of, read_table, side_of
+from mammo_nb.data.rows import (breast_of, finish, image_row, matched, pictures_by_name, screening_view, sick_breasts,
+    table_named)
+from .table import BOX, NO_BOX, Ledger, number_of, read_table, side_of
 
 # %% ../../nbs/lib/26h_data.csaw.ipynb #r18w07fa59
 def csaw_state(
@@ -51,10 +49,10 @@ def csaw_against(
     if normal_by=="outcome" or recall==0: return ""
     return "called back" if recall==1 else "nobody says whether it was called back"
 
-# %% ../../nbs/lib/26h_data.csaw.ipynb #r18wa2e80c
+# %% ../../nbs/lib/26h_data.csaw.ipynb #r18w00c322
 CSAW_TABLE = r"(csaw_cc.*|anon_dataset_nonhidden.*)\.csv" # Name of the table, see `table_named`
-CSAW_NEED = ("anon_patientid","exam_year","anon_filename","imagelaterality","viewposition","x_case","x_cancer_laterality",
-    "rad_timing","rad_recall") # Columns of the table
+CSAW_NEED = ("anon_patientid","exam_year","anon_filename","imagelaterality","viewposition","x_case",
+    "x_cancer_laterality","rad_timing","rad_recall") # Columns of the table
 
 def _csaw_image(rows, path, head, mask, **rule):
     r = rows[0]
@@ -62,7 +60,8 @@ def _csaw_image(rows, path, head, mask, **rule):
     state = csaw_state(r, side, **rule)
     return image_row("csaw", path, head, image_id=path.stem, patient_id=r["anon_patientid"], subset="csaw-cc",
         study_id=r["exam_year"], laterality=side, view=screening_view(r["viewposition"]), _row=r, _state=state,
-        has_lesion=mask is not None or state=="malignant", quirks=[f"cancer found later (timing {r['rad_timing']})"]*(state=="later"))
+        has_lesion=mask is not None or state=="malignant",
+        quirks=[f"cancer found later (timing {r['rad_timing']})"]*(state=="later"))
 
 def _csaw_lesion(im, mask, ledger):
     "The lesion of a mask as a list; a cancer without a usable mask marks its image."
@@ -76,15 +75,15 @@ def _csaw_lesion(im, mask, ledger):
     im["quirks"].append(NO_BOX)
     return []
 
-# %% ../../nbs/lib/26h_data.csaw.ipynb #r18wb2de74
+# %% ../../nbs/lib/26h_data.csaw.ipynb #r18w2cdf4c
 def _matched(root, table, ledger):
     "(rows, file, header, mask) of each image; masks without a picture are listed."
     breast = lambda r: breast_of(r, "anon_patientid", "imagelaterality")
     name_of = lambda r: re.sub(r"\.dcm$", "", r["anon_filename"], flags=re.I)
     pictures, drawn = pictures_by_name(root, ledger, ".dcm"), pictures_by_name(root, ledger, ".png")
     masks = {re.sub(r"_mask$", "", n): p for n,p in drawn.items()}
-    rows = rows_by_image(read_table(table, need=CSAW_NEED, fold=True), name_of, breast=breast, file=table, ledger=ledger)
-    for own,path,head in matched(rows, pictures, file=table, ledger=ledger):
+    found = read_table(table, need=CSAW_NEED, fold=True)
+    for own,path,head in matched(found, pictures, name_of=name_of, breast=breast, file=table, ledger=ledger):
         yield own, path, head, masks.get(path.stem.casefold())
     for name in sorted(set(masks)-set(pictures)): ledger.skip(masks[name], "mask without a picture")
 
@@ -92,7 +91,7 @@ def _reason(im, sick, normal_by):
     whose = (im["patient_id"], im["laterality"])
     return csaw_against(im["_row"], im["_state"], normal_by) or "a mask on another view of its breast"*(whose in sick)
 
-# %% ../../nbs/lib/26h_data.csaw.ipynb #r18w6f76ca
+# %% ../../nbs/lib/26h_data.csaw.ipynb #r18w13f900
 def read_csaw(
     root:Path, # Folder of the table; pictures and masks at any depth below
     *,
@@ -104,14 +103,12 @@ def read_csaw(
     "CSAW-CC as `MammoData`: one row an image, one row a masked cancer."
     root, led, images, lesions = Path(root), Ledger("csaw", strict), [], []
     table = table_named(root, CSAW_TABLE, "CSAW-CC_breast_cancer_screening_data.csv")
-    csaw_against(dict(rad_recall="0"), "control", normal_by)                   # a wrong rule is refused before any file is read
+    csaw_against(dict(rad_recall="0"), "control", normal_by)          # a wrong rule is refused before any file is read
     for own,path,head,mask in _matched(root, table, led):
         images.append(_csaw_image(own, path, head, mask, timing_upto=timing_upto))
         if images[-1]["has_lesion"]: lesions += _csaw_lesion(images[-1], mask, led)
-    if not images: raise DataError("CSAW-CC: a table and no picture of it", root, "put the pictures below its folder")
     sick = sick_breasts((im["patient_id"], im["laterality"]) for im in images if im["has_lesion"])
-    mark_normal(images, lambda im: _reason(im, sick, normal_by), ledger=led, file=table)
-    state_rule(led, table, f"cancers of timing 1 to {timing_upto} are malignant; normal by "
-        + {"both":"outcome and reading", "outcome":"outcome alone"}[normal_by])
-    led.warn()
-    return make_data("csaw", images, lesions, ledger=led, scaling=scaling)
+    words = {"both":"outcome and reading", "outcome":"outcome alone"}[normal_by]
+    rule = f"cancers of timing 1 to {timing_upto} are malignant; normal by {words}"
+    return finish(images, lesions, lambda im: _reason(im, sick, normal_by), ledger=led, file=table, rule=rule,
+        scaling=scaling)

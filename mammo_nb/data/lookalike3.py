@@ -36,7 +36,7 @@ def breast_label(
     labels = {l["label"] for l in breast_lesions(views, side)}
     return "malignant" if "malignant" in labels else "benign" if labels else ""
 
-# %% ../../nbs/lib/21b_data.lookalike3.ipynb #r18led6d1c
+# %% ../../nbs/lib/21b_data.lookalike3.ipynb #r18l2eed10
 CMMD_CODES = dict(CC="399162004", MLO="399368009") # SNOMED CT
 
 _CMMD = ["ID1","LeftRight","Age","number","abnormality","classification","subtype"]
@@ -60,7 +60,7 @@ def _cmmd_rows(name, woman, views):
 def _cmmd_quirks(root, rows):
     other = dict(Benign="Malignant", Malignant="Benign")
     if rows: rows.append(dict(rows[0], classification=other[rows[0]["classification"]]))
-    rows.append(dict(ID1="D2-9999", LeftRight="L", Age=1, number=2, abnormality="mass", classification="Benign", subtype=""))
+    rows.append(dict(zip(_CMMD, ("D2-9999","L",1,2,"mass","Benign",""))))
     first = sorted(root.rglob("*.dcm"))[0]
     shutil.copy(first, first.with_name("1-9.dcm"))
 
@@ -86,14 +86,17 @@ def write_cmmd(
     pd.DataFrame(rows, columns=_CMMD).to_csv(root/"CMMD_clinicaldata_revision.csv", index=False)
     return root
 
-# %% ../../nbs/lib/21b_data.lookalike3.ipynb #r18lfcaa96
+# %% ../../nbs/lib/21b_data.lookalike3.ipynb #r18l13313a
+_CESM_REGIONS = ["#filename","region_count","region_id","region_shape_attributes","region_attributes"]
+
 def _via(lesion, turn):
     "A lesion as polygon, ellipse, circle or rectangle."
     x0,y0,x1,y1 = map(int, lesion["box"])
     cx, cy, rx, ry = (x0+x1-1)/2, (y0+y1-1)/2, (x1-1-x0)/2, (y1-1-y0)/2
-    xs, ys = [x0,x1-1,x1-1,x0], [y0,y0,y1-1,y1-1]
-    return (dict(name="polygon", all_points_x=xs, all_points_y=ys), dict(name="ellipse", cx=cx, cy=cy, rx=rx, ry=ry, theta=0),
-        dict(name="circle", cx=cx, cy=cy, r=max(rx, ry)), dict(name="rect", x=x0, y=y0, width=x1-1-x0, height=y1-1-y0))[turn%4]
+    shapes = (dict(name="polygon", all_points_x=[x0,x1-1,x1-1,x0], all_points_y=[y0,y0,y1-1,y1-1]),
+        dict(name="ellipse", cx=cx, cy=cy, rx=rx, ry=ry, theta=0), dict(name="circle", cx=cx, cy=cy, r=max(rx, ry)),
+        dict(name="rect", x=x0, y=y0, width=x1-1-x0, height=y1-1-y0))
+    return shapes[turn%4]
 
 _CESM_WORDS = dict(mass="Mass", calcification="Calcifications", distortion="Architectural distortion",
     asymmetry="Asymmetries", other="Other")
@@ -101,23 +104,25 @@ _CESM_WORDS = dict(mass="Mass", calcification="Calcifications", distortion="Arch
 def _cesm_row(name, v, age, label):
     kinds = sorted({_CESM_WORDS[l["type"]] for l in v.lesions})
     patient, side, kind, view = name.split("_")
-    return {"Image_name": name, "Patient_ID": patient[1:], "Side": side, "Type": "DM" if kind=="DM" else "CESM", "Age": age,
-        "Breast density (ACR)": "ABCD"[int(v.density)-1], "BIRADS": {"malignant":5, "benign":2}.get(label, 1),
+    return {"Image_name": name, "Patient_ID": patient[1:], "Side": side, "Type": "DM" if kind=="DM" else "CESM",
+        "Age": age, "Breast density (ACR)": "ABCD"[int(v.density)-1],
+        "BIRADS": {"malignant":5, "benign":2}.get(label, 1),
         "Findings": "$".join(kinds) or "Normal", "View": view, "Tags": "", "Machine": 1,
         "Pathology Classification/ Follow up": (label or "normal").title()}
 
 def _cesm_regions(name, v, turn):
-    return [{"#filename": f"{name}.jpg", "region_count": len(v.lesions), "region_id": j,
-        "region_shape_attributes": json.dumps(_via(l, turn+j)), "region_attributes": "{}"} for j,l in enumerate(v.lesions)]
+    return [_region(f"{name}.jpg", len(v.lesions), j, _via(l, turn+j)) for j,l in enumerate(v.lesions)]
+
+def _region(file, count, number, said):
+    return dict(zip(_CESM_REGIONS, (file, count, number, json.dumps(said), "{}")))
 
 def _cesm_quirks(root, rows, regions):
     "Every fault of the tables once, as far as there are outlines."
-    blank = dict(region_count=1, region_id=0, region_attributes="{}")
-    shape = lambda file, said: {"#filename": file, **blank, "region_shape_attributes": json.dumps(said)}
-    odd = [dict(name="point", cx=9, cy=9), dict(name="polyline", all_points_x=[8,20,20], all_points_y=[80,80,90]), {}]
+    line = dict(name="polyline", all_points_x=[8,20,20], all_points_y=[80,80,90])
+    odd = [dict(name="point", cx=9, cy=9), line, {}]
     names = [r["#filename"] for r in regions]
-    regions += [shape(names[0], said) for said in odd if names]
-    regions.append(shape("P9001_R_CM_CC .jpg", dict(name="circle", cx=20, cy=20, r=5)))
+    regions += [_region(names[0], 1, 0, said) for said in odd if names]
+    regions.append(_region("P9001_R_CM_CC .jpg", 1, 0, dict(name="circle", cx=20, cy=20, r=5)))
     rows[0]["Image_name"] += " "
     column = "Pathology Classification/ Follow up"
     low_energy = [r for r in rows if r["Type"]=="DM" and r[column]=="Malignant"]
@@ -125,12 +130,18 @@ def _cesm_quirks(root, rows, regions):
     low = sorted((root/"Low energy images of CDD-CESM").glob("*_MLO.jpg"))[-1]
     shutil.copy(low, low.with_name(low.stem+"_2.jpg"))
 
-# %% ../../nbs/lib/21b_data.lookalike3.ipynb #r18l7b58b6
+# %% ../../nbs/lib/21b_data.lookalike3.ipynb #r18l16366c
 def _cesm_pictures(root, name, v):
     for folder,kind in (("Low energy images of CDD-CESM","DM"), ("Subtracted images of CDD-CESM","CM")):
         path = root/folder/f"{name.replace('_DM_', f'_{kind}_')}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(as_uint(v.pixels, 8)).save(path, quality=95)
+
+def _cesm_tables(root, rows, regions, suffix):
+    pd.DataFrame(regions, columns=_CESM_REGIONS).to_csv(root/"Radiology_hand_drawn_segmentations_v2.csv", index=False)
+    table, words = root/f"Radiology manual annotations{suffix}", pd.DataFrame(rows)
+    if suffix==".xlsx": words.to_excel(table, sheet_name="all", index=False)
+    else: words.to_csv(table, index=False)
 
 def write_cesm(
     patients, # `(patient, views)` pairs
@@ -149,11 +160,7 @@ def write_cesm(
             rows += [_cesm_row(n, v, int(woman.get("age", 50)), label) for n in (name, name.replace("_DM_", "_CM_"))]
             regions += _cesm_regions(name, v, i+k)
     if quirks: _cesm_quirks(root, rows, regions)
-    columns = ["#filename","region_count","region_id","region_shape_attributes","region_attributes"]
-    pd.DataFrame(regions, columns=columns).to_csv(root/"Radiology_hand_drawn_segmentations_v2.csv", index=False)
-    table, words = root/f"Radiology manual annotations{suffix}", pd.DataFrame(rows)
-    if suffix==".xlsx": words.to_excel(table, sheet_name="all", index=False)
-    else: words.to_csv(table, index=False)
+    _cesm_tables(root, rows, regions, suffix)
     return root
 
 # %% ../../nbs/lib/21b_data.lookalike3.ipynb #r18ld36e95
@@ -193,7 +200,7 @@ def write_rsna(
     pd.DataFrame(rows).to_csv(root/"train.csv", index=False)
     return root
 
-# %% ../../nbs/lib/21b_data.lookalike3.ipynb #r18lae90c4
+# %% ../../nbs/lib/21b_data.lookalike3.ipynb #r18l242114
 def _embed_file(i, v, uid):
     boxes = [[int(y0),int(x0),int(y1),int(x1)] for x0,y0,x1,y1 in (l["box"] for l in v.lesions)]
     return dict(empi_anon=9001+i, acc_anon=f"{7000+i}", anon_dicom_path=f"/mnt/x/cohort_1/{9001+i}/{7000+i}/{uid}.dcm",
@@ -206,8 +213,8 @@ def _embed_finding(i, number, side, views):
     kinds, label = {l["type"] for l in lesions}, {l["label"] for l in lesions}
     severity = "" if not lesions else 0 if "malignant" in label else 4
     return dict(empi_anon=9001+i, acc_anon=f"{7000+i}", numfind=number, side=side, asses="S" if lesions else "N",
-        massshape="I" if kinds-{"calcification"} else "", calcfind="A" if "calcification" in kinds else "", tissueden=density,
-        path_severity=severity, bside=side if lesions else "")
+        massshape="I" if kinds-{"calcification"} else "", calcfind="A" if "calcification" in kinds else "",
+        tissueden=density, path_severity=severity, bside=side if lesions else "")
 
 def _embed_quirks(found, files):
     "Every fault of the tables once."
@@ -239,7 +246,7 @@ def write_embed(
     pd.DataFrame(found).to_csv(root/"tables"/"EMBED_OpenData_clinical.csv", index=False)
     return root
 
-# %% ../../nbs/lib/21b_data.lookalike3.ipynb #r18lbfcc46
+# %% ../../nbs/lib/21b_data.lookalike3.ipynb #r18l340feb
 def _csaw_row(i, v, name, views):
     sides = [s for s in "LR" if breast_label(views, s)=="malignant"]
     return dict(anon_patientid=f"{9001+i:05d}", exam_year=2012, anon_filename=f"{name}.dcm",
@@ -259,7 +266,7 @@ def _csaw_quirks(root, rows):
     for path in masks[:1]: Image.fromarray(np.eye(9, dtype=np.uint8)*255).save(path)
     well = [r for r in rows if not r["x_case"]]
     for r in well[:1]: r["rad_recall"] = 1
-    for r in rows[-1:]: shutil.copy(masks[-1], masks[-1].with_name(f"{Path(r['anon_filename']).stem}_mask.png"))
+    for r in well[-1:]: shutil.copy(masks[-1], masks[-1].with_name(f"{Path(r['anon_filename']).stem}_mask.png"))
     rows.append(dict(rows[-1], anon_filename="09999_20990909_L_CC_1.dcm"))
 
 # %% ../../nbs/lib/21b_data.lookalike3.ipynb #r18l230d26

@@ -81,8 +81,8 @@ def _has_embed(folder):
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #3b686f48
 _BCDR = r"bcdr_(f|d|dn)\d\d(_dataset)?|bcdr_(f|d|dn)\d\d_(img|outlines)\.csv"
-_BY_NAME = dict(folder=r"(images|patches)\.csv", inbreast=r"inbreast\.csv", vindr=r"finding_annotations\.csv", bcdr=_BCDR,
-    cmmd=CMMD_TABLE, cesm=f"{CESM_LABELS}|{CESM_REGIONS}", csaw=CSAW_TABLE) # Layouts that one name tells, first found first
+_BY_NAME = dict(folder=r"(images|patches)\.csv", inbreast=r"inbreast\.csv", vindr=r"finding_annotations\.csv",
+    bcdr=_BCDR, cmmd=CMMD_TABLE, cesm=f"{CESM_LABELS}|{CESM_REGIONS}", csaw=CSAW_TABLE) # Told by one name
 
 def layout_of(
     folder:Path, # One folder
@@ -155,8 +155,9 @@ def _check_rules(rules):
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #42def0ee
 _EXPECTED = ("expected INbreast.csv, BCDR-…_dataset, CBIS-DDSM tables with images, OMI-DB's data/ and images/, "
-    "Info.txt of mini-MIAS, finding_annotations.csv of VinDr-Mammo, the tables of CMMD, CDD-CESM, RSNA (train.csv), EMBED or "
-    "CSAW-CC under their own names, or images.csv / patches.csv of the plain layout (nbs/lib/22a_data.folder.ipynb); "
+    "Info.txt of mini-MIAS, finding_annotations.csv of VinDr-Mammo, the tables of CMMD, CDD-CESM, RSNA "
+    "(train.csv), EMBED or CSAW-CC under their own names, "
+    "or images.csv / patches.csv of the plain layout (nbs/lib/22a_data.folder.ipynb); "
     "`mammo_doctor` says more")
 
 def read_any(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_SHEET', 'read_sheet', 'plain_name', 'table_named', 'birads_of', 'class_by_birads', 'density_of', 'screening_view',
-           'pictures_by_name', 'rows_by_image', 'matched', 'image_row', 'sick_breasts', 'breast_of', 'state_rule']
+           'pictures_by_name', 'matched', 'image_row', 'sick_breasts', 'breast_of', 'state_rule', 'finish']
 
-# %% ../../nbs/lib/22c_data.rows.ipynb #r18r6ffc15
+# %% ../../nbs/lib/22c_data.rows.ipynb #r18r46fca3
 import re, zipfile
 from collections import Counter
 from pathlib import Path
@@ -16,10 +16,10 @@ import pandas as pd
 
 from ..core import DataError, ParameterError
 from .pixels import header_or_skip
-from .table import Ledger, find_files, read_table, side_of, word
+from .table import Ledger, MammoData, find_files, make_data, mark_normal, read_table, side_of, word
 
-# %% ../../nbs/lib/22c_data.rows.ipynb #r18r1e8b41
-MAX_SHEET = dict(bytes=200_000_000, rows=200_000, columns=300) # What a workbook may hold; the largest known has 2,006 rows
+# %% ../../nbs/lib/22c_data.rows.ipynb #r18r8bcd4b
+MAX_SHEET = dict(bytes=200_000_000, rows=200_000, columns=300) # What a workbook may hold; the largest known: 2,006 rows
 
 def _cell(value):
     if isinstance(value, float) and value.is_integer(): value = int(value)
@@ -40,7 +40,7 @@ def _cells(path, sheet):
         limits = dict(max_row=MAX_SHEET["rows"], max_col=MAX_SHEET["columns"])
         return [[_cell(v) for v in row] for row in found.iter_rows(values_only=True, **limits)]
 
-# %% ../../nbs/lib/22c_data.rows.ipynb #r18rf82e69
+# %% ../../nbs/lib/22c_data.rows.ipynb #r18re3e7b1
 _OTHERWISE = "save its sheet as comma-separated text in UTF-8 under the same name, or copy it again"
 
 def _workbook(path, sheet):
@@ -49,6 +49,13 @@ def _workbook(path, sheet):
         raise DataError("an Excel table needs openpyxl", path, f"pip install 'mammo_nb[dicom]', or {_OTHERWISE}") from e
     except Exception as e:
         raise DataError(f"not a readable workbook ({type(e).__name__}: {str(e)[:120]})", path, _OTHERWISE) from e
+
+def _check_head(names, need, path):
+    "A column that is missing or there twice."
+    missing, twice = [n for n in need if n not in names], [n for n,k in Counter(names).items() if n and k>1]
+    if twice: raise DataError(f"column '{twice[0]}' occurs twice", path, "repair the header line")
+    if missing:
+        raise DataError(f"column '{missing[0]}' is missing, found {names[:8]}", path, "expected " + ", ".join(need))
 
 def read_sheet(
     path:Path, # `.xlsx`, or a table of commas
@@ -61,9 +68,7 @@ def read_sheet(
     if path.suffix.lower()!=".xlsx": return read_table(path, need=need, fold=True)
     head, *body = _workbook(path, sheet) or [[]]
     names = [h.casefold() for h in head]
-    missing, twice = [n for n in need if n not in names], [n for n,k in Counter(names).items() if n and k>1]
-    if missing: raise DataError(f"column '{missing[0]}' is missing, found {names[:8]}", path, "expected " + ", ".join(need))
-    if twice: raise DataError(f"column '{twice[0]}' occurs twice", path, "repair the header line")
+    _check_head(names, need, path)
     rows = [dict(zip(names, r + [""]*(len(names)-len(r)))) for r in body if any(r)]
     return pd.DataFrame(rows, columns=[n for n in names if n], dtype=object)
 
@@ -133,16 +138,9 @@ def pictures_by_name(
         if often[p.stem.casefold()]>1: ledger.skip(p, "another file has the same name")
     return {p.stem.casefold(): p for p in files if often[p.stem.casefold()]==1}
 
-# %% ../../nbs/lib/22c_data.rows.ipynb #r18r1dc1dd
-def rows_by_image(
-    table:pd.DataFrame, # From `read_table` or `read_sheet`
-    name_of, # Function of a row: name of its picture, or empty
-    *,
-    breast, # Function of a row: exam or patient, and side
-    file:Path, # Names the table in the ledger
-    ledger:Ledger, # Takes images that two breasts claim
-) -> dict: # name in lower case -> rows, sorted by name
-    "Rows of each image; an image that two exams or sides claim is listed and not used."
+# %% ../../nbs/lib/22c_data.rows.ipynb #r18r05baaa
+def _rows_by_image(table, name_of, breast, file, ledger):
+    "Rows of each image, sorted by name; an image that two exams or sides claim is listed and not used."
     found, good = {}, {}
     for r in table.to_dict("records"): found.setdefault(name_of(r).casefold(), []).append(r)
     for name,rows in sorted(found.items()):
@@ -150,15 +148,17 @@ def rows_by_image(
         else: ledger.skip(file, "image is nameless, or two exams or sides claim it", len(rows))
     return good
 
-# %% ../../nbs/lib/22c_data.rows.ipynb #r18r0d6316
 def matched(
-    rows:dict, # From `rows_by_image`
+    table:pd.DataFrame, # From `read_table` or `read_sheet`
     pictures:dict, # From `pictures_by_name`
     *,
+    name_of, # Function of a row: name of its picture, or empty
+    breast, # Function of a row: exam or patient, and side
     file:Path, # Names the table in the ledger
-    ledger:Ledger, # Takes what is missing on either side
+    ledger:Ledger, # Takes what is missing on either side, and images that two breasts claim
 ):
     "(rows, file, header) of each image that has rows and a file that can be read; every other one is listed."
+    rows = _rows_by_image(table, name_of, breast, file, ledger)
     for name,own in rows.items():
         if name not in pictures: ledger.skip(file, "image is not on disk")
         head = header_or_skip(pictures[name], ledger) if name in pictures else None
@@ -203,3 +203,22 @@ def state_rule(
 ) -> None:
     "Say a rule that was chosen, on every page that shows the ledger; no fault, so `strict` does not stop here."
     ledger.lines[(str(file), words, "note")] = 1
+
+# %% ../../nbs/lib/22c_data.rows.ipynb #r18r376658
+def finish(
+    images:list, # Image rows
+    lesions:list, # Lesion rows
+    against, # Function of an image row: why it is not called normal, or an empty text
+    *,
+    ledger:Ledger, # Bears the name of the data set
+    file:Path, # Table
+    rule:str, # What was chosen, in words
+    scaling:str, # How pixels will become uint8
+) -> MammoData:
+    "The end of every reader: who is normal, the rule in the ledger, one warning, the tables."
+    if not images:
+        raise DataError(f"{ledger.name}: a table and no picture of it", file, "put the folder of pictures beside it")
+    mark_normal(images, against, ledger=ledger, file=file)
+    state_rule(ledger, file, rule)
+    ledger.warn()
+    return make_data(ledger.name, images, lesions, ledger=ledger, scaling=scaling)

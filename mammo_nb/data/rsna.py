@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['RSNA_NEED', 'rsna_flag', 'read_rsna']
 
-# %% ../../nbs/lib/26f_data.rsna.ipynb #r18n44d643
+# %% ../../nbs/lib/26f_data.rsna.ipynb #r18n584ce4
 from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError, ParameterError
-from .rows import (birads_of, breast_of, density_of, image_row, matched, pictures_by_name, rows_by_image,
-    screening_view, sick_breasts, state_rule)
-from .table import NO_BOX, Ledger, make_data, mark_normal, number_of, read_table
+from ..core import ParameterError
+from .rows import (birads_of, breast_of, density_of, finish, image_row, matched, pictures_by_name,
+    screening_view, sick_breasts)
+from .table import NO_BOX, Ledger, number_of, read_table
 
 # %% ../../nbs/lib/26f_data.rsna.ipynb #r18nacbca1
 def rsna_flag(
@@ -22,26 +22,29 @@ def rsna_flag(
     "A yes or no of the table."
     return {"1":True, "1.0":True, "true":True, "0":False, "0.0":False, "false":False}.get(said.strip().casefold())
 
-# %% ../../nbs/lib/26f_data.rsna.ipynb #r18n8e4d32
+# %% ../../nbs/lib/26f_data.rsna.ipynb #r18n442bd7
 RSNA_NEED = ("patient_id","image_id","laterality","view","age","cancer","biopsy","birads","implant","density") # Columns
+
+def _breast(r): return breast_of(r, "patient_id")
 
 def _rsna_image(rows, path, head):
     r = rows[0]
     biopsy = "biopsy" if rsna_flag(r["biopsy"]) else "no biopsy said"
     cancer, implant = rsna_flag(r["cancer"]), rsna_flag(r["implant"])
-    row = image_row("rsna", path, head, image_id=r["image_id"], patient_id=r["patient_id"], subset=f"site {r.get('site_id', '')}".strip(),
-        laterality=breast_of(r, "patient_id")[1], view=screening_view(r["view"]), density=density_of(r["density"]),
+    row = image_row("rsna", path, head, image_id=r["image_id"], patient_id=r["patient_id"],
+        subset=f"site {r.get('site_id', '')}".strip(), laterality=_breast(r)[1],
+        view=screening_view(r["view"]), density=density_of(r["density"]),
         birads=birads_of(r["birads"]) or np.nan, age=number_of(r["age"], 10, 120), has_lesion=bool(cancer), _row=r)
     return row | dict(quirks=[NO_BOX, f"breast malignant: {biopsy}"]*bool(cancer) + ["implant"]*bool(implant))
 
-# %% ../../nbs/lib/26f_data.rsna.ipynb #r18n8bbf11
+# %% ../../nbs/lib/26f_data.rsna.ipynb #r18n45ad5d
 def _against(im, sick, normal_upto):
     "Why an image is not called normal, or an empty text."
     r = im["_row"]
-    breast = breast_of(r, "patient_id")
+    breast = _breast(r)
     if breast[1]!=breast[1]: return "its side is not known"
     if breast in sick: return "another row of its breast says cancer or biopsy, or it is a difficult negative"
-    if any(rsna_flag(r[k]) is not False for k in ("cancer","biopsy")): return "cancer and biopsy are not both answered with no"
+    if {rsna_flag(r["cancer"]), rsna_flag(r["biopsy"])}!={False}: return "cancer or biopsy is not answered with no"
     rating = birads_of(r["birads"])
     return "" if rating and 1<=int(rating)<=normal_upto else f"BI-RADS {rating or 'not given'} of the breast"
 
@@ -49,7 +52,7 @@ def _suspect(r):
     flags = [rsna_flag(r.get(k, "")) for k in ("cancer","biopsy","difficult_negative_case")]
     return any(flags)
 
-# %% ../../nbs/lib/26f_data.rsna.ipynb #r18n46ff38
+# %% ../../nbs/lib/26f_data.rsna.ipynb #r18n07ea2c
 def read_rsna(
     root:Path, # Folder of `train.csv`; pictures at any depth below
     *,
@@ -59,15 +62,13 @@ def read_rsna(
 ):
     "The RSNA competition's set as `MammoData`: one row an image, no boxes."
     if normal_upto not in (1,2): raise ParameterError(f"{normal_upto!r} is no cut", "normal_upto", "give 1 or 2")
-    root, led, images = Path(root), Ledger("rsna", strict), []
-    table, pictures = root/"train.csv", pictures_by_name(root, led, ".dcm", ".png")
-    short = {name.split("_")[-1]: p for name,p in pictures.items()}                 # Kaggle copies: patient_image.png
+    led, table = Ledger("rsna", strict), Path(root)/"train.csv"
     found = read_table(table, need=RSNA_NEED, fold=True)
-    rows = rows_by_image(found, lambda r: r["image_id"], breast=lambda r: breast_of(r, "patient_id"), file=table, ledger=led)
-    for own,path,head in matched(rows, short, file=table, ledger=led): images.append(_rsna_image(own, path, head))
-    if not images: raise DataError("RSNA: a table and no picture of it", root, "put train_images/ beside train.csv")
-    sick = sick_breasts(breast_of(r, "patient_id") for r in found.to_dict("records") if _suspect(r))
-    mark_normal(images, lambda im: _against(im, sick, normal_upto), ledger=led, file=table)
-    state_rule(led, table, f"cancer is of the breast, no outlines; normal is BI-RADS 1 to {normal_upto} without biopsy")
-    led.warn()
-    return make_data("rsna", images, [], ledger=led, scaling=scaling)
+    named = pictures_by_name(root, led, ".dcm", ".png")
+    pictures = {name.split("_")[-1]: path for name,path in named.items()}                # copies: patient_image.png
+    taken = matched(found, pictures, name_of=lambda r: r["image_id"], breast=_breast, file=table, ledger=led)
+    images = [_rsna_image(*one) for one in taken]
+    sick = sick_breasts(_breast(r) for r in found.to_dict("records") if _suspect(r))
+    rule = f"cancer is of the breast, no outlines; normal is BI-RADS 1 to {normal_upto} without biopsy"
+    return finish(images, [], lambda im: _against(im, sick, normal_upto), ledger=led, file=table, rule=rule,
+        scaling=scaling)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError
-from .rows import (birads_of, breast_of, class_by_birads, density_of, image_row, matched, pictures_by_name,
-    rows_by_image, sick_breasts, state_rule)
-from .table import BOX, NO_BOX, Ledger, make_data, mark_normal, number_of, outline_box, read_table, side_of, view_of
+from .rows import (birads_of, breast_of, class_by_birads, density_of, finish, image_row, matched,
+    pictures_by_name, sick_breasts)
+from .table import BOX, NO_BOX, Ledger, number_of, outline_box, read_table, side_of, view_of
 
 # %% ../../nbs/lib/26c_data.vindr.ipynb #c0de0006
 VINDR_TYPES = {"mass":"mass", "suspicious calcification":"calcification", "architectural distortion":"distortion",
@@ -38,7 +37,8 @@ def _vindr_image(rows, path, head):
     return image_row("vindr", path, head, image_id=r["image_id"], patient_id=r["study_id"], subset="vindr-mammo",
         study_id=r["study_id"], laterality=side_of(r["laterality"]), view=view_of(r["view_position"]),
         density=density_of(r["breast_density"]), birads=birads_of(r["breast_birads"]) or np.nan,
-        official_split=r["split"] or np.nan, has_lesion=any(vindr_types(r["finding_categories"]) for r in rows), _rows=rows)
+        official_split=r["split"] or np.nan, _rows=rows,
+        has_lesion=any(vindr_types(r["finding_categories"]) for r in rows))
 
 def _vindr_box(r, im):
     "(box, or None and why) of a finding."
@@ -83,16 +83,12 @@ def read_vindr(
     strict:bool=False, # Stop at the first fault instead of listing it
 ):
     "VinDr-Mammo as `MammoData`: one row an image, one row a finding with a box."
-    root, led, images, lesions = Path(root), Ledger("vindr", strict), [], []
-    table, pictures = root/"finding_annotations.csv", pictures_by_name(root, led, ".dicom", ".dcm", ".png")
-    found = read_table(table, need=_NEED, fold=True)
-    rows = rows_by_image(found, lambda r: r["image_id"], breast=_breast, file=table, ledger=led)
-    for own,path,head in matched(rows, pictures, file=table, ledger=led):
+    led, table, images, lesions = Ledger("vindr", strict), Path(root)/"finding_annotations.csv", [], []
+    found, pictures = read_table(table, need=_NEED, fold=True), pictures_by_name(root, led, ".dicom", ".dcm", ".png")
+    taken = matched(found, pictures, name_of=lambda r: r["image_id"], breast=_breast, file=table, ledger=led)
+    for own,path,head in taken:
         images.append(_vindr_image(own, path, head))
         lesions += _vindr_lesions(images[-1], table, malignant_from, led)
-    if not images: raise DataError("VinDr-Mammo: a table and no picture of it", root, "put images/ beside the table")
     sick = sick_breasts(_breast(r) for r in found.to_dict("records") if vindr_types(r["finding_categories"]))
-    mark_normal(images, lambda im: _against(im, sick), ledger=led, file=table)
-    state_rule(led, table, f"class by BI-RADS of the finding, {malignant_from} and up malignant; no pathology")
-    led.warn()
-    return make_data("vindr", images, lesions, ledger=led, scaling=scaling)
+    rule = f"class by BI-RADS of the finding, {malignant_from} and up malignant; no pathology"
+    return finish(images, lesions, lambda im: _against(im, sick), ledger=led, file=table, rule=rule, scaling=scaling)
