@@ -1,6 +1,7 @@
 """Broken files: any byte flip, cut, wrong length or foreign content gives a typed error with path and reason, or a listed skip; never another exception, a hang, or
 unbounded memory. The mutations run in a process of their own with a capped address space, so that a crash of a decoder would be seen too."""
-import os, re, resource, shutil, signal, subprocess, sys, tempfile, time, warnings
+import csv, io, os, re, resource, shutil, signal, subprocess, sys, tempfile, time, warnings, zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,14 @@ from hypothesis import given, settings, strategies as st
 from mammo_nb.core import MammoError, repo_root
 from mammo_nb.data.bcdr import bcdr_name, bcdr_outline
 from mammo_nb.data.cbis import mask_boxes, parse_cbis_path
+from mammo_nb.data.cesm import cesm_class, cesm_name, cesm_type, via_points
+from mammo_nb.data.embed import embed_boxes, stem_of
 from mammo_nb.data.folder import parse_polygon
 from mammo_nb.data.inbreast import inbreast_name, parse_point, roi_type
 from mammo_nb.data.mias import circle_box
 from mammo_nb.data.omidb import mark_box, mark_label, mark_type
+from mammo_nb.data.rows import birads_of, class_by_birads, density_of, screening_view
+from mammo_nb.data.rsna import rsna_flag
 from mammo_nb.data.table import inside, label_of, number_of, outline_box, side_of, view_of, word
 
 LIMIT_S = 5 # One mutated file may take this long
@@ -54,6 +59,18 @@ def test_words_never_raise(x):
     mark_type({t:x}); assert mark_label({"BIOPSYWIDE":{"L":x,"left_opinion":x}}, "L", ["1"])[0] in ("benign","malignant","unknown")
 
 
+@given(anything, st.dictionaries(st.sampled_from(["name","cx","cy","r","rx","ry","theta","x","y","width","height","all_points_x","all_points_y"]),
+    st.one_of(anything, st.sampled_from(["polygon","ellipse","circle","rect","point"]), st.lists(anything, max_size=4)), max_size=8), st.integers(1,5000))
+@settings(max_examples=300, deadline=None)
+def test_words_and_shapes_of_the_newer_sets(x, shape, size):
+    t = word(x)
+    assert screening_view(x) in ("CC","MLO","other") and class_by_birads(birads_of(x)) in ("benign","malignant","unknown") and rsna_flag(t) in (True,False,None)
+    d = density_of(x); assert d!=d or 1<=d<=4
+    cesm_name(t); embed_boxes(t); stem_of(t); cesm_type([t]); assert cesm_class([t]) in ("normal","benign","malignant","unknown")
+    box = outline_box(via_points(shape), rows=size, cols=size)
+    assert box is None or (0<=box[0]<box[2]<=size and 0<=box[1]<box[3]<=size)
+
+
 @given(st.lists(st.sampled_from(["..",".","a","b c","/","\\","\0","~","C:","\n"]), max_size=8))
 @settings(max_examples=300, deadline=None)
 def test_paths_stay_inside(parts):
@@ -87,13 +104,16 @@ def view(side, name, lesions=()):
 
 def base_trees(root):
     "A tiny tree of each layout, some DICOMs compressed; (layout, folder, reader)."
-    from mammo_nb.data import lookalike as a, lookalike2 as b, readers
+    from mammo_nb.data import lookalike as a, lookalike2 as b, lookalike3 as c, readers
     sq = lambda x,y,kind,label: dict(box=(x,y,x+14,y+16), polygon=[(x,y),(x+13,y),(x+13,y+15),(x,y+15)], type=kind, label=label)
     les = [sq(20,30,"mass","malignant"), sq(10,60,"calcification","benign")]
     women = [({"age":50}, [view(s, v, les if (s,i)!=("R",0) else []) for s in "LR" for v in ("CC","MLO")]) for i in range(2)]
     out = [("inbreast", a.write_inbreast(women, root/"inbreast", quirks=True)), ("bcdr", a.write_bcdr_tree(women, root/"bcdr", quirks=True)), ("folder", a.write_folder(women, root/"folder", quirks=True)),
            ("cbis", b.write_cbis(women[:1], root/"cbis", quirks=True)), ("cbis", b.write_cbis(women[:1], root/"kaggle", form="jpeg", quirks=True)), ("omidb", b.write_omidb(women, root/"omidb", quirks=True)),
-           ("mias", b.write_mias(women[:1], root/"mias", quirks=True)), ("vindr", b.write_vindr(women, root/"vindr", quirks=True))]
+           ("mias", b.write_mias(women[:1], root/"mias", quirks=True)), ("vindr", b.write_vindr(women, root/"vindr", quirks=True)),
+           ("cmmd", c.write_cmmd(women, root/"cmmd", quirks=True)), ("cesm", c.write_cesm(women, root/"cesm", quirks=True)), ("rsna", c.write_rsna(women, root/"rsna", quirks=True)),
+           ("embed", c.write_embed(women, root/"embed", quirks=True)), ("csaw", c.write_csaw(women, root/"csaw", quirks=True))]
+    if find_spec("openpyxl"): out.append(("cesm", c.write_cesm(women, root/"workbook", suffix=".xlsx")))
     dicoms = sorted((root/"inbreast").rglob("*.dcm"))
     compress(dicoms[:3]); add_display(dicoms[3], dicoms[4])
     (root/"folder"/"patches.csv").write_text("path,patient_id,target,lesion_type,label\nimages/p0000_L_CC.png,1,lesion,mass,benign\nimages/p0000_R_CC.png,2,healthy,,\n")
@@ -135,11 +155,75 @@ def mutate(b, g, others):
     elif kind==5: del b[at:at+int(g.integers(1,400))]
     elif kind==6: b[at:at+4] = [b"\xff\xff\xff\xff", b"\xfe\xff\xff\x7f", b"\0\0\0\0", b"\xff\xff\xff\x7f"][int(g.integers(0,4))]
     elif kind==7: b[at:at+200] = bytes(min(200,max(0,n-at)))
-    elif kind==8: b = bytearray(others[int(g.integers(0,len(others)))].read_bytes())
+    elif kind==8 and others: b = bytearray(others[int(g.integers(0,len(others)))].read_bytes())
     else:
         words = [b"../../../etc/passwd", b"-1", b"1e308", b"nan", b"\"", b";", b",", b"<!ENTITY x \"y\">", b"[[[[", b"\xc3\x28", b"999999999999999999999", b"null", b"\n", b"{}"]
         b[at:at] = words[int(g.integers(0,len(words)))]*int(g.choice([1,1,1,50,5000]))
     return bytes(b)
+
+
+WORDS = dict(zip("0123456789", "null eins deux tres quattro 五 six sieben VIII nine".split()))
+
+
+def swap(rows, g):
+    "Two columns change places, their names stay."
+    a, b = g.integers(0, len(rows[0]), 2)
+    for r in rows[1:]:
+        if max(a,b)<len(r): r[a], r[b] = r[b], r[a]
+
+
+def share(rows, g):
+    "A column gets one value in every row: one id for all images, one woman, one side."
+    k = int(g.integers(0, len(rows[0])))
+    for r in rows[1:]:
+        if k<len(r): r[k] = rows[1][k] if k<len(rows[1]) else ""
+
+
+def spell(rows, g):
+    "The numbers of a column as words, as Roman numerals, with signs between thousands or a comma for the point."
+    k, kind = int(g.integers(0, len(rows[0]))), int(g.integers(0, 3))
+    for r in rows[1:]:
+        if k<len(r): r[k] = ["".join(WORDS.get(c, c) for c in r[k]), r[k].replace(".", ","), re.sub(r"(\d)(\d{3})\b", r"\1,\2", r[k])][kind]
+
+
+def blank(rows, g):
+    "A third of a column's cells are empty, another third come in another case with blanks around."
+    k = int(g.integers(0, len(rows[0])))
+    for r in rows[1:]:
+        if k<len(r): r[k] = ["", f" {r[k].swapcase()} ", r[k]][int(g.integers(0, 3))]
+
+
+ENCODINGS = ("utf-16", "utf-8-sig", "latin-1", "cp1251", "cp037", "utf-7")
+
+
+def mutate_table(b, g):
+    "A table that is whole and wrong: swapped columns, shared ids, numbers as words, blanks, another encoding or separator."
+    text = b.decode("utf-8", "replace")
+    sep = ";" if text[:200].count(";")>text[:200].count(",") else ","
+    rows = list(csv.reader(io.StringIO(text), delimiter=sep))
+    kind = int(g.integers(0, 6))
+    if len(rows)<2 or kind==4: return text.encode(ENCODINGS[int(g.integers(0, len(ENCODINGS)))], "replace")
+    if kind<4: (swap, share, spell, blank)[kind](rows, g)
+    out = io.StringIO(); csv.writer(out, delimiter="\t" if kind==5 else sep).writerows(rows)
+    return out.getvalue().encode()
+
+
+def mutate_workbook(b, g):
+    "A workbook that unpacks, one part of it changed."
+    parts = {}
+    with zipfile.ZipFile(io.BytesIO(b)) as z: parts = {n: z.read(n) for n in z.namelist()}
+    name = sorted(parts)[int(g.integers(0, len(parts)))]
+    parts[name] = mutate(parts[name], g, [])
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as z:
+        for n,content in parts.items(): z.writestr(n, content)
+    return out.getvalue()
+
+
+def mutant(p, whole, g, everything):
+    if p.suffix==".csv" and g.random()<.5: return mutate_table(whole, g)
+    if p.suffix==".xlsx" and g.random()<.7: return mutate_workbook(whole, g)
+    return mutate(whole, g, everything)
 
 
 def run(n, seed):
@@ -162,8 +246,8 @@ def run(n, seed):
         for p in files[i]: by_kind.setdefault(p.suffix.lower(), []).append(p)                 # tables and pictures get the same share
         group = by_kind[sorted(by_kind)[int(g.integers(0,len(by_kind)))]]
         p = group[int(g.integers(0,len(group)))]; whole = p.read_bytes()
-        p.write_bytes(mutate(whole, g, everything))
-        signal.alarm(LIMIT_S)
+        p.write_bytes(mutant(p, whole, g, everything))
+        signal.alarm(LIMIT_S); began = time.monotonic()
         try:
             data = reader(tree); ends["read"] += 1
             if len(data.images)<len(base[i].images) and data.skipped.equals(base[i].skipped): bad += 1; print(f"#{k} {layout} {p.name}: images lost in silence")
@@ -177,6 +261,7 @@ def run(n, seed):
                 except MammoError as e: assert str(p) in str(e)
                 except Exception as e: bad += 1; print(f"#{k} {layout} {p}: read_image raised {type(e).__name__}: {str(e)[:200]}"); trace(e)
         signal.alarm(0); p.write_bytes(whole)
+        if time.monotonic()-began>LIMIT_S: bad += 1; print(f"#{k} {layout} {p.name}: hung, and something swallowed the alarm")
     shutil.rmtree(root)
     print(ends, "bad:", bad)
     return bad

@@ -17,7 +17,7 @@ from mammo_nb.data.inbreast import read_inbreast
 from mammo_nb.data.mias import read_mias
 from mammo_nb.data.omidb import read_omidb
 from mammo_nb.data.pixels import area_resize, breast_mask, breast_side, pectoral_cut, read_image
-from mammo_nb.data.readers import find_datasets, read_any
+from mammo_nb.data.readers import READERS, find_datasets, read_any
 from mammo_nb.data.table import box_iou
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -372,6 +372,38 @@ def test_numbers_of_a_box(tmp_path, cells, box):
 def test_outlines_that_are_none(tmp_path, outline, words):
     data = read_folder(own_folder(tmp_path/"f", "image_id,patient_id,path\na,1,a.png\n", f'image_id,polygon\na,"{outline}"\n'))
     assert len(data.lesions)==0 and data.skipped.reason.str.contains(words).any()
+
+
+NEWER = ("cmmd","cesm","rsna","embed","csaw")
+
+
+def number(patient_id): return int(re.search(r"(\d+)$", patient_id)[1])-9001
+
+
+@pytest.fixture(scope="module")
+def mixed(patients):
+    "Women with a cancer and women without any lesion."
+    every = [pair for c in "abc" for pair in patients[c]]
+    sick = [pair for pair in every if any(l["label"]=="malignant" for v in pair[1] for l in v.lesions)]
+    well = [pair for pair in every if not any(v.lesions for v in pair[1])]
+    assert len(sick)>2 and len(well)>2
+    return [*sick[:4], *well[:4]]
+
+
+@pytest.mark.parametrize("layout", NEWER)
+def test_no_cancer_is_normal_in_the_newer_sets(layout, mixed, tmp_path):
+    "Whatever is wrong with the tables: a breast with a cancer has no normal image, and every box holds the middle of a lesion of the phantom."
+    want = truth(mixed)
+    sick = {(i,side) for (i,side,_),lesions in want.items() for l in lesions if l["label"]=="malignant"}
+    for quirks in (False,True):
+        data = READERS[layout](LAYOUTS[layout](mixed, tmp_path/f"{quirks}", quirks=quirks))
+        normal = {(number(r.patient_id), r.laterality) for r in data.images[data.images.normal].itertuples()}
+        assert not normal & sick and bool(normal)==(layout!="cmmd") and not (data.images.normal & data.images.has_lesion).any()
+        if quirks: continue
+        for r in data.lesions.itertuples():
+            lesions = want[number(r.patient_id), r.laterality, r.view]
+            assert any(r.x0<=(l["box"][0]+l["box"][2])/2<=r.x1 and r.y0<=(l["box"][1]+l["box"][3])/2<=r.y1 for l in lesions), (r.image_id, lesions)
+        if layout in ("cesm","embed"): assert len(data.lesions)==sum(map(len, want.values()))
 
 
 def test_fractions_in_the_other_layouts(trees, tmp_path, patients):
