@@ -181,9 +181,23 @@ def _region(path, r, im):
     said = ", ".join(f"{v:g}" for v in values)
     raise DataError(f"mask holds the values {said}, and mask_value does not say which is meant", path, "add the column")
 
+def _mask_names(said, root):
+    "File names of a cell: parted by ; or |, or by commas where no file has the whole name."
+    names = [n.strip() for n in re.split(r"[;|]", said) if n.strip()]
+    if len(names)!=1 or "," not in said or ((whole := inside(root, said)) and whole.is_file()): return names
+    return [n for part in said.strip("[]").split(",") if (n := part.strip(" '\""))]
+
+def _joined_masks(df):
+    "Rows that agree in all but the mask are one lesion in several files."
+    if not {"mask_path","lesion_id"} <= set(df.columns): return df
+    rest = [c for c in df.columns if c!="mask_path"]
+    alike = (df.lesion_id!="") & (df.mask_path!="") & df.duplicated(rest, keep=False)
+    first = df[alike].groupby(rest, sort=False).mask_path.transform(lambda names: ";".join(dict.fromkeys(names)))
+    return df.assign(mask_path=first.reindex(df.index).fillna(df.mask_path)).drop_duplicates()
+
 def _mask(r, im, root):
     "(box of the masks that a row names, their first file, what is wrong or odd with them)"
-    names, on = [n.strip() for n in re.split(r"[;|]", word(r.get("mask_path"))) if n.strip()], False
+    names, on = _mask_names(word(r.get("mask_path")), root), False
     paths = [inside(root, n) for n in names]
     lost = [n for n,p in zip(names, paths) if p is None or not p.is_file()]
     if lost or not names: return None, None, f"mask file {lost[0][:80]!r} is missing" if lost else ""
@@ -264,7 +278,7 @@ def _unplaced(r, image, images, lost, shared):
 def _folder_lesions(root, images, lost, shared, ledger):
     "Lesion rows, how many rows the table has, and how many of them found no image."
     table, out, seen, unmatched = root/"lesions.csv", [], set(), 0
-    rows = read_table(table, need=LESIONS_NEED, fold=True)
+    rows = _joined_masks(read_table(table, need=LESIONS_NEED, fold=True))
     for k,r in rows.iterrows():
         image = _key(r, shared)
         why, im = _unplaced(r, image, images, lost, shared), images.get(image, lost.get(image))
@@ -282,6 +296,7 @@ def _folder_lesions(root, images, lost, shared, ledger):
         if odd: ledger.note(table, f"lesion in line {k+2}: {odd}")
         words = _lesion_words(r, table, ledger)
         lesion = word(r.get("lesion_id")) or str(k+1)
+        if (im["image_id"],lesion) in seen: ledger.note(table, "lesion_id of another lesion of its image, changed")
         while (im["image_id"],lesion) in seen: lesion += "+"
         seen.add((im["image_id"],lesion))
         out.append(dict(zip(BOX, box), image_id=im["image_id"], lesion_id=lesion, polygon=polygon,
@@ -290,7 +305,7 @@ def _folder_lesions(root, images, lost, shared, ledger):
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #60eded08
 _ABOUT = """label patholog diagnos classif finding befund achado hallazgo abnormal anormal cancer krebs kanker cancro status
-    result biops lesion lasion laesion target tumor tumeur malign carcinom karzinom disease krankheit maladie outcome
+    result biops lesion lasion laesion target tumor tumou tumeur malign carcinom karzinom disease krankheit maladie outcome
     histolog nodul suspic verdacht mass masse herd klasse clase classe""".split()
 _HARMLESS = _BLANK | set("0 0.0 no n false normal healthy negative norm neg nein non não nao negativ negativo gesund".split()) | {
     "no finding", "no findings", "no lesion", "no cancer", "no abnormality", "unremarkable", "kein befund", "ohne befund"}

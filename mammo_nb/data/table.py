@@ -267,9 +267,10 @@ _OBLIQUE = "mlo ml o lo ro lmlo rmlo l_mlo r_mlo mlo_l mlo_r mediolateral_obliqu
 _ABOVE = "cc lcc rcc l_cc r_cc cc_l cc_r craniocaudal cranio_caudal cranial_caudal"
 _VIEW = {**dict.fromkeys(_OBLIQUE.split(), "MLO"), **dict.fromkeys(_ABOVE.split(), "CC")}
 _BENIGN = """benign b benigne benigno benigna bénin bénigne benin gutartig goedaardig łagodny łagodna 良性 доброкачественный
-    доброкачественная benign_without_callback non_malignant not_malignant non_cancer"""
+    доброкачественная доброкачественное benign_without_callback non_malignant not_malignant non_cancer"""
 _MALIGNANT = """malignant m malign maligne malin maligno maligna bösartig boesartig kwaadaardig złośliwy złośliwa 恶性 惡性 悪性
-    злокачественный злокачественная cancer carcinoma karzinom dcis idc ilc invasive invasive_ductal_carcinoma
+    злокачественный злокачественная злокачественное krebs cáncer cancro kanker rak cancer carcinoma karzinom
+    carcinoma_in_situ dcis idc ilc invasive invasive_ductal_carcinoma
     invasive_lobular_carcinoma ductal_carcinoma_in_situ"""
 _LABEL = {**dict.fromkeys(_BENIGN.split(), "benign"), **dict.fromkeys(_MALIGNANT.split(), "malignant")}
 

@@ -111,11 +111,10 @@ def _vindr_files(root, ledger):
         if often[p.stem.casefold()]>1: ledger.skip(p, "another file has the same name")
     return {p.stem.casefold(): p for p in files if often[p.stem.casefold()]==1}
 
-def _by_image(table, ledger):
+def _by_image(table_rows, table, ledger):
     "Rows of each image; an image that two exams claim is listed and not used."
     found = {}
-    for r in read_table(table, need=_NEED, fold=True).to_dict("records"):
-        found.setdefault(r["image_id"].casefold(), []).append(r)
+    for r in table_rows: found.setdefault(r["image_id"].casefold(), []).append(r)
     for name,rows in sorted(found.items()):
         if len({_breast(r) for r in rows if name})==1: yield name, rows
         else: ledger.skip(table, "image is nameless, or two exams or sides claim it", len(rows))
@@ -131,16 +130,17 @@ def read_vindr(
     "VinDr-Mammo as `MammoData`: one row an image, one row a finding with a box."
     root, led, images, lesions = Path(root), Ledger("vindr", strict), [], []
     table, pictures = root/"finding_annotations.csv", _vindr_files(root, led)
-    by_image = dict(_by_image(table, led))
-    for name,rows in by_image.items():
+    rows = read_table(table, need=_NEED, fold=True).to_dict("records")
+    by_image = dict(_by_image(rows, table, led))
+    for name,its in by_image.items():
         if name not in pictures: led.skip(table, "image is not on disk")
         head = header_or_skip(pictures[name], led) if name in pictures else None
         if head is None: continue
-        images.append(_vindr_image(rows, pictures[name], head))
+        images.append(_vindr_image(its, pictures[name], head))
         lesions += _vindr_lesions(images[-1], table, malignant_from, led)
     for name in sorted(set(pictures)-set(by_image)): led.skip(pictures[name], "picture has no row in the table")
     if not images: raise DataError("VinDr-Mammo: a table and no picture of it", root, "put images/ beside the table")
-    sick = _sick([r for rows in by_image.values() for r in rows])
+    sick = _sick(rows)
     mark_normal(images, lambda im: _against(im, sick), ledger=led, file=table)
     if lesions: led.note(table, f"class by BI-RADS of the finding, {malignant_from} and up malignant; no pathology")
     led.warn()
