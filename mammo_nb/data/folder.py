@@ -80,7 +80,8 @@ def _note_alike(patients, table, ledger):
     "Say which patients may be one woman; whoever splits by patient has to know."
     alike = pd.Series(sorted(set(patients)-{""}), dtype=object)
     for plain,ids in alike.groupby(alike.map(_plain_id)):
-        if len(ids)>1: ledger.note(table, f"patients {' and '.join(map(repr, ids[:3]))} may be one woman: write ids alike")
+        said = " and ".join(map(repr, ids[:3]))
+        if len(ids)>1: ledger.note(table, f"patients {said} may be one woman: write ids alike")
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #8b012d1d
 def _why_not(row, key, path, known):
@@ -214,10 +215,11 @@ def _other_size(r, head):
     "That a row gives its picture another size than the file has, or an empty text."
     said = [next((n for c in names if (n:=number_of(r.get(c)))>0), None) for names in (_HEIGHT, _WIDTH)]
     odd = None not in said and said!=[head["rows"], head["cols"]]
-    return f"its table says {said[0]:g} x {said[1]:g} pixels, the file {head['rows']:g} x {head['cols']:g}" if odd else ""
+    if not odd: return ""
+    return f"its table says {said[0]:g} x {said[1]:g} pixels, the file {head['rows']:g} x {head['cols']:g}"
 
 def _in_corner(l, im):
-    "Whether a box lies in the first tenth of its image, or below 100 in a large one: a share in per cent, or millimetres."
+    "Whether a box lies in the first tenth of its image, or below 100 in a large one: per cent, or millimetres."
     right, down, short = l["x1"], l["y1"], min(im["rows"], im["cols"])
     return (right<=.1*im["cols"] and down<=.1*im["rows"]) or (max(right, down)<=100 and short>=512)
 
@@ -226,8 +228,8 @@ def _in_pixels(lesions, images, table, ledger):
     by_id = {im["image_id"]: im for im in images.values()}
     boxed = [l for l in lesions if not l["mask_path"]]
     if not boxed or not all(_in_corner(l, by_id[l["image_id"]]) for l in boxed): return lesions
-    ledger.skip(table, "every box lies in the top left corner of its image: per cent, millimetres, thousands written with "
-        "a point, or pixels of a smaller picture? Pixels are needed", len(boxed))
+    ledger.skip(table, "every box lies in the top left corner of its image: per cent, millimetres, thousands written "
+        "with a point, or pixels of a smaller picture? Pixels are needed", len(boxed))
     for l in boxed: by_id[l["image_id"]]["quirks"].append(NO_BOX)
     return [l for l in lesions if l["mask_path"]]
 
@@ -304,11 +306,12 @@ def _folder_lesions(root, images, lost, shared, ledger):
     return _once(_in_pixels(out, images, table, ledger), images, table, ledger), len(rows), unmatched
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #60eded08
-_ABOUT = """label patholog diagnos classif finding befund achado hallazgo abnormal anormal cancer krebs kanker cancro status
-    result biops lesion lasion laesion target tumor tumou tumeur malign carcinom karzinom disease krankheit maladie outcome
-    histolog nodul suspic verdacht mass masse herd klasse clase classe""".split()
-_HARMLESS = _BLANK | set("0 0.0 no n false normal healthy negative norm neg nein non não nao negativ negativo gesund".split()) | {
-    "no finding", "no findings", "no lesion", "no cancer", "no abnormality", "unremarkable", "kein befund", "ohne befund"}
+_ABOUT = """label patholog diagnos classif finding befund achado hallazgo abnormal anormal cancer krebs kanker
+    cancro status result biops lesion lasion laesion target tumor tumou tumeur malign carcinom karzinom disease
+    krankheit maladie outcome histolog nodul suspic verdacht mass masse herd klasse clase classe""".split()
+_HARMLESS = _BLANK | {"no finding", "no findings", "no lesion", "no cancer", "no abnormality", "kein befund",
+    "ohne befund"} | set("""0 0.0 no n false normal healthy negative norm neg nein non não nao negativ negativo gesund
+    unremarkable""".split())
 _RATED = {"birads","biradscategory","biradsassessment","biradsscore","biradskategorie","breastbirads","acrbirads",
     "assessment","finalassessment"}
 
@@ -329,6 +332,7 @@ def _elsewhere(row):
     said = ((c, word(row[c])) for c in told if _plain_name(c) not in _RATED)
     return next((f"column '{c}' says '{v[:40]}'" for c,v in said if v.casefold() not in _HARMLESS), "")
 
+# %% ../../nbs/lib/22a_data.folder.ipynb #7e83848c
 def _otherwise(im, row):
     "What a further row of an image says against the first, or an empty text."
     same = word(row.get("normal"))==im["_normal"] and word(im["birads"])==_rated(row)
@@ -344,6 +348,7 @@ def _note_unread(row, table, ledger):
         if said.casefold() not in _BLANK and pd.isna(read(said)):
             ledger.note(table, f"{column} {said[:40]!r} is not understood: unknown")
 
+# %% ../../nbs/lib/22a_data.folder.ipynb #ab6feffd
 def _against(im, lesions_known, unmatched, sick):
     "Why an image without a lesion row is not called normal, or an empty text."
     said, rating = im["_normal"], _rating(im["birads"])

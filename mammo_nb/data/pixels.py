@@ -170,6 +170,7 @@ def _lut_values(lut):
     if isinstance(data, bytes): data = np.frombuffer(data, np.uint8 if len(data)==(n or 65536) else np.uint16)
     return np.atleast_1d(np.asarray(data))
 
+# %% ../../nbs/lib/22_data.pixels.ipynb #32146208
 def _remarks(ds):
     "What the header says that changes the meaning of the picture."
     spacing = ds.get("ImagerPixelSpacing") or ds.get("PixelSpacing")

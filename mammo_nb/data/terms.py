@@ -9,8 +9,6 @@ __all__ = ['RELEASE', 'TERMS', 'OWN', 'NOT_COMMERCIAL', 'Terms', 'terms_of', 'jo
 import re
 from dataclasses import asdict, dataclass
 
-import pandas as pd
-
 from ..core import ParameterError
 
 # %% ../../nbs/lib/20a_data.terms.ipynb #f90adb91

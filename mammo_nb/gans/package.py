@@ -110,7 +110,7 @@ def released_card(
     kind = kind_of({**G.card, **told})
     scope = f" ({told['scope']})" if told.get("scope") else ""
     title = release.title or told.get("title") or f"{TITLES.get(kind, kind)}: mammography patches{scope}"
-    drawn = on_phantoms(told) and " + " not in told["source"]["data"]    # several sets are joined by a plus: not phantoms
+    drawn = on_phantoms(told) and " + " not in told["source"]["data"]    # a plus joins several sets: not phantoms
     terms = check_release(["phantom"] if drawn else told.get("datasets") or [], release.license, release.permission)
     stated = dict(permission=release.permission.strip()) if release.permission.strip() else {}
     return {**told, "license": release.license, "title": title, "terms": terms, **stated}
@@ -236,7 +236,8 @@ def export_run(
 
 # %% ../../nbs/lib/49e_gans.package.ipynb #859cafdf
 TEXTS = dict(holder="who grants the licence",
-             permission="what those who lend the training data allowed, in words, where their terms ask for it", title="title of the card", about="sentences for the card",
+             permission="what those who lend the training data allowed, in words, where their terms ask for it",
+             title="title of the card", about="sentences for the card",
              metrics="CSV of generator_report", audit="audit.json",
              real="folder of real patches (PatchSet) to measure against",
              out="where the packages go; default: packages in the run folder",
