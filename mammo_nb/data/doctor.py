@@ -144,7 +144,7 @@ def paper_lines(
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #54d54c57
 def _labelled(data):
-    "path, patient_id and label of everything a set says of its pictures; an image that is called normal counts as such."
+    "path, patient_id and label of everything a set says of its pictures; a normal image counts as such."
     normal = data.images.normal.map({True:"normal", False:""})
     tables = [data.images[["path","patient_id"]].assign(label=normal), data.lesions[["path","patient_id","label"]]]
     if data.patches is not None: tables.append(data.patches[["path","patient_id","label"]])
@@ -209,13 +209,14 @@ def across(
     for k,a in enumerate(names):
         for b in names[k+1:]:
             within = {line for n in (a,b) for line in doubles(tables[n])}
-            both = [f"{a} and {b}: {line}" for line in doubles(pd.concat([tables[a], tables[b]])) if line not in within]
+            joined = doubles(pd.concat([tables[a], tables[b]]))
+            both = [f"{a} and {b}: {line}" for line in joined if line not in within]
             pa, pb = (list(looks.get(n, {})) for n in (a,b))
             pairs = alike([looks[a][p] for p in pa], [looks[b][p] for p in pb])
-            said = [(*tables[a].label[tables[a].path==pa[i]], *tables[b].label[tables[b].path==pb[j]]) for i,j in pairs]
-            odd = sum(map(_opposite, said))
-            alikes = f"{a} and {b}: {len(pairs)} of the decoded pictures look alike, {odd} of them with opposite labels"
-            out += both + ([alikes] if pairs else [])
+            labels = lambda n, path: list(tables[n].label[tables[n].path==path])
+            odd = sum(_opposite(labels(a, pa[i])+labels(b, pb[j])) for i,j in pairs)
+            said = f"{a} and {b}: {len(pairs)} of the decoded pictures look alike, {odd} of them with opposite labels"
+            out += both + ([said] if pairs else [])
     return out
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #d887827c
@@ -324,7 +325,7 @@ def main(
         description="Say which data sets lie below a folder, what is missing or broken, and which paper they can run.")
     ap.add_argument("path", help="folder with one or more data sets")
     ap.add_argument("--check", type=int, default=20, help="pictures to decode of each set, 0 = all (default 20)")
-    ap.add_argument("--sheet", default="", help="HTML page with pictures of the sets, for the eyes of those who may see them")
+    ap.add_argument("--sheet", default="", help="HTML page with pictures of the sets, for those who may see them")
     a = ap.parse_args(argv)
     try:
         e = examine(a.path, check=max(0,a.check))

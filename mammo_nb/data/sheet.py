@@ -50,12 +50,14 @@ def _figure(r, data):
     "One picture of a sheet with what is known of it; a broken one says why."
     state = "normal" if r["normal"] else "lesion" if r["has_lesion"] else "health unknown"
     mm = f", {r['spacing_mm']:.3g} mm" if r["spacing_mm"]>0 else ""
-    words = f"{r['image_id']}, {r['patient_id']}: {state}, {r['laterality']} {r['view']}, {r['rows']:.0f} x {r['cols']:.0f}{mm}"
-    try: im = thumbnail(read_image(r["path"], scaling=data.scaling), data.lesions[data.lesions.image_id==r["image_id"]].to_dict("records"))
-    except DataError as e: return f"<figure><p>{html.escape(e.what)}</p><figcaption>{html.escape(words)}</figcaption></figure>"
+    where = f"{r['laterality']} {r['view']}, {r['rows']:.0f} x {r['cols']:.0f}{mm}"
+    words = html.escape(f"{r['image_id']}, {r['patient_id']}: {state}, {where}")
+    lesions = data.lesions[data.lesions.image_id==r["image_id"]].to_dict("records")
+    try: im = thumbnail(read_image(r["path"], scaling=data.scaling), lesions)
+    except DataError as e: return f"<figure><p>{html.escape(e.what)}</p><figcaption>{words}</figcaption></figure>"
     im.save(buffer := io.BytesIO(), "PNG")
     picture = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img src="data:image/png;base64,{picture}"><figcaption>{html.escape(words)}</figcaption></figure>'
+    return f'<figure><img src="data:image/png;base64,{picture}"><figcaption>{words}</figcaption></figure>'
 
 def _some(images, most):
     "So many rows, evenly over those with a lesion, normal ones and unknown ones."
@@ -80,6 +82,6 @@ def write_sheet(
         figures = "".join(_figure(r, data) for r in _some(data.images, most))
         parts.append(f"<h2>{html.escape(name)}</h2>{figures}")
     head = "<h1>Data sheet</h1><p><b>Holds pictures of patients: keep it where the data are kept.</b></p>"
-    text = f"<!doctype html><meta charset=utf-8><style>{_STYLE}</style>{head}<pre>{html.escape(words)}</pre>{''.join(parts)}"
-    write_text(path, text)
+    start = f"<!doctype html><meta charset=utf-8><style>{_STYLE}</style>{head}<pre>{html.escape(words)}</pre>"
+    write_text(path, start+"".join(parts))
     return path
