@@ -27,7 +27,7 @@ def home(tmp_path_factory):
     "A package of ours with what a package holds, and a secret beside it."
     home = tmp_path_factory.mktemp("door")
     G = DCGANGenerator(nz=6, widths=(8, 4), rng=torch_rng(0, "G"), std=.3)
-    card = patient_card([f"bcdr:{i}" for i in range(9)], datasets=["bcdr"], scope="masses", training=dict(epoch=3, patches=9, seed=0))
+    card = patient_card([f"bcdr:{i}" for i in range(9)], datasets=["bcdr"], scope="masses", source=dict(data="phantoms of a test"), training=dict(epoch=3, patches=9, seed=0))
     made = save_generator(home/"gan"/"snapshots"/"epoch-00003", G, card=card)
     package = export_generator(made, home/"pkg", license="mit", check=False)
     (home/"secret").write_text(SECRET)

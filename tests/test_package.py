@@ -24,7 +24,7 @@ def lively(seed=0, **kw): return DCGANGenerator(**{**dict(nz=6, widths=(8,4), rn
 @pytest.fixture
 def snapshot(tmp_path):
     "A generator of ours with a card that knows too much."
-    card = patient_card([f"bcdr:{i}" for i in range(30)], datasets=["bcdr"], scope="masses", training=dict(epoch=12, patches=40, images_seen=480, seed=0), patch_id="bcdr:7/secret.dcm")
+    card = patient_card([f"bcdr:{i}" for i in range(30)], datasets=["bcdr"], scope="masses", source=dict(data="phantoms of a test"), training=dict(epoch=12, patches=40, images_seen=480, seed=0), patch_id="bcdr:7/secret.dcm")
     return save_generator(tmp_path/"snapshots"/"epoch-00012", lively(), card=card)
 
 @pytest.fixture

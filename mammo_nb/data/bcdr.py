@@ -111,9 +111,12 @@ def _breasts_of(row):
     "The breasts a row of the outline table speaks of: (patient, side), side None for both; by file name and by number."
     name, number = bcdr_name(Path(word(row["image_filename"]).replace("\\","/")).name), re.sub(r"\.0$", "",
         word(row["patient_id"]))
-    sides = {name["patient"]: name["side"]} if name else {}
-    if number and number not in sides: sides[number] = None
-    return {(f"bcdr:{patient}", side) for patient,side in sides.items()}
+    if number and not number.isdigit(): return set()                     # of somebody, nobody knows of whom
+    sides = {_plain(name["patient"]): name["side"]} if name else {}
+    if number and _plain(number) not in sides: sides[_plain(number)] = None
+    return {(patient, side) for patient,side in sides.items()}
+
+def _plain(patient): return patient.removeprefix("bcdr:").lstrip("0")
 
 def _bcdr_subset(subset, tables, ledger):
     "Image rows, lesion rows, and the breasts that the outline table marks (None: a row of nobody knows whom)."
@@ -193,7 +196,7 @@ def _distinct_ids(lesions):
 
 def _against(im, marked):
     "Why an image without an outline is not called normal: its breast is marked elsewhere, or nobody looked."
-    who, side = im["patient_id"], im["laterality"]
+    who, side = _plain(im["patient_id"]), im["laterality"]
     if (who,side) in marked or (who,None) in marked: return "an outline lies on another view of the same breast"
     if None in marked: return "a row of the outline table belongs to nobody knows whom"
     return "" if im["subset"].startswith("DN") or im["_outlined"] else "its sub-set has no outline table"

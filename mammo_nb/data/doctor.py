@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_COUNTS', 'BCDR_PUBLISHED', 'PAPER_NEEDS', 'count_table', 'missing_for', 'smallest_gain', 'paper_table',
-           'paper_lines', 'doubles', 'spacing_words', 'decode_some', 'examine', 'report_text', 'main']
+           'paper_lines', 'doubles', 'spacing_words', 'decode_some', 'across', 'examine', 'report_text', 'main']
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #383c32d4
 import argparse, os, shlex, sys, warnings
@@ -14,9 +14,12 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import DataError, MammoError, file_hash, repo_root
-from .pixels import read_image
+from .doubles import alike, look_of
+from .pixels import read_image, to_uint8
 from .readers import NEEDS, _found, _read, has_cbis_tables
+from .sheet import write_sheet
 from .table import find_files
+from .terms import TERMS, terms_of
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #ccdd47ff
 PUBLISHED_COUNTS = dict(
@@ -140,13 +143,22 @@ def paper_lines(
     return paper_table(root, sets).set_index("paper").why.to_dict()
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #54d54c57
-def doubles(
-    data, # MammoData
-) -> list: # Sentences, empty when there are none
-    "What files of equal content a set holds, and whether their labels or patients contradict each other."
-    tables = [data.images[["path","patient_id"]].assign(label=""), data.lesions[["path","patient_id","label"]]]
+def _labelled(data):
+    "path, patient_id and label of everything a set says of its pictures; a normal image counts as such."
+    normal = data.images.normal.map({True:"normal", False:""})
+    tables = [data.images[["path","patient_id"]].assign(label=normal), data.lesions[["path","patient_id","label"]]]
     if data.patches is not None: tables.append(data.patches[["path","patient_id","label"]])
-    t = pd.concat(tables).drop_duplicates()
+    return pd.concat(tables).drop_duplicates()
+
+def _opposite(labels):
+    "Whether words contradict each other: benign and malignant, or normal and diseased."
+    ill = set(labels) & {"benign","malignant"}
+    return len(ill)>1 or bool(ill and "normal" in set(labels))
+
+def doubles(
+    t:pd.DataFrame, # path, patient_id, label, see `_labelled`; of one set or of several
+) -> list: # Sentences, empty when there are none
+    "What files of equal content there are, and whether their labels or patients contradict each other."
     size = {p: os.path.getsize(p) for p in set(t.path) if os.path.isfile(p)}
     twins = {n for n,k in Counter(size.values()).items() if k>1}
     same = {}
@@ -154,7 +166,7 @@ def doubles(
     groups = [t[t.path.isin(paths)] for paths in same.values() if len(paths)>1]
     count = lambda odd: sum(g.path.nunique() for g in groups if odd(g))
     said = {"files hold a picture that another file holds too": count(lambda g: True),
-        "of them are called benign and malignant": count(lambda g: {"benign","malignant"} <= set(g.label)),
+        "of them have opposite labels": count(lambda g: _opposite(g.label)),
         "of them belong to several patients": count(lambda g: g.patient_id.nunique()>1)}
     return [f"{n} {words}" for words,n in said.items() if n]
 
@@ -177,13 +189,35 @@ def decode_some(
     "Decode pictures evenly over a set and list the broken ones."
     paths = list(data.images.path) + (list(data.patches.path) if data.patches is not None else [])
     step = max(1, len(paths)//check) if check else 1
-    bad = []
+    bad, looks = [], {}
     for p in paths[::step]:
-        try: read_image(p, scaling=data.scaling)
+        try:
+            x = read_image(p, scaling=data.scaling)
+            looks[p] = look_of(x if x.dtype=="uint8" else to_uint8(x, where=p))
         except DataError as e: bad.append((p, e.what))
     df = pd.DataFrame(bad, columns=["file","reason"])
-    df.attrs["tried"] = len(paths[::step])
+    df.attrs.update(tried=len(paths[::step]), looks=looks)
     return df
+
+def across(
+    sets:dict, # name -> MammoData
+    looks:dict, # name -> {path: look} of the pictures that were decoded
+) -> list: # Sentences, empty when there is nothing to say
+    "Pictures that several data sets hold: by content, and by their look among those that were decoded."
+    tables = {n: _labelled(d) for n,d in sets.items()}
+    out, names = [], sorted(sets)
+    for k,a in enumerate(names):
+        for b in names[k+1:]:
+            within = {line for n in (a,b) for line in doubles(tables[n])}
+            joined = doubles(pd.concat([tables[a], tables[b]]))
+            both = [f"{a} and {b}: {line}" for line in joined if line not in within]
+            pa, pb = (list(looks.get(n, {})) for n in (a,b))
+            pairs = alike([looks[a][p] for p in pa], [looks[b][p] for p in pb])
+            labels = lambda n, path: list(tables[n].label[tables[n].path==path])
+            odd = sum(_opposite(labels(a, pa[i])+labels(b, pb[j])) for i,j in pairs)
+            said = f"{a} and {b}: {len(pairs)} of the decoded pictures look alike, {odd} of them with opposite labels"
+            out += both + ([said] if pairs else [])
+    return out
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #d887827c
 def _read_all(found, check):
@@ -202,7 +236,7 @@ def examine(
     root:Path, # Any folder
     *,
     check:int=20, # How many pictures to decode of each set; 0 = all
-) -> dict: # sets, errors, broken, usable, papers, lines, seen, closed, spacing
+) -> dict: # sets, across, errors, broken, usable, papers, lines, seen, closed, spacing
     "Read whatever lies below a folder and say what is wrong with it."
     root = Path(root)
     with warnings.catch_warnings(record=True) as said:
@@ -213,7 +247,8 @@ def examine(
     good = {n: d for n,d in sets.items() if broken[n].attrs["tried"]>len(broken[n])}
     seen = {} if found else Counter(p.suffix.lower() or p.name for p in find_files(root))
     papers = paper_table(root, good) if good else None
-    return dict(root=root, found=found, sets=sets, errors=errors, broken=broken, seen=seen, papers=papers,
+    looks = {n: bad.attrs["looks"] for n,bad in broken.items()}
+    return dict(root=root, found=found, sets=sets, across=across(sets, looks), errors=errors, broken=broken, seen=seen, papers=papers,
         usable=bool(good) and bool(papers.runs.any()), spacing=spacing_words(good), closed=sorted(set(map(str,
         closed))),
         lines={} if papers is None else papers.set_index("paper").why.to_dict(),
@@ -241,9 +276,11 @@ def _set_lines(e, name):
     out = ["", f"{name}: layout {layout}, in {p}"]
     if name in e["errors"]: return out + [f"    cannot be read: {e['errors'][name]}"]
     data, bad = e["sets"][name], e["broken"][name]
+    terms = terms_of(data.name if data.name in TERMS else layout)
+    out.append(f"    terms   {terms.licence}: {terms.clause}")
     out += _count_lines(layout, data)
     out += _reasons(data.skipped, e["root"].resolve()) or ["    nothing left out"]
-    out += [f"    doubles {line}" for line in doubles(data)]
+    out += [f"    doubles {line}" for line in doubles(_labelled(data))]
     out.append(f"    pixels: {bad.attrs['tried']} decoded, {len(bad)} broken")
     return out + [f"    broken  {f}: {r}" for f,r in bad.head(20).itertuples(index=False)]
 
@@ -274,6 +311,7 @@ def report_text(
     out += [line for name in e["found"] for line in _set_lines(e, name)]
     if not e["found"]: out += _nothing_lines(e)
     if e["spacing"]: out += ["", e["spacing"]]
+    if e["across"]: out += ["", *e["across"]]
     if e["papers"] is not None:
         out += ["", "papers, and what they could decide on this data:", *_paper_lines(e["papers"])]
     return "\n".join([*out, "", "usable" if e["usable"] else "not usable"])
@@ -287,8 +325,11 @@ def main(
         description="Say which data sets lie below a folder, what is missing or broken, and which paper they can run.")
     ap.add_argument("path", help="folder with one or more data sets")
     ap.add_argument("--check", type=int, default=20, help="pictures to decode of each set, 0 = all (default 20)")
+    ap.add_argument("--sheet", default="", help="HTML page with pictures of the sets, for those who may see them")
     a = ap.parse_args(argv)
-    try: e = examine(a.path, check=max(0,a.check))
+    try:
+        e = examine(a.path, check=max(0,a.check))
+        if a.sheet: print(f"sheet {write_sheet(a.sheet, e['sets'], words=report_text(e))}")
     except MammoError as err:
         print(err, file=sys.stderr)
         return 1

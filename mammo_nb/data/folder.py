@@ -7,7 +7,7 @@ __all__ = ['IMAGES_NEED', 'LESIONS_NEED', 'PATCHES_NEED', 'CBIS_PATCH_COLUMNS', 
            'patch_frame', 'read_folder', 'read_cbis_patches', 'read_four_views']
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #ac1fad48
-import os, re
+import os, re, unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,17 @@ def _key(r, shared):
 def _note_shared(shared, table, ledger):
     if shared: ledger.note(table, "image_id of several patients: patient and image together are the key", len(shared))
 
+def _plain_id(said):
+    "An id without what a spreadsheet or a hurried hand changes: 007 and 7, p1 and P1, 12.0 and 12."
+    return re.sub(r"\.0+$", "", word(said).casefold()).lstrip("0")
+
+def _note_alike(patients, table, ledger):
+    "Say which patients may be one woman; whoever splits by patient has to know."
+    alike = pd.Series(sorted(set(patients)-{""}), dtype=object)
+    for plain,ids in alike.groupby(alike.map(_plain_id)):
+        said = " and ".join(map(repr, ids[:3]))
+        if len(ids)>1: ledger.note(table, f"patients {said} may be one woman: write ids alike")
+
 # %% ../../nbs/lib/22a_data.folder.ipynb #8b012d1d
 def _why_not(row, key, path, known):
     "Why a row of images.csv cannot be used, or an empty text."
@@ -81,15 +92,15 @@ def _why_not(row, key, path, known):
 def _image_row(r, key, head, name, path):
     "The image row of a row of images.csv; what the file's header knows fills in."
     spacing = number_of(r.get("spacing_mm"), 1e-4, 5)
-    texts = {k: _text(r,c) for k,c in dict(subset="subset", study_id="study_id", birads="birads",
-        official_split="split",
+    texts = {k: _text(r,c) for k,c in dict(subset="subset", study_id="study_id", official_split="split",
         device="device").items()}
+    texts["birads"] = _rated(r) or np.nan
     return dict(texts, image_id=f"{name}:{key}", patient_id=f"{name}:{word(r['patient_id'])}", path=str(path),
         laterality=side_of(r.get("laterality") or head["side"]), view=view_of(r.get("view") or head["view"]),
         rows=head["rows"], cols=head["cols"], bits=head["bits"],
         spacing_mm=spacing if spacing>0 else head["spacing_mm"], density=number_of(r.get("density"),1,4),
         age=number_of(r.get("age"),0,120), quirks=[], has_lesion=False, _normal=word(r.get("normal")),
-        _elsewhere=_elsewhere(r))
+        _elsewhere=_elsewhere(r), _size=_other_size(r, head))
 
 def _spare(root, used, ledger):
     "Pictures beside those that the table names; masks do not count."
@@ -102,6 +113,7 @@ def _folder_images(root, name, ledger):
     df = read_table(table, need=IMAGES_NEED, fold=True)
     shared = _shared_ids(df)
     _note_shared(shared, table, ledger)
+    _note_alike(df.patient_id, table, ledger)
     for _,r in df.iterrows():
         key = _key(r, shared)
         seen.setdefault(key, dict(patient_id=f"{name}:{word(r['patient_id'])}", laterality=side_of(r.get("laterality")),
@@ -111,16 +123,18 @@ def _folder_images(root, name, ledger):
         why = _why_not(r, key, path, rows)
         if why:
             ledger.skip(table, why)
+            if key in rows: rows[key]["_elsewhere"] = rows[key]["_elsewhere"] or _otherwise(rows[key], r)
             continue
         head = header_or_skip(path, ledger)
         if head is None: continue
         used.add(path)
+        _note_unread(r, table, ledger)
         rows[key] = _image_row(r, key, head, name, path)
     return rows, {k: im for k,im in seen.items() if k and k not in rows}, shared, used
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #967604a5
-def _lesion_box(r, polygon, size):
-    "(half-open box inside the image, or None; why there is none) of a row of lesions.csv."
+def _lesion_points(r, polygon):
+    "(corners or outline, or None; why there are none) of a row of lesions.csv."
     said = {c: word(r.get(c)) for c in BOX}
     box = x0,y0,x1,y1 = [number_of(v) for v in said.values()]
     odd = next((f"{c} is {v[:40]!r}" for (c,v),x in zip(said.items(), box) if v.casefold() not in _BLANK
@@ -130,10 +144,23 @@ def _lesion_box(r, polygon, size):
         if fractions([(x0,y0),(x1,y1)]): return None, no_box_words([(x0,y0),(x1,y1)], "")
         if not (x0<x1 and y0<y1):
             return None, "x1 and y1 are not right of and below x0 and y0 (are they width and height?)"
-        polygon = [(x0,y0), (np.ceil(x1)-1,np.ceil(y1)-1)]
-    elif word(r.get("polygon")) and not polygon: return None, "its polygon cannot be read"
-    elif not polygon: return None, "it has neither box nor outline nor mask"
-    return outline_box(polygon, **size), no_box_words(polygon, "it lies outside its image")
+        return [(x0,y0), (np.ceil(x1)-1,np.ceil(y1)-1)], ""
+    if word(r.get("polygon")) and not polygon: return None, "its polygon cannot be read"
+    return (polygon, "") if polygon else (None, "it has neither box nor outline nor mask")
+
+def _box_in(points, size):
+    "(half-open box inside the image, or None; why there is none, or what is odd)"
+    box = outline_box(points, **size)
+    if box is None: return None, no_box_words(points, "it lies outside its image")
+    whole = np.floor(np.max(points, 0))+1-np.floor(np.min(points, 0))
+    share = (box[2]-box[0])*(box[3]-box[1])/whole.prod()
+    if share<.5: return None, f"{1-share:.0%} of it lie outside: is the picture of another size than the one marked?"
+    return box, "" if share>.95 else "it reaches over the edge of its image and is cut there"
+
+def _lesion_box(r, polygon, size):
+    "(half-open box inside the image, or None; why there is none, or what is odd) of a row of lesions.csv."
+    points, why = _lesion_points(r, polygon)
+    return _box_in(points, size) if points else (None, why)
 
 def _lesion_words(r, table, ledger):
     "Type and class of a lesion; words that are not understood are noted."
@@ -155,9 +182,23 @@ def _region(path, r, im):
     said = ", ".join(f"{v:g}" for v in values)
     raise DataError(f"mask holds the values {said}, and mask_value does not say which is meant", path, "add the column")
 
+def _mask_names(said, root):
+    "File names of a cell: parted by ; or |, or by commas where no file has the whole name."
+    names = [n.strip() for n in re.split(r"[;|]", said) if n.strip()]
+    if len(names)!=1 or "," not in said or ((whole := inside(root, said)) and whole.is_file()): return names
+    return [n for part in said.strip("[]").split(",") if (n := part.strip(" '\""))]
+
+def _joined_masks(df):
+    "Rows that agree in all but the mask are one lesion in several files."
+    if not {"mask_path","lesion_id"} <= set(df.columns): return df
+    rest = [c for c in df.columns if c!="mask_path"]
+    alike = (df.lesion_id!="") & (df.mask_path!="") & df.duplicated(rest, keep=False)
+    first = df[alike].groupby(rest, sort=False).mask_path.transform(lambda names: ";".join(dict.fromkeys(names)))
+    return df.assign(mask_path=first.reindex(df.index).fillna(df.mask_path)).drop_duplicates()
+
 def _mask(r, im, root):
     "(box of the masks that a row names, their first file, what is wrong or odd with them)"
-    names, on = [n.strip() for n in re.split(r"[;|]", word(r.get("mask_path"))) if n.strip()], False
+    names, on = _mask_names(word(r.get("mask_path")), root), False
     paths = [inside(root, n) for n in names]
     lost = [n for n,p in zip(names, paths) if p is None or not p.is_file()]
     if lost or not names: return None, None, f"mask file {lost[0][:80]!r} is missing" if lost else ""
@@ -166,6 +207,49 @@ def _mask(r, im, root):
     except DataError as e: return None, None, e.what
     box, parts = mask_box(on)
     return box, paths[0], f"mask has {parts} parts, the box is around all" if parts>1 else ""
+
+# %% ../../nbs/lib/22a_data.folder.ipynb #9d337ce9
+_HEIGHT, _WIDTH = ("rows","height","image_height","img_height"), ("cols","columns","width","image_width","img_width")
+
+def _other_size(r, head):
+    "That a row gives its picture another size than the file has, or an empty text."
+    said = [next((n for c in names if (n:=number_of(r.get(c)))>0), None) for names in (_HEIGHT, _WIDTH)]
+    odd = None not in said and said!=[head["rows"], head["cols"]]
+    if not odd: return ""
+    return f"its table says {said[0]:g} x {said[1]:g} pixels, the file {head['rows']:g} x {head['cols']:g}"
+
+def _in_corner(l, im):
+    "Whether a box lies in the first tenth of its image, or below 100 in a large one: per cent, or millimetres."
+    right, down, short = l["x1"], l["y1"], min(im["rows"], im["cols"])
+    return (right<=.1*im["cols"] and down<=.1*im["rows"]) or (max(right, down)<=100 and short>=512)
+
+def _in_pixels(lesions, images, table, ledger):
+    "The lesions, or none of them where their boxes cannot be pixels; masks are, by their size."
+    by_id = {im["image_id"]: im for im in images.values()}
+    boxed = [l for l in lesions if not l["mask_path"]]
+    if not boxed or not all(_in_corner(l, by_id[l["image_id"]]) for l in boxed): return lesions
+    ledger.skip(table, "every box lies in the top left corner of its image: per cent, millimetres, thousands written "
+        "with a point, or pixels of a smaller picture? Pixels are needed", len(boxed))
+    for l in boxed: by_id[l["image_id"]]["quirks"].append(NO_BOX)
+    return [l for l in lesions if l["mask_path"]]
+
+# %% ../../nbs/lib/22a_data.folder.ipynb #801450bc
+def _same_place(a, b):
+    if a["image_id"]!=b["image_id"] or a["lesion_type"]!=b["lesion_type"]: return False
+    return box_iou([a[c] for c in BOX], [b[c] for c in BOX])>.8
+
+def _once(lesions, images, table, ledger):
+    "Each lesion once: a row that says the same again is passed over, a place of both classes is left out."
+    out, by_id = [], {im["image_id"]: im for im in images.values()}
+    for l in lesions:
+        there = [o for o in lesions if o is not l and _same_place(l, o)]
+        again = [o for o in out if _same_place(l, o) and all(o[c]==l[c] for c in (*BOX,"label"))]
+        if {"benign","malignant"} <= {o["label"] for o in (l,*there)}:
+            ledger.skip(table, "one place is called benign and malignant: left out")
+            by_id[l["image_id"]]["quirks"].append(NO_BOX)
+        elif again: ledger.note(table, "lesion stands twice, counted once")
+        else: out.append(l)
+    return out
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #3848ad60
 def _nearly(image, images):
@@ -179,25 +263,33 @@ def _placed(r, im, root):
     polygon, (marked, mask, odd) = parse_polygon(r.get("polygon")), _mask(r, im, root)
     box, why = _lesion_box(r, polygon, dict(rows=im["rows"], cols=im["cols"]))
     if box is None and marked and why.startswith("it has neither"): return marked, None, mask, odd
-    if box is None: return None, polygon, mask, odd or why
+    scale = im["_size"] or _other_size(r, im)
+    if box is None or scale: return None, polygon, mask, odd or why or scale
     if marked and not box_iou(box, marked): odd = "mask and box do not overlap"
-    return box, polygon, mask, odd
+    return box, polygon, mask, odd or why
+
+def _unplaced(r, image, images, lost, shared):
+    "Why a lesion row has no image, or an empty text."
+    if image in lost: return "whose file cannot be used"
+    if image in shared: return "which several patients have: add the column patient_id"
+    if image not in images: return "which is not in images.csv"+_nearly(image, images)
+    who = word(r.get("patient_id"))
+    other = who and _plain_id(who)!=_plain_id(images[image]["patient_id"].split(":",1)[1])
+    return f"whose patient is not {who[:40]!r} in images.csv" if other else ""
 
 def _folder_lesions(root, images, lost, shared, ledger):
     "Lesion rows, how many rows the table has, and how many of them found no image."
     table, out, seen, unmatched = root/"lesions.csv", [], set(), 0
-    rows = read_table(table, need=LESIONS_NEED, fold=True)
+    rows = _joined_masks(read_table(table, need=LESIONS_NEED, fold=True))
     for k,r in rows.iterrows():
         image = _key(r, shared)
-        im = images.get(image)
-        if im is None:
+        why, im = _unplaced(r, image, images, lost, shared), images.get(image, lost.get(image))
+        if im: im["has_lesion"] = True
+        if why:
             unmatched += image not in lost
-            if image in lost: lost[image]["has_lesion"] = True
-            why = "whose file cannot be used" if image in lost else "which is not in images.csv"+_nearly(image, images)
-            if image in shared: why = "which several patients have: add the column patient_id"
+            if image in images: im["quirks"].append(NO_BOX)
             ledger.skip(table, f"lesion on image {image[:60]!r}, {why}")
             continue
-        im["has_lesion"] = True
         box, polygon, mask, odd = _placed(r, im, root)
         if box is None:
             ledger.skip(table, f"lesion in line {k+2} has no box inside its image: {odd}")
@@ -206,16 +298,28 @@ def _folder_lesions(root, images, lost, shared, ledger):
         if odd: ledger.note(table, f"lesion in line {k+2}: {odd}")
         words = _lesion_words(r, table, ledger)
         lesion = word(r.get("lesion_id")) or str(k+1)
+        if (im["image_id"],lesion) in seen: ledger.note(table, "lesion_id of another lesion of its image, changed")
         while (im["image_id"],lesion) in seen: lesion += "+"
         seen.add((im["image_id"],lesion))
         out.append(dict(zip(BOX, box), image_id=im["image_id"], lesion_id=lesion, polygon=polygon,
             mask_path=str(mask) if mask else None, label_source=_text(r,"label_source"), **words))
-    return out, len(rows), unmatched
+    return _once(_in_pixels(out, images, table, ledger), images, table, ledger), len(rows), unmatched
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #60eded08
-_OTHER_COLUMNS = ("label","labels","pathology","diagnosis","classification","class","finding","findings","abnormality",
-    "abnormal","cancer","status","result","biopsy","lesion","lesions","target")
-_HARMLESS = _BLANK | set("0 0.0 no n false normal healthy negative norm neg nein".split())
+_ABOUT = """label patholog diagnos classif finding befund achado hallazgo abnormal anormal cancer krebs kanker
+    cancro status result biops lesion lasion laesion target tumor tumou tumeur malign carcinom karzinom disease
+    krankheit maladie outcome histolog nodul suspic verdacht mass masse herd klasse clase classe""".split()
+_HARMLESS = _BLANK | {"no finding", "no findings", "no lesion", "no cancer", "no abnormality", "kein befund",
+    "ohne befund"} | set("""0 0.0 no n false normal healthy negative norm neg nein non não nao negativ negativo gesund
+    unremarkable""".split())
+_RATED = {"birads","biradscategory","biradsassessment","biradsscore","biradskategorie","breastbirads","acrbirads",
+    "assessment","finalassessment"}
+
+def _plain_name(column): return re.sub(r"[^a-z]", "", unicodedata.normalize("NFKD", str(column).casefold()))
+
+def _rated(r):
+    "The BI-RADS category of a row, whatever its column is called."
+    return next((word(r[c]) for c in r.keys() if _plain_name(c) in _RATED and word(r[c])), "")
 
 def _rating(value):
     "BI-RADS category as INbreast writes it; empty when missing, the text itself when it is none."
@@ -224,9 +328,27 @@ def _rating(value):
 
 def _elsewhere(row):
     "What another column of images.csv says about a disease, or an empty text."
-    said = ((c, word(row.get(c))) for c in _OTHER_COLUMNS)
+    told = [c for c in row.keys() if _plain_name(c)=="class" or _plain_name(c).startswith(tuple(_ABOUT))]
+    said = ((c, word(row[c])) for c in told if _plain_name(c) not in _RATED)
     return next((f"column '{c}' says '{v[:40]}'" for c,v in said if v.casefold() not in _HARMLESS), "")
 
+# %% ../../nbs/lib/22a_data.folder.ipynb #7e83848c
+def _otherwise(im, row):
+    "What a further row of an image says against the first, or an empty text."
+    same = word(row.get("normal"))==im["_normal"] and word(im["birads"])==_rated(row)
+    return _elsewhere(row) or ("" if same else "another row of the table says otherwise")
+
+_READ_AS = dict(spacing_mm=lambda v: number_of(v,1e-4,5), density=lambda v: number_of(v,1,4),
+    age=lambda v: number_of(v,0,120), laterality=side_of)
+
+def _note_unread(row, table, ledger):
+    "Say which cells were not understood and count as empty."
+    for column,read in _READ_AS.items():
+        said = word(row.get(column))
+        if said.casefold() not in _BLANK and pd.isna(read(said)):
+            ledger.note(table, f"{column} {said[:40]!r} is not understood: unknown")
+
+# %% ../../nbs/lib/22a_data.folder.ipynb #ab6feffd
 def _against(im, lesions_known, unmatched, sick):
     "Why an image without a lesion row is not called normal, or an empty text."
     said, rating = im["_normal"], _rating(im["birads"])
@@ -244,13 +366,17 @@ def _against(im, lesions_known, unmatched, sick):
 
 def _breasts(im):
     "The breasts an image may show: its own, or both where the side is unknown."
-    side = im["laterality"]
-    return {(im["patient_id"], s) for s in ((side,) if isinstance(side, str) else "LR")}
+    side, who = im["laterality"], _plain_id(im["patient_id"].split(":",1)[-1])
+    return {(who, s) for s in ((side,) if isinstance(side, str) else "LR")}
 
 def _mark_images(images, lost, lesions_known, unmatched, table, ledger):
     rows = list(images.values())
     sick = set().union(*(_breasts(im) for im in (*rows, *lost.values()) if im["has_lesion"]))
-    mark_normal(rows, lambda im: _against(im, lesions_known, unmatched, sick), ledger=ledger, file=table)
+    files = {im["path"] for im in rows if im["has_lesion"]}
+    def why(im):
+        if im["path"] in files: return "its file has a lesion under another image_id"
+        return _against(im, lesions_known, unmatched, sick)
+    mark_normal(rows, why, ledger=ledger, file=table)
     for im in rows:
         if answer_of(im["_normal"])=="yes" and im["has_lesion"]:
             ledger.note(table, "image is called normal and has a row in lesions.csv: it is not")

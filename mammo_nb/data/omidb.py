@@ -159,7 +159,7 @@ def _passes(h, want):
 
 def _omi_head(path, want, ledger):
     "Header of an image that passes the filters, or None."
-    h = header_or_skip(path, ledger)
+    h = header_or_skip(path, ledger, raw=True)
     if h is None: return None
     fails = _passes(h, want)
     why = "image is not FOR PRESENTATION, left out" if h["intent"].upper()!="FOR PRESENTATION" else \
@@ -201,6 +201,11 @@ def _omi_lesions(im, marks, episode, ledger):
             lesion_type=mark_type(m), label=label, label_source=source, label_raw=raw, quirks=im["quirks"]))
     return out
 
+def _marked(imagedb):
+    "Whether anything is written under an image of a client, also what no reader understands."
+    images = (i for s in _dict(imagedb.get("STUDIES")).values() for i in _dict(s).values() if isinstance(i, dict))
+    return any(bool(marks) for i in images for marks in i.values())
+
 _STATUS = dict(unknown="its client has no readable nbss file", CI="its client had an interval cancer",
     M="its client has a malignant opinion", B="its client has a benign opinion",
     U="the record of its client holds something that is not normal, or nothing")
@@ -222,8 +227,7 @@ def _omi_rows(client, files, by_stem, want, ledger):
             view=view_of(h["view"]), device=_device(h), quirks=quirks, has_lesion=bool(marks))
         images.append(im)
         lesions += _omi_lesions(im, marks, _dict(_dict(nbss).get(word(s.get("EpisodeID")))), ledger)
-    why = _STATUS.get(status) or ("an image of the client carries a mark" if any(m for *_,m in omi_images(imagedb))
-        else "")
+    why = _STATUS.get(status) or ("an image of the client carries a mark" if _marked(imagedb) else "")
     mark_normal(images, lambda im: why, ledger=ledger, file=files["imagedb"])
     return images, lesions, named
 

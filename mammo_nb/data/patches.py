@@ -343,14 +343,19 @@ def rule_zoom(pic, rows, *, seed, views):
     return [[zoomed_box(as_box(r["box"], **size), **size, zoom=r["options"]["zoom"])]*views for r in rows]
 
 # %% ../../nbs/lib/28_data.patches.ipynb #a2fd7fb6
+def _tissue(pic, r):
+    "What counts as breast: with `min_breast` no muscle in healthy windows; a lesion may lie on it."
+    return pic.gland if r["options"]["min_breast"] and r["target"]==0 else pic.tissue
+
 def rule_context(pic, rows, *, seed, views):
     "256 pixels with 90 % tissue, around a lesion pixel or anywhere (paper 01)."
     out = []
     for r in rows:
         o, b = r["options"], None if r["box"] is None else as_box(r["box"], rows=pic.rows, cols=pic.cols)
         side, avoid = round(o["side"]*o["scale"]), [Box(*a) for a in r["avoid"] or ()]
-        place = lambda v: context_box(pic.tissue, rng=rng(seed,"context",r["patch_id"],v), size=side,
-            min_tissue=o["min_tissue"], box=b, polygon=r["polygon"], avoid=avoid)
+        least = max(o["min_tissue"], o["min_breast"])
+        place = lambda v: context_box(_tissue(pic, r), rng=rng(seed,"context",r["patch_id"],v), size=side,
+            min_tissue=least, box=b, polygon=r["polygon"], avoid=avoid)
         crops = [place(v) for v in range(views)]
         out.append(f"no place with {o['min_tissue']:.0%} tissue" if any(c is None for c in crops) else crops)
     return out
@@ -363,7 +368,7 @@ def _slots(boxes, rows, views):
 def rule_row(pic, rows, *, seed, views):
     "Touching patches side by side on tissue, for re-insertion (paper 01, figure 3)."
     o, chance = rows[0]["options"], rng(seed,"row",rows[0]["image_id"])
-    boxes = contiguous_row(pic.tissue, rng=chance, n=len(rows), size=round(o["side"]*o["scale"]),
+    boxes = contiguous_row(_tissue(pic, rows[0]), rng=chance, n=len(rows), size=round(o["side"]*o["scale"]),
         min_tissue=o["min_tissue"])
     return _slots(boxes, rows, views)
 
@@ -394,11 +399,10 @@ def rule_whole(pic, rows, *, seed, views):
     return [[Box(0,0,pic.cols,pic.rows)]*views for r in rows]
 
 # %% ../../nbs/lib/28_data.patches.ipynb #e9446c00
-_TISSUE = dict(side=256, scale=1., min_tissue=0.9)
+_TISSUE = dict(side=256, scale=1., min_tissue=0.9, min_breast=0.)
 RULES = dict(square=(rule_square, SQUARE), zoom=(rule_zoom, dict(zoom=1)), context=(rule_context, _TISSUE),
     row=(rule_row, _TISSUE), thesis=(rule_thesis,
     dict(side=128, scale=1., min_grey=30, same_seed=False, min_breast=0.)),
-   
     grid=(rule_grid, dict(side=224, scale=1., of_width=None, step=0.8, min_tissue=0.5, min_breast=0.)),
     whole=(rule_whole, {}))
 

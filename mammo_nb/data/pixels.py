@@ -170,15 +170,29 @@ def _lut_values(lut):
     if isinstance(data, bytes): data = np.frombuffer(data, np.uint8 if len(data)==(n or 65536) else np.uint16)
     return np.atleast_1d(np.asarray(data))
 
+# %% ../../nbs/lib/22_data.pixels.ipynb #32146208
 def _remarks(ds):
     "What the header says that changes the meaning of the picture."
     spacing = ds.get("ImagerPixelSpacing") or ds.get("PixelSpacing")
-    sides = [_number(v) for v in spacing] if isinstance(spacing, _MANY) else []
-    raw = _text(ds, "PresentationIntentType").upper()=="FOR PROCESSING"
-    said = {"grey values fall with the stored ones (slope or table), turned over": _falls(ds),
-        "raw values of the detector (FOR PROCESSING), not made for display; taken as they are": raw,
-        "pixels are not square; their height counts": len(sides)>1 and abs(sides[0]-sides[1])>.02*sides[0]}
+    sides = [[_number(v) for v in x] if isinstance(x, _MANY) else [] for x in (spacing, ds.get("PixelAspectRatio"))]
+    kind = _text(ds, "ImageType").upper()
+    raw, other = _is_raw(ds), _text(ds, "Modality").upper() or "MG"
+    said = {"grey values fall with the stored ones (slope or table), turned over": _falls(ds) and not raw,
+        "raw values of the detector (FOR PROCESSING), made to rise with the tissue as its header says":
+        raw and not _unshown(ds),
+        "pixels are not square; their height counts": any(len(s)>1 and abs(s[0]-s[1])>.02*s[0] for s in sides),
+        "computed from a tomosynthesis volume, no mammogram that was taken": "GENERATED_2D" in kind,
+        f"modality {other[:16]}, not mammography": other not in ("MG","CR","DX","OT","SC")}
     return [words for words,holds in said.items() if holds]
+
+def _is_raw(ds): return _text(ds, "PresentationIntentType").upper()=="FOR PROCESSING"
+
+def _unshown(ds):
+    "Why nobody can say what bright means in raw values of the detector, or an empty text."
+    told = _text(ds, "PixelIntensityRelationship").upper() in ("LIN","LOG") and \
+        _number(ds.get("PixelIntensityRelationshipSign")) in (1,-1)
+    return "" if told or not _is_raw(ds) else ("raw values of the detector (FOR PROCESSING), and no "
+        "PixelIntensityRelationship and its sign that say how they rise with the tissue")
 
 def _facts(ds):
     "What `read_header` says of a DICOM file."
@@ -187,7 +201,7 @@ def _facts(ds):
         magnification="EstimatedRadiographicMagnificationFactor",
         current="XRayTubeCurrent")
     return dict(rows=int(ds.Rows), cols=int(ds.Columns), spacing_mm=_spacing(ds), remarks=_remarks(ds),
-        **{k: _number(ds.get(key)) for k,key in numbers.items()}, **words)
+        unshown=_unshown(ds), **{k: _number(ds.get(key)) for k,key in numbers.items()}, **words)
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #0fb3dc76
 _TURNED, _WHITE = "stored on its side, turned as its EXIF note says", "white is zero in this file, turned over"
@@ -211,11 +225,11 @@ def _picture_facts(im, turn, negative):
     remarks = [_TURNED]*(turn>1) + [_WHITE]*negative
     bits = dict(L=8, P=8, RGB=8, RGBA=8, LA=8).get(im.mode, 1 if im.mode=="1" else 32 if im.mode in "IF" else 16)
     return dict(rows=rows, cols=cols, bits=bits, allocated=max(bits,8), spacing_mm=np.nan, magnification=np.nan,
-        current=np.nan, remarks=remarks, **{k:"" for k in HEADER_WORDS})
+        current=np.nan, remarks=remarks, unshown="", **{k:"" for k in HEADER_WORDS})
 
 def read_header(
     path:Path, # DICOM or picture
-) -> dict: # rows, cols, bits, allocated, spacing_mm, magnification, current, remarks, words of `HEADER_WORDS`
+) -> dict: # rows, cols, bits, allocated, spacing_mm, magnification, current, remarks, unshown, words of `HEADER_WORDS`
     "Size, bits, spacing and words of a file without decoding its pixels."
     if not is_dicom(path): return _picture_facts(*_raster(path, pixels=False))
     ds = _head(path)
@@ -229,11 +243,16 @@ def read_header(
 def header_or_skip(
     path:Path, # DICOM or picture
     ledger, # Takes the reason of a file that cannot be read
+    *,
+    raw:bool=False, # Also files whose values cannot be shown, for readers that leave them out by their own words
 ) -> dict: # From `read_header`, or None
     "The header of a file, or a line in the ledger; what was turned to be read rightly is noted."
     try: head = read_header(path)
     except DataError as e: ledger.skip(path, e.what)
     else:
+        if head["unshown"] and not raw:
+            ledger.skip(path, head["unshown"])
+            return None
         for remark in head["remarks"]: ledger.note(path, remark)
         return head
 
@@ -302,6 +321,8 @@ def window(
     return np.clip((x-(centre-0.5))/max(width-1,1e-6)+0.5, 0, 1)
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #12fce24f
+_PRESENTED = "take the picture that was made for presentation"
+
 def _first(v, index=0): return v[min(index,len(v)-1)] if isinstance(v, _MANY) else v
 
 def _voi_table(lut, x):
@@ -317,6 +338,7 @@ def _voi(ds, raw, index):
     luts, centre, width = (ds.get(k) for k in ("VOILUTSequence","WindowCenter","WindowWidth"))
     if luts: return _voi_table(luts[min(index,len(luts)-1)], x)
     if centre is None or width is None: return x
+    if not float(_first(width,index))>0: raise ValueError(f"window width {_first(width,index)}")
     return window(x, float(_first(centre,index)), float(_first(width,index)),
         str(ds.get("VOILUTFunction") or "LINEAR").upper())
 
@@ -353,6 +375,13 @@ def _grey(path):
     if x.ndim!=2: raise DataError(f"has shape {x.shape}, not one grey plane", path, "convert it to grey")
     return _turned_over(x) if negative else x
 
+def _attenuation(ds, raw, scaling):
+    "Raw values of the detector as something that rises with the tissue (PS3.3 C.8.11.3.1.2): turned over, logarithm."
+    x = raw if _number(ds.PixelIntensityRelationshipSign)<0 else _turned_over(raw)
+    if scaling=="none" or _text(ds, "PixelIntensityRelationship").upper()=="LOG": return x
+    passed = (int(x.max())-x.astype(float))                       # what came through, up to a constant
+    return -np.log(np.maximum(passed, max(1., np.quantile(passed, .001))))
+
 def _white_padding(ds, raw, x):
     "Padding that would be shown brighter than all else: it is air."
     pad = _padding(ds, raw)
@@ -371,8 +400,12 @@ def read_image(
         x = _grey(path)
         return x if scaling=="none" else to_uint8(x, where=path)
     ds = read_dicom(path)
+    if _unshown(ds): raise DataError(_unshown(ds), path, _PRESENTED)
     raw = _decode(ds, path)
     try:
+        if _is_raw(ds):
+            x = _attenuation(ds, raw, scaling)
+            return x if scaling=="none" else to_uint8(x, ignore=_white_padding(ds, raw, x), where=path)
         if scaling!="voi":
             x = _turned_over(raw) if _inverted(ds)!=_falls(ds) else raw
             return x if scaling=="none" else to_uint8(x, ignore=_white_padding(ds, raw, x), where=path)
@@ -408,6 +441,14 @@ def mask_boxes(
     return [(int(x0+sx.start), int(y0+sy.start), int(x0+sx.stop), int(y0+sy.stop)) for sy,sx in (at[k] for k in keep)]
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #1c4de574
+def _numbers(path):
+    "The values of a mask; where a file paints numbers (a palette), the numbers and not their paint."
+    read_header(path)
+    if not is_dicom(path):
+        with Image.open(path) as im:
+            if im.mode=="P": return np.asarray(im)
+    return read_image(path, scaling="none")
+
 def read_mask(
     path:Path, # Picture
     *,
@@ -415,7 +456,7 @@ def read_mask(
     cols:int, # Its width
 ) -> np.ndarray: # `(rows,cols)`, 0 where nothing is; values of lesions, or 1 in a grey or lossy mask
     "A mask of one or several lesions, or a `DataError` that says why it is none."
-    x = read_image(path, scaling="none")
+    x = _numbers(path)
     if x.shape!=(rows,cols):
         raise DataError(f"mask is {x.shape[0]} x {x.shape[1]}, its image {rows} x {cols}", path,
             "give masks of the image's size")
@@ -423,8 +464,10 @@ def read_mask(
     if len(values)<2:
         raise DataError(f"mask has one value only, {values[0]}", path,
             "mark the lesion with another value than the rest")
-    if lossy or len(values)>17: return (x > x.max()/2).astype(np.uint8)
-    if values[0]!=0: raise DataError("mask has no background of 0", path, "write 0 where no lesion is")
+    if lossy or len(values)>17: x = (x > x.max()/2).astype(np.uint8)
+    elif values[0]!=0: raise DataError("mask has no background of 0", path, "write 0 where no lesion is")
+    if (x>0).mean()>.5: raise DataError(f"mask marks {(x>0).mean():.0%} of its image", path,
+        "turn it over if its lesion is 0; a mask of the breast is none of a lesion")
     return x
 
 def mask_box(

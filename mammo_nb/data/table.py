@@ -266,10 +266,12 @@ _SIDE = {**dict.fromkeys(_LEFT.split(), "L"), **dict.fromkeys(_RIGHT.split(), "R
 _OBLIQUE = "mlo ml o lo ro lmlo rmlo l_mlo r_mlo mlo_l mlo_r mediolateral_oblique medio_lateral_oblique oblique"
 _ABOVE = "cc lcc rcc l_cc r_cc cc_l cc_r craniocaudal cranio_caudal cranial_caudal"
 _VIEW = {**dict.fromkeys(_OBLIQUE.split(), "MLO"), **dict.fromkeys(_ABOVE.split(), "CC")}
-_BENIGN = """benign b benigne benigno benigna bénin bénigne benin gutartig goedaardig łagodny łagodna 良性 доброкачественный
-    доброкачественная benign_without_callback non_malignant not_malignant non_cancer"""
-_MALIGNANT = """malignant m malign maligne malin maligno maligna bösartig boesartig kwaadaardig złośliwy złośliwa 恶性 惡性 悪性
-    злокачественный злокачественная cancer carcinoma karzinom dcis idc ilc invasive invasive_ductal_carcinoma
+_BENIGN = """benign b benigne benigno benigna bénin bénigne benin gutartig goedaardig łagodny łagodna 良性
+    доброкачественный доброкачественная доброкачественное benign_without_callback non_malignant not_malignant non_cancer"""
+_MALIGNANT = """malignant m malign maligne malin maligno maligna bösartig boesartig kwaadaardig złośliwy złośliwa
+    恶性 惡性 悪性
+    злокачественный злокачественная злокачественное krebs cáncer cancro kanker rak cancer carcinoma karzinom
+    carcinoma_in_situ dcis idc ilc invasive invasive_ductal_carcinoma
     invasive_lobular_carcinoma ductal_carcinoma_in_situ"""
 _LABEL = {**dict.fromkeys(_BENIGN.split(), "benign"), **dict.fromkeys(_MALIGNANT.split(), "malignant")}
 

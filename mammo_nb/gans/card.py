@@ -7,7 +7,7 @@ __all__ = ['PUBLIC', 'MEMBERS', 'LICENSES', 'SPDX', 'NO_AUDIT', 'SHOWN', 'TITLES
            'HASHES', 'SAMPLES', 'HOW_TO_USE', 'NOT_MEASURED', 'INPUTS', 'public_card', 'without_image', 'licence_text',
            'code_licence', 'metric_table', 'number', 'shown_metrics', 'measure', 'audit_dict', 'with_interval',
            'shown_audit', 'privacy_of', 'kind_of', 'on_phantoms', 'data_names', 'hub_metric', 'front_matter',
-           'provenance', 'as_markdown', 'limits_of', 'written_by', 'model_card', 'usage', 'medigan_id',
+           'provenance', 'as_markdown', 'limits_of', 'terms_words', 'written_by', 'model_card', 'usage', 'medigan_id',
            'medigan_execution', 'medigan_performance', 'medigan_selection', 'medigan_description', 'medigan_metadata']
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #a2ea137b
@@ -31,7 +31,7 @@ from ..metrics.fid import generator_report
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #6f3a761d
 PUBLIC = ("value_range", "stream", "training", "patients", "datasets", "scope", "zoom", "k", "classes", "privacy",
-          "title", "license", "doi", "task", "source") # Fields of a card that are handed on
+          "title", "license", "doi", "task", "source", "terms", "permission") # Fields of a card that are handed on
 MEMBERS = ("members", "patients_hash") # … and those that tell who trained it
 
 def public_card(
@@ -300,11 +300,19 @@ def limits_of(card:dict) -> str: # Markdown list
     return "\n".join(f"- {line}" for line in own + LIMITS)
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #c108f644
+def terms_words(card:dict) -> str: # Markdown, "" where nothing is known
+    "Under what terms the training data were lent, and the permission that was stated."
+    rows = [f"- {t['dataset']} ({t['licence']}): {t['clause']}." for t in card.get("terms") or []]
+    told = card.get("permission")
+    said = [f"\nPermission, as stated by whoever handed this on: \"{told}\""] if told else []
+    return "\n\nThe data it was trained on:\n\n" + "\n".join(rows + said) if rows else ""
+
+# %% ../../nbs/lib/49c_gans.card.ipynb #054cd67f
 def written_by(card:dict) -> str:
-    "Licences, and what wrote the card."
+    "Licences, the terms of the data, and what wrote the card."
     wrote = f"mammo_nb {mammo_nb.__version__} with torch {torch.__version__.split('+')[0]} and numpy {np.__version__}"
     return (f"Weights, card and pictures: {card['license']} (`LICENSE`). Code: Apache-2.0 (`LICENSE-CODE.txt`)."
-            f"\n\nWritten by {wrote}.")
+            f"{terms_words(card)}\n\nWritten by {wrote}.")
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #e8ec6579
 HASHES = "Hashes of the patients' ids are in `generator.json` (ids of public sets can be guessed from them)."

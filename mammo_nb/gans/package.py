@@ -22,10 +22,12 @@ import numpy as np
 from ..core import (MammoError, ParameterError, RunError, WeightsError, read_json, rng, write_json, write_text,
                            write_whole)
 from ..data.patches import PatchSet
+from ..data.terms import check_release
 from .adopt import ARCHS, import_generator
 from .bundle import draw_alone, generate, generate_painted, package_code, png_bytes
 from .card import (LICENSES, TITLES, audit_dict, code_licence, kind_of, licence_text, measure,
-                                medigan_metadata, metric_table, model_card, public_card, without_image)
+                                medigan_metadata, metric_table, model_card, on_phantoms, public_card,
+                                without_image)
 from .folder import find_generators, lost_stages, save_any, stages_of, whole_folder
 from .share import load_generator, sample_generator
 from .train import tile
@@ -95,6 +97,7 @@ class Release:
     about:str = "" # Sentences for the card
     date:str = "" # For metadata.json
     members:bool = False # Hand on hashes of the patients' ids, so that others can check for overlap
+    permission:str = "" # What those who lend the training data allowed, in words; goes into the card
 
 # %% ../../nbs/lib/49e_gans.package.ipynb #fb180329
 def released_card(
@@ -107,7 +110,10 @@ def released_card(
     kind = kind_of({**G.card, **told})
     scope = f" ({told['scope']})" if told.get("scope") else ""
     title = release.title or told.get("title") or f"{TITLES.get(kind, kind)}: mammography patches{scope}"
-    return {**told, "license": release.license, "title": title}
+    drawn = on_phantoms(told) and " + " not in told["source"]["data"]    # a plus joins several sets: not phantoms
+    terms = check_release(["phantom"] if drawn else told.get("datasets") or [], release.license, release.permission)
+    stated = dict(permission=release.permission.strip()) if release.permission.strip() else {}
+    return {**told, "license": release.license, "title": title, "terms": terms, **stated}
 
 # %% ../../nbs/lib/49e_gans.package.ipynb #8f635f8a
 def write_package(
@@ -142,7 +148,7 @@ def export_generator(
     audit = None, # See `audit_dict`
     card:dict = None, # More fields of the card: datasets, scope, source, …
     check:bool = True, # Prove the package before it is put in place
-    **release, # Fields of `Release`: license, license_text, title, holder, about, date, members
+    **release, # Fields of `Release`: license, license_text, title, holder, about, date, members, permission
 ) -> Package:
     "Hand on a generator; whatever is wrong is a typed error and leaves nothing behind."
     generator, folder, release = Path(generator), Path(folder), Release(**release)
@@ -150,8 +156,8 @@ def export_generator(
         raise ParameterError(f"'{folder.name}' is no name Python can import", "folder",
                              f"e.g. {package_name(folder.name)}")
     G = load_generator(generator)
-    told = released_card(G, card or {}, release)
     licence_text(release.license, title="", text=release.license_text) # refused here, before anything is written
+    told = released_card(G, card or {}, release)
     table, found = metric_table(metrics), audit_dict(audit)
     with whole_folder(folder) as tmp:
         save_any(tmp, without_image(G), card=told)
@@ -229,7 +235,9 @@ def export_run(
     return packages
 
 # %% ../../nbs/lib/49e_gans.package.ipynb #859cafdf
-TEXTS = dict(holder="who grants the licence", title="title of the card", about="sentences for the card",
+TEXTS = dict(holder="who grants the licence",
+             permission="what those who lend the training data allowed, in words, where their terms ask for it",
+             title="title of the card", about="sentences for the card",
              metrics="CSV of generator_report", audit="audit.json",
              real="folder of real patches (PatchSet) to measure against",
              out="where the packages go; default: packages in the run folder",
@@ -281,7 +289,7 @@ def main_export(
         text = Path(a.license_file).read_text(encoding="utf-8") if a.license_file else ""
         metrics = _measured(a.run, a.real, a.only) if a.real else a.metrics or None
         release = dict(license=a.license, license_text=text, holder=a.holder, title=a.title, about=a.about,
-                       members=a.members)
+                       members=a.members, permission=a.permission)
         made = export_run(a.run, a.out or None, only=a.only, snapshot=a.snapshot, metrics=metrics,
                           audit=a.audit or None,
                           check=not a.no_check, **release)

@@ -61,13 +61,14 @@ class Protocol:
     resize_test:bool = True          # Validation and test patches are resized at random like training patches
     drop_doubles:bool = False        # Leave out patches whose pixels occur twice
     seed_all:bool = False            # Split and generators change with the seed, or are shared by all seeds
+    min_breast:float = 0.          # Least share of breast without muscle in healthy windows; 0: no such rule
 
 SWITCHES = dict( # Reading -> fields
     reading_b=dict(reading="B"), reading_c=dict(reading="C"), three_channels=dict(d_channels=3),
     dragan_delta=dict(delta="dragan"), summed_penalty=dict(gp_scalar="sum"),
     subtractive_decay=dict(decay_rule="subtractive"), normals_only=dict(benign_negative=False),
     test_as_is=dict(resize_test=False))
-CLEAN = dict(resize_test=False, drop_doubles=True, seed_all=True)
+CLEAN = dict(resize_test=False, drop_doubles=True, seed_all=True, min_breast=.5)
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #a6465ccd
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ def cutting_of(
     s, protocol = run.setup, run.protocol
     return Cutting(wanted_kinds(s.train, s.tasks), wanted_kinds(s.held, s.tasks), s.size, run.seeds.split,
                    scale=s.phantom_scale if run.phantom else 1., side=s.side, min_tissue=s.min_tissue,
-                   resize=s.resize, resize_test=protocol.resize_test, drop_doubles=protocol.drop_doubles)
+                   resize=s.resize, resize_test=protocol.resize_test, drop_doubles=protocol.drop_doubles,
+                   min_breast=protocol.min_breast)
 
 def cut(
     run, # Run

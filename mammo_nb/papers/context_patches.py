@@ -74,6 +74,7 @@ class Cutting:
     resize:tuple = (.8, 1.2) # Range of random resizing
     resize_test:bool = True # Are validation and test patches resized too?
     drop_doubles:bool = False # Leave out patches whose pixels occur twice
+    min_breast:float = 0. # Above 0: muscle does not count as breast in normal patches
 
     @property
     def pixels(self) -> int: return round(self.side*self.scale) # Side of a patch in the images at hand
@@ -110,7 +111,8 @@ def kind_plan(
     resize:bool, # Resize at random?
 ) -> Plan: # Perhaps with more rows than wanted; None where the data has none
     "Patches of one kind from one data set."
-    options = dict(rule="context", side=cutting.side, scale=cutting.scale, min_tissue=cutting.min_tissue)
+    options = dict(rule="context", side=cutting.side, scale=cutting.scale, min_tissue=cutting.min_tissue,
+                   min_breast=cutting.min_breast)
     if kind == "normal":
         have = data.images[data.images.normal.astype(bool) & data.images.patient_id.isin(set(patients))]
         where = lambda: tissue_patches(replace(data, images=have), slots=-(-round(1.2*n)//len(have)), images="normal",

@@ -101,6 +101,7 @@ class Protocol:
     score:str = "softmax"           # Score that is ranked: `softmax`, or `exp_logit`
     drop_duplicates:bool = False    # Leave out patches whose pixels occur twice
     seed_all:bool = False           # Split and generators change with the seed (clean) or are shared by all seeds
+    min_breast:float = 0.         # Least share of breast without muscle in healthy windows; 0: no such rule
 
 SWITCHES = dict( # Departure of the published code -> fields
     crop_faults=dict(crop_rule="reference"), swapped_axes=dict(swap_axes=True),
@@ -108,7 +109,8 @@ SWITCHES = dict( # Departure of the published code -> fields
     eval_after_first_val=dict(eval_after_first_val=True), sampler_skips_synthetic=dict(skip_synthetic=True),
     g_every_second_batch=dict(g_every=2), real_in_unit_range=dict(real_range="unit"),
     same_half=dict(half_fixed=True), exp_logit_score=dict(score="exp_logit"))
-CLEAN = dict(crop_rule="centred", max_inside=0., half_by="patient", drop_duplicates=True, seed_all=True)
+CLEAN = dict(crop_rule="centred", max_inside=0., half_by="patient", drop_duplicates=True, seed_all=True,
+             min_breast=.5)
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #7b5ad528
 @dataclass(frozen=True)
@@ -267,7 +269,8 @@ def cutting_of(
         return Cutting(sizes=setup.sizes, seed=run.seeds.split, options=bare)
     options = dict(scale=scale, margin=setup.margin, crop_rule=rule)
     return Cutting(sizes=setup.sizes, views=setup.views, seed=run.seeds.split, options=options,
-                   healthy=dict(swap=protocol.swap_axes, max_inside=protocol.max_inside),
+                   healthy=dict(swap=protocol.swap_axes, max_inside=protocol.max_inside,
+                                min_breast=protocol.min_breast),
                    test_jitter=protocol.test_jitter, healthy_side=protocol.healthy_side,
                    drop_duplicates=protocol.drop_duplicates)
 

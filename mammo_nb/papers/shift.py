@@ -52,6 +52,7 @@ class Protocol:
     long_singan:bool = False        # SinGANs of 6,000 steps a scale, Adam built anew every 30
     one_crop:bool = False           # Table 4 from one random crop of each test patch, not from several
     seed_all:bool = False           # Splits and SinGANs change with the seed (clean) or are shared by all seeds
+    min_breast:float = 0.         # Least share of breast without muscle in healthy windows; 0: no such rule
 
     @property
     def fixed(self) -> bool: return self.test_sets == "fixed"
@@ -61,7 +62,7 @@ SWITCHES = dict( # Departure of the published code -> fields
     double_norm=dict(norm="authors"), bn_train=dict(bn_train=True), duplicate_samples=dict(duplicate=True),
     loose_sources=dict(loose_sources=True), subset_patients=dict(subset_patients=True),
     stretched_singan=dict(geometry=True), long_singan=dict(long_singan=True), one_crop=dict(one_crop=True))
-CLEAN = dict(healthy="matched", seed_all=True)
+CLEAN = dict(healthy="matched", seed_all=True, min_breast=.5)
 
 # %% ../../nbs/papers/80_papers.shift.ipynb #11a803ce
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ def cut(
     "Cut, choose, deal out and check; tables say what was left out, how many are where, and that nothing leaks."
     setup, protocol, seed, apart = run.setup, run.protocol, run.seeds.split, run.protocol.subset_patients
     shares = dict(film_healthy=setup.film_healthy, digital_healthy=setup.digital_healthy)
-    groups = cut_groups(sets, Cutting(setup.size, setup.phantom_scale if run.phantom else 1., seed=seed, **shares))
+    scale = setup.phantom_scale if run.phantom else 1.
+    groups = cut_groups(sets, Cutting(setup.size, scale, seed=seed, min_breast=protocol.min_breast, **shares))
     sources, passed = pick_sources(groups["G1"], setup.singan, seed=seed)
     how = Folding(setup.test, setup.val, not protocol.fixed, protocol.loose_sources, apart, seed)
     cuts = Cuts(groups, sources, make_folds(groups, sources, how))

@@ -98,13 +98,15 @@ def matched_healthy(
     zoom:int, # 1, 2 or 3
     *,
     seed:int, # Of images and sizes
+    min_breast:float=0., # Least share of breast without muscle
 ) -> Plan:
     "Healthy windows with the sizes of this set's lesion boxes at one zoom."
     like = data.lesions[labelled(data)]
     wide, high = like.x1-like.x0, like.y1-like.y0
     like = like.assign(x1=like.x0+zoom*wide, y1=like.y0+zoom*high)
     images = "normal" if data.images.normal.any() else "all"
-    return healthy_patches(data, n, seed=seed, like=like, images=images, margin=0, min_side=1, zoom=(0,0), shift=0)
+    return healthy_patches(data, n, seed=seed, like=like, images=images, margin=0, min_side=1, zoom=(0,0), shift=0,
+                           min_breast=min_breast)
 
 # %% ../../nbs/papers/80c_papers.shift_patches.ipynb #bc57f024
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Cutting:
     film_healthy:float # Healthy film windows for each film lesion
     digital_healthy:float # Healthy digital windows for each digital lesion
     seed:int = 0 # Of places and choices
+    min_breast:float = 0. # Least share of breast without muscle in healthy windows of matched size
 
     def patches(self, plan:Plan): # plan: None where there is nothing to cut
         "Its patches in one view."
@@ -188,7 +191,9 @@ def cut_groups(
     out["healthy"] = cut_healthy(sets, out["G1"], cutting)
     n, lesions = len(out["healthy"]), sum(len(s.lesions) for s in sets)
     def control(s, zoom):
-        return cutting.patches(matched_healthy(s, round(n*len(s.lesions)/lesions), zoom, seed=cutting.seed))
+        windows = matched_healthy(s, round(n*len(s.lesions)/lesions), zoom, seed=cutting.seed,
+                                  min_breast=cutting.min_breast)
+        return cutting.patches(windows)
     return out | {f"matched{z}": joined([control(s, z) for s in sets if len(s.lesions)]) for z in (1,2,3)}
 
 # %% ../../nbs/papers/80c_papers.shift_patches.ipynb #07d79eba

@@ -73,6 +73,7 @@ class Protocol:
     matched:bool = False         # Tissue windows as large as masses are and cut as they are, not all of one side
     drop_doubles:bool = False    # Leave out patches whose pixels occur twice
     seed_all:bool = False        # Folds and generators change with the run's seed, or are shared by all seeds
+    min_breast:float = 0.      # Least share of breast without muscle in healthy windows; 0: no such rule
 
 SWITCHES = dict(beta2_999=dict(beta2=.999), no_jitter=dict(jitter=0.), keep_dull_tissue=dict(min_grey=0),
                 repeated_tissue_seed=dict(same_seed=True), first_kernel_6=dict(first_kernel=6),
@@ -161,7 +162,7 @@ KNOBS = ("patients", "gan_epochs", "simulation_epochs", "clf_epochs", "boots", "
 STAGES = ("data", "patches", "generators", "quality", "classifiers", "report")
 
 PAPER = Paper("02_dcgan_size", presets=PRESETS, protocol=Protocol, plan=plan, switches=SWITCHES, authors=AUTHORS,
-    clean=dict(unit="patient", matched=True, drop_doubles=True, seed_all=True),
+    clean=dict(unit="patient", matched=True, drop_doubles=True, seed_all=True, min_breast=.5),
     lists=dict(modes=tuple(MODES)), knobs={k: k for k in KNOBS},
     choices=dict(extractor=("", "inception", "embedded", "pixels", "auto"), scaling=("minmax", "voi")),
     rules=dict(k_shrink=between(0., 1000.), imbalance=between(0, 100), sizes=sizes_rule(), folds=between(0, 10),

@@ -97,7 +97,8 @@ def tissue_plan(
 ): # Plan
     "Windows of tissue inside the breast, clear of lesions: of one side as the thesis, or as large as masses are."
     if protocol.matched:
-        how = dict(**SQUARE, scale=setup.scale, max_background=0., scope="masses", images="all")
+        how = dict(**SQUARE, scale=setup.scale, max_background=0., scope="masses", images="all",
+                   min_breast=protocol.min_breast)
         return healthy_patches(data, setup.tissue_per_image*len(data.images), seed=seed, like=like, **how)
     greys = dict(min_grey=protocol.min_grey, same_seed=protocol.same_seed)
     windows = dict(slots=setup.tissue_per_image, side=setup.side, scale=setup.scale)
