@@ -144,6 +144,7 @@ class Base:
         self.cache = work/"cache"
         self.cache.mkdir()
         run = run_here(notebook, {}, work/"base", self.cache)
+        assert read_json(run/"run.json")["status"] == "done", (run/"words.json").read_text()
         self.jobs, self.tables, self.patches = jobs(run, self.cache), tables(run), patch_sets(self.cache)
 
 

@@ -96,11 +96,11 @@ def closeness_words(
             f"own two most similar pictures are to each other ({between}){chance}. "
             "This is a comparison of distances: indicative only.")
 
-# %% ../../nbs/lib/48g_gans.officer.ipynb #421ec1e5
+# %% ../../nbs/lib/48g_gans.officer.ipynb #31b872b6
 def officer_facts(
     card:dict, # generator.json of a package
     audit:dict, # From `gans.card.audit_dict`
-) -> dict: # answer, said, advice, attacks, words of the makers, closeness, cannot_say, epsilon
+) -> dict: # answer, said, advice, attacks, words of the makers, outsiders, closeness, cannot_say, epsilon
     "What the page says, for programs."
     rows = audit.get("table") or []
     answer = answer_of(rows)
@@ -108,17 +108,17 @@ def officer_facts(
     attacks = []
     for r in rows:
         does, who, weighs = attack_kind(str(r.get("attack", "")))
-        found = f"{share_words(r)} {outsider_words(r)}"
-        attacks.append(dict(attack=str(r.get("attack")), does=does, who=who, weighs=weighs, found=found,
+        attacks.append(dict(attack=str(r.get("attack")), does=does, who=who, weighs=weighs, found=share_words(r),
                             verdict=str(r.get("verdict"))))
     private = (card.get("privacy") or {}).get("epsilon")
     words = str(audit.get("words") or "").replace("**", "")
     return dict(answer=answer, said=said, advice=advice, attacks=attacks, words=words,
+                outsiders=outsider_words(rows[0]) if rows else "",
                 closeness=closeness_words(audit.get("memory") or []), cannot_say=list(CANNOT),
                 epsilon=private)
 
-# %% ../../nbs/lib/48g_gans.officer.ipynb #b9abe73d
-STYLE = ("body{font:16px/1.5 sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222}"
+# %% ../../nbs/lib/48g_gans.officer.ipynb #3ac6dba9
+STYLE = ("body{font:16px/1.5 sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#222}"
          "table{border-collapse:collapse;width:100%;font-size:.9rem}td,th{border-bottom:1px solid #ccc;padding:.4rem;"
          "text-align:left;vertical-align:top}.answer{border-left:.5rem solid #06c;padding:.5rem 1rem;"
          "background:#eef4fb;font-size:1.15rem}.leak{border-color:#b00;background:#fbeeee}"
@@ -128,6 +128,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 
 def _safe(text): return html.escape(str(text), quote=True)
 
+def _lines(text): return [line.strip().removeprefix("- ") for line in text.splitlines() if line.strip()]
+
 def _list(lines): return "<ul>" + "".join(f"<li>{_safe(line)}</li>" for line in lines) + "</ul>"
 
 def _attack_table(attacks): # What was attacked, how, by whom, what it found
@@ -136,14 +138,15 @@ def _attack_table(attacks): # What was attacked, how, by whom, what it found
     rows = ("<tr>" + "".join(f"<td>{_safe(c)}</td>" for c in cells(a)) + "</tr>" for a in attacks)
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
-# %% ../../nbs/lib/48g_gans.officer.ipynb #2c913c5a
+# %% ../../nbs/lib/48g_gans.officer.ipynb #b7fda63f
 def origin_words(
     card:dict, # generator.json of a package
 ) -> list: # Sentences
     "What the generator is and whose pictures trained it."
     who = card.get("patients")
     names = ", ".join(str(d) for d in card.get("datasets") or []) or "not said"
-    kind = "It is a program that draws pictures of small parts of mammograms. It holds no pictures of patients."
+    kind = ("It is a program that draws pictures of small parts of mammograms. No patient's picture lies in this "
+            "package; whether the program can draw one again is the question of this page.")
     return [kind, f"Patients whose pictures trained it: {'not said' if who is None else who}. Data: {names}."]
 
 # %% ../../nbs/lib/48g_gans.officer.ipynb #553c08e5
@@ -156,7 +159,7 @@ def private_words(
             f"changes the odds of any result by at most a factor of {math.exp(min(epsilon, 700)):.3g}, but for rare "
             "failures.")
 
-# %% ../../nbs/lib/48g_gans.officer.ipynb #f2c0b015
+# %% ../../nbs/lib/48g_gans.officer.ipynb #2e481e90
 def officer_page(
     card:dict, # generator.json of a package
     facts:dict, # From `officer_facts`
@@ -166,8 +169,8 @@ def officer_page(
     parts = {"What this is": _list(origin_words(card)),
              "What was attacked, how, and what it found":
                  (_attack_table(facts["attacks"]) if facts["attacks"] else "<p>Nothing was attacked.</p>")
-                 + f"<p>{_safe(facts['closeness'])}</p>",
-             "In its makers' words": f"<p>{_safe(facts['words'] or 'They say nothing.')}</p>",
+                 + f"<p>{_safe(facts['outsiders'])} {_safe(facts['closeness'])}</p>",
+             "In its makers' words": _list(_lines(facts["words"]) or ["They say nothing."]),
              "What is guaranteed": f"<p>{_safe(private_words(facts['epsilon']))}</p>",
              "What this page cannot say": _list(facts["cannot_say"]),
              "What to do": f"<p>{_safe(facts['advice'])}</p>"}

@@ -24,7 +24,7 @@ from ..core import DataError, ParameterError, hash_of
 from ..data.splits import check_leaks
 from ..gans.fit import Budget, Drawing, Fit, audit_generator, draw, drawn, fit_generator, take_generator
 from ..gans.privacy import COLUMNS, Audit, Effort, no_audit
-from ..gans.reference import deal_references
+from ..gans.reference import deal_references, pool_of
 from ..gans.train import RECIPES, Recipe
 from ..metrics.answers import Cell
 from ..paper import Paper, Settled, replicate_seeds
@@ -510,7 +510,7 @@ def references(
     for (name,scope),outsiders in held.items():
         if isinstance(outsiders, str): continue
         members = cuts.lesions[GENERATORS[name][0],scope][run.setup.size]
-        pool = members.concat(outsiders)
+        pool = pool_of(members, outsiders)
         for k,who in enumerate(dealt_out(run, members, outsiders)):
             patches = pool.subset(pool.table.patient_id.isin(who).to_numpy())
             fit = fit_of(run, name, scope, run.seeds.gan + 1000*(k+1))
