@@ -75,7 +75,8 @@ def test_every_change_reaches_the_settings(notebook):
 
 
 # ---------------------------------------------------------------- the notebook in this process, without its pictures
-DRAWN = ("figures.", ".figure(", "show(", "show_", "page(", "display(", "print(")
+DRAWN = ("figures.", ".figure(", "show(", "show_", "page(", "display(", "print(",
+         "digit_run(")              # paper 03's rehearsal on public digits: a minute, and none of the data go in
 
 def without_pictures(source):
     "The cell without what is only looked at: that would be most of the time."
