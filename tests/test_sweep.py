@@ -233,6 +233,66 @@ def test_interrupted_elsewhere_leaves_nothing_running(tmp_path, backend):
     assert p.returncode == 130 and "interrupted" in said, said
     until(lambda: not of_sweep(tmp_path/"out"), 30)
 
+SLURM = r'''#!PYTHON
+"A stand-in for Slurm on one machine: sbatch, srun, sacct, scancel and scontrol by the name it is called."
+import os, signal, subprocess, sys
+from pathlib import Path
+me, state = Path(sys.argv[0]).name, Path(os.environ["STAND_IN"])
+def ids(): return sorted(int(p.stem) for p in state.glob("*.state"))
+if me == "sbatch":
+    job = max([*ids(), 0]) + 1
+    (state/f"{job}.state").write_text("PENDING")
+    if not os.fork():
+        os.setsid()
+        for fd in (0, 1, 2): os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+        env = os.environ | dict(SLURM_JOB_ID=str(job), SLURM_JOBID=str(job), SLURM_NTASKS="1", SLURM_JOB_NUM_NODES="1", SLURM_NODEID="0", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_JOB_NODELIST="here")
+        for start in range(5):
+            p = subprocess.Popen(["bash", sys.argv[-1]], env=env | dict(SLURM_RESTART_COUNT=str(start)), start_new_session=True)
+            (state/f"{job}.pid").write_text(str(p.pid))
+            (state/f"{job}.state").write_text("RUNNING")
+            code = p.wait()
+            again = state/f"{job}.requeue"
+            if not (again.exists() or code in (-9, 137)): break        # asked for, or its node was lost
+            again.unlink(missing_ok=True)
+            (state/f"{job}.restarts").write_text(str(start+1))
+            (state/f"{job}.state").write_text("PENDING")
+        (state/f"{job}.state").write_text("COMPLETED" if code == 0 else "FAILED")
+        os._exit(0)
+    print("Submitted batch job", job)
+elif me == "srun":
+    at = next(i for i,a in enumerate(sys.argv) if "python" in a.rpartition("/")[2])
+    os.execv(sys.argv[at], sys.argv[at:])
+elif me == "sacct": print("JobID|State|NodeList\n" + "\n".join(f"{j}|{(state/f'{j}.state').read_text()}|here" for j in ids()))
+elif me == "scontrol": (state/f"{sys.argv[2]}.requeue").touch()
+elif me == "scancel":
+    for job in sys.argv[1:]:
+        if job.isdigit(): os.killpg(int((state/f"{job}.pid").read_text()), signal.SIGTERM)
+'''
+
+@pytest.mark.slow
+def test_slurm_rehearsal_one_node_lost_one_job_preempted(tmp_path, monkeypatch):
+    "A stand-in sbatch: the job of one row is killed and put back into the queue, another is asked to make way (SIGUSR2); both end as if nothing had been."
+    pytest.importorskip("submitit")
+    (tmp_path/"bin").mkdir(); (tmp_path/"state").mkdir()
+    for name in ("sbatch", "srun", "sacct", "scontrol", "scancel"):
+        (tmp_path/"bin"/name).write_text(SLURM.replace("PYTHON", sys.executable)); (tmp_path/"bin"/name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path/'bin'}{os.pathsep}{os.environ['PATH']}"); monkeypatch.setenv("STAND_IN", str(tmp_path/"state"))
+    file = sweep_file(tmp_path, "backend: submitit\nworkers: 2\ncluster: {executor: slurm, options: {timeout_min: 10}}\nrows:\n  - {notebook: 90_tiny, seeds: 0-2}\n")
+    p = start(file)
+    def job_of(row): # Its process group, found by whom the row's process belongs to
+        pid = json.loads((tmp_path/"out"/"rows"/row/"row.json").read_text())["pid"]
+        return os.getpgid(psutil.Process(pid).ppid())
+    running = lambda: [l[1] for l in ledger(tmp_path) if l[0] == "step" and l[2] == "2"]
+    lost = until(lambda: next(iter(running()), None)); os.killpg(job_of(lost), signal.SIGKILL)
+    asked = until(lambda: next((r for r in running() if r != lost), None))
+    worker = psutil.Process(json.loads((tmp_path/"out"/"rows"/asked/"row.json").read_text())["pid"]).parent(); worker.send_signal(signal.SIGUSR2)
+    said, _ = p.communicate(timeout=500); assert p.returncode == 0, said
+    table = pd.read_csv(tmp_path/"out"/"summary.csv").set_index("id")
+    assert (table.state == "done").all() and len(table) == 3 and table.tries[lost] == 2 and table.tries[asked] == 2
+    restarts = sorted(int(f.read_text()) for f in (tmp_path/"state").glob("*.restarts"))
+    assert restarts == [1, 1] and {f.read_text() for f in (tmp_path/"state").glob("*.state")} == {"COMPLETED"}
+    once(tmp_path, killed=(lost, asked)); assert not of_sweep(tmp_path/"out")
+
 def test_submitit_without_slurm_says_so(tmp_path):
     pytest.importorskip("submitit")
     s = read_sweep(sweep_file(tmp_path, "backend: submitit\ncluster: {executor: slurm}\nrows:\n  - {notebook: 90_tiny}\n"))

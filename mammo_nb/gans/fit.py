@@ -10,7 +10,7 @@ __all__ = ['QUALITY', 'Budget', 'Fit', 'card_of', 'fit_generator', 'generator_fo
 # %% ../../nbs/lib/49d_gans.fit.ipynb #6ec182ce
 import shutil
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,8 @@ from .cgan import sample_classes
 from .door import admit_folder
 from .dp import make_private, train_private
 from .folder import check_unseen
-from .privacy import audit, no_audit
+from .privacy import Effort, audit, no_audit
+from .reference import with_closeness, with_references
 from .share import load_generator, patient_card, sample_generator
 from .train import Recipe, train_gan
 from ..metrics.features import Extractor, make_extractor
@@ -277,14 +278,19 @@ def audit_generator(
     members:PatchSet, # What it was trained on
     held:PatchSet, # Patches of patients it never saw
     seed:int, # Of samples, resamples and deals
-    n:int, # Samples drawn
-    boots:int, # Resamples of patients
+    effort:Effort, # How hard it tries
+    references:list = (), # (stage folder of `fit_generator`, ids of its patients), one a reference
     device = "cpu", # Where to compute
 ) -> None:
     "Membership attacks on one generator, into `folder/audit.json`."
-    inside = Path(generator)/"gan"
+    sources, inside = generator_folders(generator), Path(generator)/"gan"
+    draw_from = partial(sample_generator, n=effort.n, seed=seed, device=device)
+    sides = dict(members=members, held_out=held)
     try:
-        found = audit(generator_folders(generator), members, held, seed=seed, discriminator=inside, n=n, views=2,
-                      boots=boots, device=device)
+        found = audit(sources, members, held, seed=seed, discriminator=inside, device=device, **vars(effort))
+        fake = draw_from(sources)[0]
+        found = with_closeness(found, fake, **sides)
+        beside = [(set(who), draw_from(generator_folders(stage))[0]) for stage,who in references]
+        if beside: found = with_references(found, fake, beside, **sides, seed=seed, boots=effort.boots)
     except DataError as e: found = no_audit(e.what)
     found.save(folder)

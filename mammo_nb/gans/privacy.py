@@ -170,7 +170,8 @@ COLUMNS = ("attack","auc","lo","hi","tpr","tpr_lo","tpr_hi","fpr","fpr_hi","cont
            "n_members","n_held","members_patients","held_patients","n_fake","verdict")
 NAMES = dict(discriminator="discriminator score (LOGAN)", pixels="nearest sample in pixels, calibrated",
              embedded="nearest sample in features, calibrated",
-             inception="nearest sample in Inception features, calibrated", blind="blind control (no generator)")
+             inception="nearest sample in Inception features, calibrated", blind="blind control (no generator)",
+             reference="reference generators (RMIA, per patient)") # See `gans.reference`
 
 def judge_attack(
     a:Attack, # The attack

@@ -6,8 +6,9 @@
 __all__ = ['SCOPES', 'MODELS', 'REGIMES', 'GENERATORS', 'LISTS', 'SWITCHES', 'CLEAN', 'DEMO', 'PUBLISHED', 'PAPER', 'PHANTOMS',
            'MAX_EXTENT', 'plan', 'not_run', 'scope_of', 'plan_generators', 'Protocol', 'Setup', 'handed_over', 'refuse',
            'settle', 'Hospitals', 'load', 'cutting_of', 'Cuts', 'cut', 'background_table', 'gan_recipe',
-           'replicate_name', 'replicates', 'generators', 'draws', 'synthetic', 'training_of', 'sources', 'classifiers',
-           'held_patches', 'trained_on', 'audits', 'audit_table', 'keep_audits']
+           'replicate_name', 'replicates', 'fit_of', 'generators', 'draws', 'synthetic', 'training_of', 'sources',
+           'classifiers', 'held_patches', 'trained_on', 'dealt_out', 'references', 'audits', 'audit_table',
+           'keep_audits']
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #1ffaba81
 import shutil
@@ -22,7 +23,8 @@ from ..clf.train import SHARING, change
 from ..core import DataError, ParameterError, hash_of
 from ..data.splits import check_leaks
 from ..gans.fit import Budget, Drawing, Fit, audit_generator, draw, drawn, fit_generator, take_generator
-from ..gans.privacy import COLUMNS, Audit, no_audit
+from ..gans.privacy import COLUMNS, Audit, Effort, no_audit
+from ..gans.reference import deal_references, pool_of
 from ..gans.train import RECIPES, Recipe
 from ..metrics.answers import Cell
 from ..paper import Paper, Settled, replicate_seeds
@@ -214,7 +216,7 @@ PAPER = Paper(
     presets=dict(demo=DEMO, paper=PUBLISHED), protocol=Protocol, plan=plan, switches=SWITCHES, clean=CLEAN, lists=LISTS,
     choices=dict(split_by=("patient", "image"), scaling=("minmax", "voi")), settle=settle,
     rules=dict(margin=between(0, 1000), patients=between(0, 100_000), gan_epochs=between(0, 100_000),
-               holdout=between(0., .8), dp_epsilon=between(0., 1e6)),
+               holdout=between(0., .8), dp_epsilon=between(0., 1e6), references=between(0, 64)),
     knobs=dict(clf_epochs="clf_epochs", boots="boots"),
     stages=("data", "patches", "generators", "classifiers", "report"))
 
@@ -346,6 +348,19 @@ def replicates(
     "Seeds of every generator a recipe gets, with those of its classifiers."
     return replicate_seeds(run.seeds, run.params.replicates)
 
+# %% ../../nbs/papers/84_papers.sharing.ipynb #f17a5e01
+def fit_of(
+    run, # Run
+    name:str, # Key of `GENERATORS`
+    scope:str, # Of its training
+    seed:int, # Of its training
+) -> Fit:
+    "How this run trains a generator."
+    params, setup = run.params, run.setup
+    budget = Budget(params.dp_epsilon, Path(params.dp_key).expanduser() if params.dp_key else "")
+    epochs = setup.epochs[f"{GENERATORS[name][1]}/{scope}"]
+    return Fit(gan_recipe(name, setup, run.protocol), epochs, seed, scope, budget=budget)
+
 # %% ../../nbs/papers/84_papers.sharing.ipynb #4213778e
 def generators(
     run, # Run
@@ -353,20 +368,18 @@ def generators(
     seeds:Seeds=None, # Of this replicate, default the run's
 ) -> dict: # (name, scope) -> Job
     "Train every generator the cells need, or take what was handed over."
-    setup, theirs, params, seeds = run.setup, handed_over(run.params), run.params, seeds or run.seeds
-    budget = Budget(params.dp_epsilon, Path(params.dp_key).expanduser() if params.dp_key else "")
+    setup, theirs, seeds = run.setup, handed_over(run.params), seeds or run.seeds
     of_a = [ps.table.patient_id for c in cuts.a.values() for ps in c.sets[setup.size].values()]
     mine = sorted(set().union(*of_a))
     kept, jobs = dict(group="generators", shared=True), {}
     for name,scope in plan_generators(run.grid):
-        centre, recipe = GENERATORS[name]
+        centre = GENERATORS[name][0]
         if centre in theirs:
             given = dict(path=theirs[centre], patients=mine)
             jobs[name,scope] = run.job(take_generator, name=f"import-{name}-{scope}", **kept, **given)
             continue
-        epochs, published = setup.epochs[f"{recipe}/{scope}"], gan_recipe(name, setup, run.protocol)
-        fit = Fit(published, epochs, seeds.gan, scope, budget=budget)
         patches, called = cuts.lesions[centre,scope][setup.size], f"gan-{name}-{scope}{replicate_name(run, seeds)}"
+        fit = fit_of(run, name, scope, seeds.gan)
         jobs[name,scope] = run.job(fit_generator, name=called, **kept, fit=fit, patches=patches)
     return jobs
 
@@ -479,20 +492,53 @@ def trained_on(
         if centre not in theirs: found[name,scope] = cuts.lesions[centre,scope][run.setup.size]
     return found
 
+# %% ../../nbs/papers/84_papers.sharing.ipynb #f17a5e03
+def dealt_out(
+    run, # Run
+    members, # PatchSet a generator was trained on
+    outsiders, # PatchSet of patients it never saw
+) -> list: # Sets of ids, one a reference; empty where none are asked for
+    "Who trains each reference generator."
+    everybody = [*members.table.patient_id, *outsiders.table.patient_id]
+    return deal_references(everybody, run.params.references, run.seeds.gan) if run.params.references else []
+
+# %% ../../nbs/papers/84_papers.sharing.ipynb #f17a5e04
+def references(
+    run, # Run
+    cuts:Cuts, # From `cut`
+    held:dict, # From `held_patches`
+) -> dict: # (name, scope, number) -> Job
+    "Train the reference generators of every audit."
+    jobs:dict = {}
+    for (name,scope),outsiders in held.items():
+        if isinstance(outsiders, str): continue
+        members = cuts.lesions[GENERATORS[name][0],scope][run.setup.size]
+        pool = pool_of(members, outsiders)
+        for k,who in enumerate(dealt_out(run, members, outsiders)):
+            patches = pool.subset(pool.table.patient_id.isin(who).to_numpy())
+            fit = fit_of(run, name, scope, run.seeds.gan + 1000*(k+1))
+            jobs[name,scope,k] = run.job(fit_generator, name=f"reference-{name}-{scope}-{k}", group="generators",
+                                         shared=True, fit=fit, patches=patches)
+    return jobs
+
 # %% ../../nbs/papers/84_papers.sharing.ipynb #2508748f
 def audits(
     run, # Run
     cuts:Cuts, # From `cut`
     trained:dict, # (name, scope) -> folder, of `generators`
     held:dict, # From `held_patches`
+    beside:dict=None, # (name, scope, number) -> folder, of `references`
 ) -> dict: # (name, scope) -> Job, those that are possible
     "Membership attacks on every trained generator."
-    jobs, how = {}, dict(seed=run.seeds.gan, n=run.setup.audit, boots=run.setup.boots)
+    jobs, effort = {}, Effort(n=run.setup.audit, boots=run.setup.boots, views=2)
     for (name,scope),stage in trained.items():
         if isinstance(held[name,scope], str): continue
-        members = cuts.lesions[GENERATORS[name][0],scope][run.setup.size]
+        members, outsiders = cuts.lesions[GENERATORS[name][0],scope][run.setup.size], held[name,scope]
+        stages = [f for k,f in (beside or {}).items() if k[:2] == (name,scope)]
+        also = list(zip(stages, dealt_out(run, members, outsiders))) if stages else []
         jobs[name,scope] = run.job(audit_generator, name=f"audit-{name}-{scope}", group="generators", shared=True,
-                                   generator=stage, members=members, held=held[name,scope], **how)
+                                   generator=stage, members=members, held=outsiders, seed=run.seeds.gan, effort=effort,
+                                   references=None if None in stages else also)
     return jobs
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #50d89c3f
