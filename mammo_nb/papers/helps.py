@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'NEED_HEALTHY', 'LISTS', 'SMALL_GANS', 'DEMO', 'PUBLISHED', 'PAPER', 'AUDITED', 'QUALITY', 'plan',
-           'Protocol', 'Setup', 'settle', 'Places', 'named', 'load', 'labelled', 'cases', 'Cutting', 'cut_side',
-           'Study', 'cut', 'keep_study', 'recipe_for', 'epochs_for', 'sources', 'generators', 'wanted', 'draws',
-           'synthetic', 'training_of', 'added', 'classifiers', 'checks', 'seconds_of', 'quality_table', 'audit_table']
+           'Protocol', 'Setup', 'settle', 'Places', 'named', 'load', 'labelled', 'cases', 'Cutting', 'cutting_of',
+           'cut_side', 'Study', 'cut', 'probed', 'keep_study', 'recipe_for', 'epochs_for', 'sources', 'generators',
+           'wanted', 'draws', 'synthetic', 'training_of', 'added', 'classifiers', 'replicate_name', 'measures',
+           'named_source', 'recognitions', 'audits', 'checks', 'seconds_of', 'quality_table', 'audit_table']
 
-# %% ../../nbs/papers/85_papers.helps.ipynb #b9eb31aa
+# %% ../../nbs/papers/85_papers.helps.ipynb #6bbdeb9a
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +32,9 @@ from ..metrics.answers import Cell
 from ..metrics.features import make_extractor
 from ..metrics.probe import probe_auc
 from ..paper import Paper, Settled, replicate_seeds
-from .helps_rows import (ARMS, CONTROLS, GANS, TASKS, Asked, Training, control, evenly, fit_cell, labels_for,
-                                        learns_from, make_patches, part, positives, recognise, train_singans)
+from .helps_rows import (ARMS, CONTROLS, GANS, TASKS, Asked, Training, control, evenly, fit_cell,
+                                        labels_for, learns_from, make_patches, part, positives, recognise,
+                                        train_singans)
 from ..params import Params, between, split_words
 from ..runs import Seeds
 
@@ -55,12 +58,13 @@ def plan(
     rows += [(r, f"{a}_alone") for r in SHARES for a in here if r in at and a in GANS]
     return pd.DataFrame(rows, columns=["regime", "arm"]).assign(scope=params.task, model="cnn")
 
-# %% ../../nbs/papers/85_papers.helps.ipynb #060094bd
+# %% ../../nbs/papers/85_papers.helps.ipynb #16667076
 @dataclass(frozen=True)
 class Protocol:
     "Cutting is always that of `clean`: centred, no shift, no pixel twice."
     seed_all:bool = False # Split and generators move with the run's seed
 
+# %% ../../nbs/papers/85_papers.helps.ipynb #f25bc8e7
 @dataclass(frozen=True)
 class Setup:
     "Sizes of a run."
@@ -96,11 +100,12 @@ SMALL_GANS = dict(
 DEMO = Setup(
     patients=80, elsewhere=40, scale=.125, size=32, arms=("none", "copies", "dcgan", "other"), regimes=("50",),
     sizes=("25", "50", "100"), generators=2, trainings=2, width=1/4, gan=SMALL_GANS, singans=8,
-    updates=dict(dcgan=900, wgangp=900, cgan=600, painting=300), singan=SinGANRecipe(steps=30, min_size=16, width=8, max_width=8),
+    updates=dict(dcgan=600, wgangp=900, cgan=600, painting=300),
+    singan=SinGANRecipe(steps=30, min_size=16, width=8, max_width=8),
     epochs=8, shown=192, cnn=dict(widths=(8, 16, 32), hidden=64), lr=3e-3, boots=200, audit=120)
 PUBLISHED = Setup(
-    patients=400, elsewhere=400, scale=.5, size=128, arms=ARMS, regimes=("50", "100"), sizes=SHARES, generators=5, trainings=3,
-    width=1., gan=dict(painting=dict(benign=False)), singans=20, singan=SinGANRecipe(),
+    patients=400, elsewhere=400, scale=.5, size=128, arms=ARMS, regimes=("50", "100"), sizes=SHARES, generators=5,
+    trainings=3, width=1., gan=dict(painting=dict(benign=False)), singans=20, singan=SinGANRecipe(),
     updates=dict(dcgan=60_000, wgangp=60_000, cgan=30_000, painting=50_000),
     epochs=60, shown=2400, cnn=dict(widths=(16, 32, 64, 128), hidden=128), lr=1e-3, boots=2000, audit=2000)
 def settle(
@@ -114,15 +119,16 @@ def settle(
     updates = {kind: max(1, round(n*params.gan_share)) for kind,n in settled.setup.updates.items()}
     return replace(settled, setup=replace(settled.setup, updates=updates))
 
-# %% ../../nbs/papers/85_papers.helps.ipynb #d8386cc6
+# %% ../../nbs/papers/85_papers.helps.ipynb #20bc0efe
 PAPER = Paper(
-    "05_which_helps", title="Which of them helps?", settle=settle, presets=dict(demo=DEMO, paper=PUBLISHED), protocol=Protocol, plan=plan,
-    clean=dict(seed_all=True), lists=LISTS, choices=dict(task=tuple(TASKS)),
-    rules=dict(dose=between(.25, 8.), gan_share=between(.001, 100.), generators=between(0, 100), trainings=between(0, 100)),
+    "05_which_helps", title="Which of them helps?", settle=settle, presets=dict(demo=DEMO, paper=PUBLISHED),
+    protocol=Protocol, plan=plan, clean=dict(seed_all=True), lists=LISTS, choices=dict(task=tuple(TASKS)),
+    rules=dict(dose=between(.25, 8.), gan_share=between(.001, 100.), generators=between(0, 100),
+               trainings=between(0, 100)),
     knobs=dict(patients="patients", generators="generators", trainings="trainings", clf_epochs="epochs", size="size"),
     stages=("data", "patches", "generators", "classifiers", "report"))
 
-# %% ../../nbs/papers/85_papers.helps.ipynb #a56f0f1a
+# %% ../../nbs/papers/85_papers.helps.ipynb #d8b5beb0
 @dataclass(frozen=True)
 class Places:
     "Where patches come from."
@@ -130,6 +136,7 @@ class Places:
     other:object # MammoData, or None
     words:str # On where they come from
 
+# %% ../../nbs/papers/85_papers.helps.ipynb #bc9817f3
 def named(
     found:dict, # Name -> MammoData
     name:str, # Asked for; empty: the first
@@ -164,10 +171,12 @@ def labelled(
 ) -> PatchSet:
     "Patches with the classes of a task; lesions whose class is not known are left out."
     if task == "lesions": return patches
-    known = patches.subset(patches.table.label.isin(TASKS[task]).to_numpy() & (patches.table.lesion_type != "healthy").to_numpy())
+    t = patches.table
+    known = patches.subset((t.label.isin(TASKS[task]) & (t.lesion_type != "healthy")).to_numpy())
     known.table["target"] = (known.table.label == "malignant").astype(int)
     return known
 
+# %% ../../nbs/papers/85_papers.helps.ipynb #c0f22096
 def cases(
     data, # MammoData
     task:str, # Of `TASKS`
@@ -189,6 +198,14 @@ class Cutting:
     healthy:int # Healthy patches for each lesion
     seed:int # Of the healthy places
 
+# %% ../../nbs/papers/85_papers.helps.ipynb #d85539cd
+def cutting_of(run) -> Cutting: # run: Run
+    "How this run cuts; so many healthy patches that every arm finds spare ones."
+    spare = 1 + int(np.ceil(max(run.params.dose, 1)))
+    setup, scale = run.setup, run.setup.scale if run.phantom else 1.
+    return Cutting(run.params.task, setup.size, setup.margin, scale, spare, run.seeds.split)
+
+# %% ../../nbs/papers/85_papers.helps.ipynb #0eaf2ba4
 def cut_side(
     data, # MammoData
     who, # Ids of patients; None: all
@@ -220,28 +237,42 @@ class Study:
 
     def counts(self) -> pd.DataFrame: # Patients, positives, negatives of every set
         "Who is where."
-        sets = {f"train, {share} %": base for share,(base,_) in self.parts.items()} | {k: self.sides[k] for k in ("val", "test")}
-        sets |= dict(other=self.other) if self.other is not None else {}
-        return pd.DataFrame([dict(set=k, patients=ps.table.patient_id.nunique(), positive=int((ps.y == 1).sum()),
-                                  negative=int((ps.y == 0).sum())) for k,ps in sets.items()])
+        sets = {f"train, {share} %": base for share,(base,_) in self.parts.items()}
+        sets |= dict(val=self.sides["val"], test=self.sides["test"], other=self.other)
+        there = {k: ps for k,ps in sets.items() if ps is not None}
+        sums = [(k, ps.table.patient_id.nunique(), int(ps.y.sum()), int((1-ps.y).sum())) for k,ps in there.items()]
+        return pd.DataFrame(sums, columns=["set", "patients", "positive", "negative"])
 
+# %% ../../nbs/papers/85_papers.helps.ipynb #76f74378
 def cut(
     run, # Run
     places:Places, # From `load`
 ) -> Study:
     "One split by patient, one rule of cutting, checked for leaks."
-    setup, task, seed = run.setup, run.params.task, run.seeds.split
-    scale = setup.scale if run.phantom else 1.
-    spare = 1 + int(np.ceil(max(run.params.dose, 1)))
-    cutting = Cutting(task, setup.size, setup.margin, scale, spare, seed)
-    split = split_patients(cases(places.home, task), seed=seed, fractions=(.85-setup.tested, .15, setup.tested))
+    cutting, tested, seed = cutting_of(run), run.setup.tested, run.seeds.split
+    split = split_patients(cases(places.home, run.params.task), seed=seed, fractions=(.85-tested, .15, tested))
     def side(name): return cut_side(places.home, split.index[split == name], cutting, None if name == "train" else 1)
     sides = {name: side(name) for name in SPLITS}
-    other = None if places.other is None else positives(cut_side(places.other, None, cutting, 0))
+    other = _far(places.other, cutting)
     parts = {share: part(sides["train"], share, seed) for share in dict.fromkeys(run.grid.regime)}
     leaks = check_leaks(**sides, **({} if other is None else dict(other=other)))
     run.note(data_hash=hash_of([ps.key() for ps in sides.values()]))
     return Study(sides, other, parts, leaks)
+
+def _far(data, cutting): # Positives of another centre; None where there is none
+    return None if data is None else positives(cut_side(data, None, cutting, 0))
+
+# %% ../../nbs/papers/85_papers.helps.ipynb #66091a86
+def probed(
+    sides:dict, # Of a `Study`
+    seed:int, # Of folds and bootstrap
+) -> pd.DataFrame: # One row: auroc, lo, hi, n, patients, each cue alone
+    "What plain cues of a patch give away about its class."
+    parts = [(ps.pixels[:, 0], ps.y, ps.table.patient_id) for ps in sides.values()]
+    found = probe_auc(*map(np.concatenate, zip(*parts)), seed)
+    cues = {f"{cue}_alone": auc for cue,auc in found.cues.items()}
+    row = dict(auroc=found.auc, lo=found.lo, hi=found.hi, n=found.n, patients=found.patients)
+    return pd.DataFrame([row | cues])
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #aa8eacad
 def keep_study(
@@ -250,16 +281,13 @@ def keep_study(
     study:Study, # From `cut`
 ) -> None:
     "What the page says of the data: who is where, what was compared, what plain cues tell."
-    run.words("data", f"Source: {places.words}." if places.other is None or run.phantom else f"Home: {places.home.name}. Other centre: {places.other.name}.")
+    far = "none" if places.other is None else places.other.name
+    run.words("data", f"Source: {places.words}. Home: {places.home.name}. Other centre: {far}.")
     run.table("counts", study.counts())
     run.table("sizes", pd.DataFrame(study.sizes().items(), columns=["size", "patients"]))
     run.table("leaks", study.leaks)
-    sides = [study.sides[k] for k in SPLITS]
-    parts = [(ps.pixels[:, 0], ps.y, ps.table.patient_id) for ps in sides]
-    found = probe_auc(*map(np.concatenate, zip(*parts)), run.params.seed)
-    cues = {f"{cue}_alone": auc for cue,auc in found.cues.items()}
-    run.table("probe", pd.DataFrame([dict(scope=run.params.task, auroc=found.auc, lo=found.lo, hi=found.hi, **cues)]))
-    skipped = pd.concat([ps.skipped for ps in sides]).drop_duplicates()
+    run.table("probe", probed(study.sides, run.params.seed).assign(scope=run.params.task))
+    skipped = pd.concat([ps.skipped for ps in study.sides.values()]).drop_duplicates()
     run.note(files_skipped=int(run.table("skipped", skipped)["count"].sum()))
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #2d16830a
@@ -270,6 +298,7 @@ def recipe_for(
     "The published recipe at this run's size."
     return RECIPES[GANS[kind]].small(size=setup.size, width=setup.width, **setup.gan.get(kind, {}))
 
+# %% ../../nbs/papers/85_papers.helps.ipynb #09dca02d
 def epochs_for(
     recipe:Recipe, # Of a generator
     updates:int, # Of its discriminator
@@ -288,6 +317,7 @@ def sources(
     each = replicate_seeds(run.seeds, run.setup.generators)
     return [(r.arm, r.regime, s) for r in rows.itertuples() for s in each]
 
+# %% ../../nbs/papers/85_papers.helps.ipynb #2b546804
 def generators(
     run, # Run
     study:Study, # From `cut`
@@ -314,6 +344,7 @@ def wanted(
     "Patches that every arm adds: `dose` for each real positive."
     return round(run.params.dose*int((base.y == 1).sum()))
 
+# %% ../../nbs/papers/85_papers.helps.ipynb #e9b94af7
 def draws(
     run, # Run
     study:Study, # From `cut`
@@ -323,8 +354,9 @@ def draws(
     jobs = {}
     for (kind,share,seeds),stage in trained.items():
         base = study.parts[share][0]
-        jobs[kind,share,seeds] = run.job(make_patches, name=f"draw-{kind}-{share}-{seeds.gan}", group="generators", shared=True,
-                                         asked=Asked(kind, wanted(run, base), seeds.gan), generator=stage, base=base)
+        asked, called = Asked(kind, wanted(run, base), seeds.gan), f"draw-{kind}-{share}-{seeds.gan}"
+        jobs[kind,share,seeds] = run.job(make_patches, name=called, group="generators", shared=True, asked=asked,
+                                         generator=stage, base=base)
     return jobs
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #74aff35e
@@ -353,12 +385,13 @@ def training_of(
 ) -> Training:
     "How one row is trained."
     setup, names = run.setup, TASKS[run.params.task]
-    recipe = change(SHARING, epochs=setup.epochs*(2 if arm == "longer" else 1), epoch_size=setup.shown, sampling="balanced",
-                    bs=setup.batch, lr=setup.lr, classes=names, positive=names[1], monitor="auroc",
-                    augment=KerasAugment() if arm == "classic" else None)
+    recipe = change(SHARING, epochs=setup.epochs*(2 if arm == "longer" else 1), epoch_size=setup.shown,
+                    sampling="balanced", bs=setup.batch, lr=setup.lr, classes=names, positive=names[1],
+                    monitor="auroc", augment=KerasAugment() if arm == "classic" else None)
     network = dict(kind="cnn", size=setup.size, **setup.cnn)
     return Training(network, recipe, seeds.seed + 100_000*training, str(seeds.gan), arm.endswith("_alone"))
 
+# %% ../../nbs/papers/85_papers.helps.ipynb #86f5a553
 def added(
     run, # Run
     study:Study, # From `cut`
@@ -381,41 +414,83 @@ def classifiers(
 ) -> dict: # Cell -> Job
     "Every training of every row."
     held, jobs = {k: study.sides[k] for k in ("val", "test")}, {}
-    for row in run.grid.itertuples(index=False):
-        for seeds in replicate_seeds(run.seeds, run.setup.generators):
-            extra = added(run, study, row, sets, seeds)
-            for k in range(run.setup.trainings):
-                cell = Cell(row.scope, row.model, row.arm, row.regime, replicate=f"training{k} of {seeds.gan}")
-                name = f"fit-{row.arm}-{row.regime}-{seeds.gan}-{k}"
-                jobs[cell] = run.job(fit_cell, name=name, group="classifiers", base=study.parts[row.regime][0], extra=extra,
-                                     held=held, how=training_of(run, row.arm, seeds, k))
+    rows, each = list(run.grid.itertuples(index=False)), replicate_seeds(run.seeds, run.setup.generators)
+    for row,seeds in product(rows, each):
+        given = dict(base=study.parts[row.regime][0], extra=added(run, study, row, sets, seeds), held=held)
+        for k in range(run.setup.trainings):
+            cell = Cell(row.scope, row.model, row.arm, row.regime, replicate=replicate_name(seeds, k))
+            name, how = f"fit-{row.arm}-{row.regime}-{seeds.gan}-{k}", training_of(run, row.arm, seeds, k)
+            jobs[cell] = run.job(fit_cell, name=name, group="classifiers", how=how, **given)
     return jobs
 
-# %% ../../nbs/papers/85_papers.helps.ipynb #6a16121b
+# %% ../../nbs/papers/85_papers.helps.ipynb #3239e06a
+def replicate_name(seeds:Seeds, training:int) -> str: # training: from 0
+    "What tells the trainings of a row apart."
+    return f"training{training} of {seeds.gan}"
+
+# %% ../../nbs/papers/85_papers.helps.ipynb #7d8973a1
 AUDITED = ("dcgan", "wgangp", "cgan")
 
+def measures(
+    run, # Run
+    study:Study, # From `cut`
+    made:dict, # From `draws`, done
+) -> dict: # ("quality", member of `sources`) -> Job
+    "Distance to the positives of the test patients, and copies, of every generator."
+    how, real, jobs = Measure(make_extractor("embedded"), run.seeds.gan), positives(study.sides["test"]), {}
+    for source,folder in made.items():
+        given = dict(drawing=folder, test=real, train=positives(study.parts[source[1]][0]), how=how)
+        name = f"quality-{named_source(source)}"
+        jobs["quality",source] = run.job(measure, name=name, group="generators", shared=True, **given)
+    return jobs
+
+# %% ../../nbs/papers/85_papers.helps.ipynb #25dbaa3f
+def named_source(source) -> str: # source: of `sources`
+    "A generator's name in the names of jobs."
+    kind, share, seeds = source
+    return f"{kind}-{share}-{seeds.gan}"
+
+# %% ../../nbs/papers/85_papers.helps.ipynb #9b866072
+def recognitions(
+    run, # Run
+    study:Study, # From `cut`
+    made:dict, # From `draws`, done
+    fits:dict, # From `classifiers`, done
+) -> dict: # ("trts", member of `sources`) -> Job
+    "Ask the plain classifier of the same size and first training about every synthetic set."
+    plain, jobs = {(c.regime, c.replicate): folder for c,folder in fits.items() if c.arm == "none"}, {}
+    for source,folder in made.items():
+        _, share, seeds = source
+        given = dict(classifier=plain.get((share, replicate_name(seeds, 0))), made=folder, test=study.sides["test"])
+        jobs["trts",source] = run.job(recognise, name=f"trts-{named_source(source)}", group="report", **given)
+    return jobs
+
+# %% ../../nbs/papers/85_papers.helps.ipynb #675193d2
+def audits(
+    run, # Run
+    study:Study, # From `cut`
+    trained:dict, # From `generators`, done
+) -> dict: # ("audit", member of `sources`) -> Job
+    "Membership attacks on the first generator of each kind."
+    jobs, how = {}, dict(n=run.setup.audit, boots=run.setup.boots, held=positives(study.sides["test"]))
+    for source,stage in trained.items():
+        kind, share, seeds = source
+        if kind not in AUDITED or seeds != run.seeds: continue
+        given = dict(generator=stage, members=positives(study.parts[share][0]), seed=seeds.gan)
+        name = f"audit-{named_source(source)}"
+        jobs["audit",source] = run.job(audit_generator, name=name, group="generators", shared=True, **given, **how)
+    return jobs
+
+# %% ../../nbs/papers/85_papers.helps.ipynb #3228d82d
 def checks(
     run, # Run
     study:Study, # From `cut`
     trained:dict, # From `generators`, done
     made:dict, # From `draws`, done
     fits:dict, # From `classifiers`, done
-) -> dict: # (what, *member of `sources`) -> Job
+) -> dict: # (what, member of `sources`) -> Job
     "Measure every generator, audit the first of each kind, ask the plain classifier."
-    test, jobs, kept = study.sides["test"], {}, dict(group="generators", shared=True)
-    how, real = Measure(make_extractor("embedded"), run.seeds.gan), positives(test)
-    plain = {(c.regime, c.replicate): folder for c,folder in fits.items() if c.arm == "none"}
-    for source,folder in made.items():
-        kind, share, seeds = source
-        end, lesions = f"{kind}-{share}-{seeds.gan}", positives(study.parts[share][0])
-        fit = plain.get((share, f"training0 of {seeds.gan}"))
-        jobs["quality",*source] = run.job(measure, name=f"quality-{end}", drawing=folder, test=real, train=lesions, how=how, **kept)
-        jobs["trts",*source] = run.job(recognise, name=f"trts-{end}", group="report", classifier=fit, made=folder, test=test)
-        if kind not in AUDITED or seeds != run.seeds: continue
-        many = dict(seed=seeds.gan, n=run.setup.audit, boots=run.setup.boots)
-        jobs["audit",*source] = run.job(audit_generator, name=f"audit-{end}", generator=trained[source], members=lesions,
-                                        held=real, **many, **kept)
-    return jobs
+    return measures(run, study, made) | recognitions(run, study, made, fits) | audits(run, study, trained)
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #1088192e
 QUALITY = ("fid", "kid", "precision", "recall", "memory_auc", "memory_copies")
@@ -424,6 +499,7 @@ def seconds_of(folder:Path) -> float: # Folder of a finished job
     "What a job took when it was done, in this run or in one before."
     return read_json(Path(folder)/"done.json")["seconds"]
 
+# %% ../../nbs/papers/85_papers.helps.ipynb #fcaa808b
 def quality_table(
     trained:dict, # From `generators`, done
     made:dict, # From `draws`, done
@@ -431,20 +507,22 @@ def quality_table(
 ) -> pd.DataFrame: # arm, size, generator, `QUALITY`, trts, hours; one row a generator
     "Every generator in numbers."
     rows = []
-    for (kind,share,seeds),folder in made.items():
-        source = (kind, share, seeds)
-        if folder is None or checked.get(("quality",*source)) is None: continue
-        found = pd.read_csv(checked["quality",*source]/"quality.csv").set_index("metric").value
-        trts = checked["trts",*source]
+    for source,folder in made.items():
+        kind, share, seeds = source
+        if folder is None or checked.get(("quality", source)) is None: continue
+        found = pd.read_csv(checked["quality",source]/"quality.csv").set_index("metric").value
+        trts = checked["trts",source]
         row = dict(arm=kind, size=share, generator=seeds.gan) | {m: found.get(m, np.nan) for m in QUALITY}
         hours = (seconds_of(trained[source]) + seconds_of(folder))/3600
         rows.append(row | dict(trts=read_json(trts/"trts.json") if trts else np.nan, hours=hours))
     return pd.DataFrame(rows, columns=["arm", "size", "generator", *QUALITY, "trts", "hours"])
 
+# %% ../../nbs/papers/85_papers.helps.ipynb #60b4159c
 def audit_table(
     checked:dict, # From `checks`, done
 ) -> pd.DataFrame: # generator, scope and the columns of an audit
     "The audits in one table."
-    done = {k: f for k,f in checked.items() if k[0] == "audit" and f is not None}
-    rows = [Audit.load(f).table.assign(generator=k[1], scope=f"{k[2]} % of the patients") for k,f in done.items()]
+    done = {source: f for (what,source),f in checked.items() if what == "audit" and f is not None}
+    told = [(kind, f"{share} % of the patients", f) for (kind,share,_),f in done.items()]
+    rows = [Audit.load(f).table.assign(generator=kind, scope=scope) for kind,scope,f in told]
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["generator", "scope"])

@@ -45,7 +45,7 @@ def part(
     healthy = np.flatnonzero(mine.table.lesion_type == "healthy")
     t = mine.table.iloc[healthy]
     place = line_of(t.patch_id, seed=seed, purpose="spare healthy patches")
-    turn = pd.Series(place).groupby(t.patient_id.to_numpy()).rank()                   # each patient's first, then second ...
+    turn = pd.Series(place).groupby(t.patient_id.to_numpy()).rank()      # each patient's first, then second
     spare = healthy[np.lexsort((place, turn))[(mine.y == 1).sum():]]
     return mine.subset(np.setdiff1d(np.arange(len(mine)), spare)), mine.subset(spare)
 
@@ -84,12 +84,12 @@ def training_set(
     real = base.subset(base.y == 0) if alone else base
     return join([patch_arrays(real), patch_arrays(extra) if len(extra) else None])
 
-# %% ../../nbs/papers/85a_papers.helps_rows.ipynb #f142d05d
+# %% ../../nbs/papers/85a_papers.helps_rows.ipynb #fa4fbc35
 def labels_for(
     kind:str, # Of `GANS`
     patches:PatchSet, # What trains it
 ) -> np.ndarray: # Empty where a kind needs none
-    "Classes as a kind of generator wants them: a conditional GAN 0 and 1, painting 2 where it starts and 0 where it ends."
+    "Classes as a kind of generator wants them: conditional 0 and 1, painting 2 where it starts and 0 where it ends."
     if kind == "cgan": return patches.y
     return np.where(patches.y == 1, 0, 2) if kind == "painting" else np.zeros(0, np.int64)
 
@@ -126,9 +126,10 @@ def singan_samples(
     "As many samples of every SinGAN, in turn."
     nets = [SinGAN.load(home, device) for home in sorted(Path(trained).glob("singan_*"))]
     each = -(-n//len(nets))
-    return np.stack([net.sample(each, seed=seed+k) for k,net in enumerate(nets)], 1).reshape(-1, *nets[0].shapes[-1])[:n]
+    drawn = np.stack([net.sample(each, seed=seed+k) for k,net in enumerate(nets)], 1)
+    return drawn.reshape(-1, *drawn.shape[2:])[:n]
 
-# %% ../../nbs/papers/85a_papers.helps_rows.ipynb #a4f9c965
+# %% ../../nbs/papers/85a_papers.helps_rows.ipynb #a5dc9b13
 @dataclass(frozen=True)
 class Asked:
     "What is drawn from a generator."
@@ -136,6 +137,7 @@ class Asked:
     n:int # Patches
     seed:int # Of the noise
 
+# %% ../../nbs/papers/85a_papers.helps_rows.ipynb #ec51a255
 def drawn_pixels(
     asked:Asked, # Kind, number, seed
     generator:Path, # Stage folder of its training
@@ -175,6 +177,7 @@ class Training:
     generator:str # Seed that trained its generators
     alone:bool = False # Without the real positives
 
+# %% ../../nbs/papers/85a_papers.helps_rows.ipynb #6e57bd8e
 def fit_cell(
     folder:Path, # Of the job
     *,
@@ -187,11 +190,13 @@ def fit_cell(
 ) -> None:
     "Train the classifier of one row and write what it says of validation and test."
     model = build_classifier(how.network, seed=how.seed)
-    fit_classifier(model, training_set(base, extra, how.alone), patch_arrays(held["val"]), seed=how.seed, recipe=how.recipe,
+    arrays = {side: patch_arrays(ps) for side,ps in held.items()}
+    fit_classifier(model, training_set(base, extra, how.alone), arrays["val"], seed=how.seed, recipe=how.recipe,
                    device=device, folder=folder, log=log)
-    told = dict(names=how.recipe.classes, gan=how.generator)
-    write_answers(folder, {side: said(ps.table, ps.y, predict_proba(model, patch_arrays(ps), device=device)[:, 1], **told)
-                           for side,ps in held.items()})
+    told, answers = dict(names=how.recipe.classes, gan=how.generator), {}
+    for side,ps in held.items():
+        answers[side] = said(ps.table, ps.y, predict_proba(model, arrays[side], device=device)[:, 1], **told)
+    write_answers(folder, answers)
 
 # %% ../../nbs/papers/85a_papers.helps_rows.ipynb #04c6c288
 def recognise(
