@@ -119,6 +119,7 @@ def price_section(runs:list): # runs: of RunFolder -> Section; None where no gen
     "Does FID or cost foretell use?"
     answers, quality = answers_of(runs), on_file(runs, "quality", ["arm", "size", "generator"])
     if answers is None or quality is None: return None
+    quality["size"] = quality["size"].astype(str)
     names, mean = labels(runs[0].paper), quality_mean(quality, ours(runs))
     figure, shown = price_figure(ranking(answers), quality, names), mean.assign(arm=mean.arm.map(names))
     table = Table(shown, "Quality beside use", MEANS, False, file="tables/quality_mean.csv", numbers=mean)
