@@ -9,7 +9,7 @@ from keep_outputs import PRIVATE, text_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and not p.name.startswith(("_",".")))
-PAPERS = [p for p in NOTEBOOKS if p.parent.name == "nbs" and re.match(r"0[0-4]_|92_", p.name)]
+PAPERS = [p for p in NOTEBOOKS if p.parent.name == "nbs" and re.match(r"0[0-5]_|92_", p.name)]
 LIBRARY = [p for p in NOTEBOOKS if p.parent.name in ("lib", "papers")]
 COMMON = {"seed":"int","preset":"str","protocol":"str","data_dir":"str","run_dir":"str","device":"str","only":"str"}
 NETWORKS = {"mode":"str"}      # papers that train networks choose their arithmetic
