@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PUBLIC', 'MEMBERS', 'LICENSES', 'SPDX', 'NO_AUDIT', 'SHOWN', 'TITLES', 'USE', 'LIMITS', 'SINGLE', 'PHANTOMS', 'WHAT',
-           'HASHES', 'SAMPLES', 'HOW_TO_USE', 'NOT_MEASURED', 'INPUTS', 'public_card', 'without_image', 'licence_text',
-           'code_licence', 'metric_table', 'number', 'shown_metrics', 'measure', 'audit_dict', 'with_interval',
-           'shown_audit', 'privacy_of', 'kind_of', 'on_phantoms', 'data_names', 'hub_metric', 'front_matter',
-           'provenance', 'as_markdown', 'limits_of', 'terms_words', 'written_by', 'model_card', 'usage', 'medigan_id',
-           'medigan_execution', 'medigan_performance', 'medigan_selection', 'medigan_description', 'medigan_metadata']
+           'HASHES', 'OFFICER', 'SAMPLES', 'HOW_TO_USE', 'NOT_MEASURED', 'INPUTS', 'public_card', 'without_image',
+           'licence_text', 'code_licence', 'metric_table', 'number', 'shown_metrics', 'measure', 'audit_dict',
+           'with_interval', 'shown_audit', 'privacy_of', 'kind_of', 'on_phantoms', 'data_names', 'hub_metric',
+           'front_matter', 'provenance', 'as_markdown', 'limits_of', 'terms_words', 'written_by', 'model_card', 'usage',
+           'medigan_id', 'medigan_execution', 'medigan_performance', 'medigan_selection', 'medigan_description',
+           'medigan_metadata']
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #a2ea137b
 import importlib.metadata
@@ -316,6 +317,7 @@ def written_by(card:dict) -> str:
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #e8ec6579
 HASHES = "Hashes of the patients' ids are in `generator.json` (ids of public sets can be guessed from them)."
+OFFICER = "One page for a data-protection officer: `PRIVACY.html`."
 SAMPLES = "\n\n![synthetic patches](samples.png)\n\nSynthetic patches, seed 0. No picture here is of a patient."
 
 def model_card(
@@ -337,7 +339,7 @@ def model_card(
              "Intended use": USE.format(what=WHAT.get(kind, "It draws patches from noise.")),
              "What it was trained on": f"{data}\n\n{members}",
              "Metrics": as_markdown(shown_metrics(t)) if len(t) else "Nothing was measured.",
-             "Privacy": "\n\n".join(x for x in (privacy_of(card), a["words"], attacks) if x),
+             "Privacy": "\n\n".join(x for x in (privacy_of(card), a["words"], attacks, OFFICER) if x),
              "Limits": limits_of(card), "Use": usage(card, name), "Licence": written_by(card)}
     text = [f"{'##' if i else '#'} {title}\n\n{words}" for i,(title,words) in enumerate(parts.items())]
     return "\n\n".join([front_matter(card, t, name), *text]) + "\n"

@@ -28,6 +28,7 @@ from .bundle import draw_alone, generate, generate_painted, package_code, png_by
 from .card import (LICENSES, TITLES, audit_dict, code_licence, kind_of, licence_text, measure,
                                 medigan_metadata, metric_table, model_card, on_phantoms, public_card,
                                 without_image)
+from .officer import officer_facts, officer_page
 from .folder import find_generators, lost_stages, save_any, stages_of, whole_folder
 from .share import load_generator, sample_generator
 from .train import tile
@@ -133,7 +134,8 @@ def write_package(
     grant = licence_text(release.license, title=card["title"], holder=release.holder, text=release.license_text)
     told = dict(name=name, metrics=metrics, audit=audit)
     texts = {"__init__.py": code, "requirements.txt": "\n".join(needs) + "\n", "LICENSE": grant,
-             "LICENSE-CODE.txt": code_licence(), "README.md": model_card(card, about=release.about, **told)}
+             "LICENSE-CODE.txt": code_licence(), "README.md": model_card(card, about=release.about, **told),
+             "PRIVACY.html": officer_page(card, officer_facts(card, audit))}
     for file,text in texts.items(): write_text(folder/file, text)
     write_json(folder/"metadata.json", medigan_metadata(card, needs=needs, date=release.date, **told))
     if card["config"]["kind"] != "context":
@@ -160,7 +162,7 @@ def export_generator(
     told = released_card(G, card or {}, release)
     table, found = metric_table(metrics), audit_dict(audit)
     with whole_folder(folder) as tmp:
-        save_any(tmp, without_image(G), card=told)
+        save_any(tmp, without_image(G), card=told | dict(audit=officer_facts(told, found)))
         write_package(tmp, G, name=folder.name, release=release, metrics=table, audit=found)
         if check: prove(tmp, generator)
         info = load_generator(tmp).card
