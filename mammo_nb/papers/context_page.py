@@ -72,6 +72,7 @@ def answer(
     "What these runs say in short."
     return short_answer(*(on_file(runs, name) for name in ("reader", "removal", "arms")))
 
+# %% ../../nbs/papers/81h_papers.context_page.ipynb #e1ded55a
 def judged(
     runs:list, # Of RunFolder
 ) -> Section: # None where nothing was judged

@@ -119,7 +119,7 @@ def contradictions() -> pd.DataFrame: # subject, the text, against it, here
              "exact percentages of 3440, which no split by patient gives", "counted")]
     return pd.DataFrame(rows, columns=["subject", "the text", "against it", "here"])
 
-# %% ../../nbs/papers/80a_papers.shift_page.ipynb #6fbd600d
+# %% ../../nbs/papers/80a_papers.shift_page.ipynb #6067f403
 FOLDS = """The published split sizes (344, 2167, 929) are exact percentages of 3440, which a split by patient does not
 give; these are counted. The women behind the SinGANs always train. *synthetic*: patches that SinGANs or oversampling
 add (benign minus malignant)."""
@@ -138,6 +138,7 @@ of these four add. *Each patch once*: nothing added, classes drawn as in the fil
 paper draws them equally often."""
 FILLED = "Trained on G3, tested on G1, malignant patches filled up by one, two or four SinGANs."
 
+# %% ../../nbs/papers/80a_papers.shift_page.ipynb #6fbd600d
 def _against(runs): return Table(contradictions(), index=False)
 def _controls(runs): return controls_table(runs, ["auroc"], "Malignant")
 
