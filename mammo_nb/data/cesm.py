@@ -142,13 +142,13 @@ def _cesm_lesions(im, regions, table, ledger):
     if im["has_lesion"] and (len(out)<len(drawn) or not out): im["quirks"].append(NO_BOX)
     return out
 
-# %% ../../nbs/lib/26e_data.cesm.ipynb #r18e99c529
+# %% ../../nbs/lib/26e_data.cesm.ipynb #r18ef10d9c
 def _against(im, sick, regions):
     "Why an image is not called normal, or an empty text."
     rows, key = im["_rows"], im["_key"]
     if cesm_class(_words(rows, _PATHOLOGY))!="normal": return "its row does not say 'Normal'"
-    if cesm_name(key)[:2] in sick: return "another picture of the same breast has a finding"
     if key.replace("_dm_", "_cm_") in regions: return "an outline on its subtracted picture"
+    if cesm_name(key)[:2] in sick: return "another picture of the same breast has a finding"
     return f"BI-RADS {im['birads']} beside 'Normal'" if str(im["birads"]) in "3456" else ""
 
 def _parts(labels, regions):

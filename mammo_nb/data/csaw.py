@@ -91,7 +91,7 @@ def _reason(im, sick, normal_by):
     whose = (im["patient_id"], im["laterality"])
     return csaw_against(im["_row"], im["_state"], normal_by) or "a mask on another view of its breast"*(whose in sick)
 
-# %% ../../nbs/lib/26h_data.csaw.ipynb #r18w13f900
+# %% ../../nbs/lib/26h_data.csaw.ipynb #r18w69f1ca
 def read_csaw(
     root:Path, # Folder of the table; pictures and masks at any depth below
     *,
@@ -109,6 +109,6 @@ def read_csaw(
         if images[-1]["has_lesion"]: lesions += _csaw_lesion(images[-1], mask, led)
     sick = sick_breasts((im["patient_id"], im["laterality"]) for im in images if im["has_lesion"])
     words = {"both":"outcome and reading", "outcome":"outcome alone"}[normal_by]
-    rule = f"cancers of timing 1 to {timing_upto} are malignant; normal by {words}"
+    rule = f"malignant: timing {'1 and 2' if timing_upto==2 else '1'}; normal by {words}"
     return finish(images, lesions, lambda im: _reason(im, sick, normal_by), ledger=led, file=table, rule=rule,
         scaling=scaling)

@@ -111,7 +111,7 @@ def _embed_lesions(im, table, rule, ledger):
     shared = _embed_cells(im, rule)
     return [shared | dict(zip(BOX, box), lesion_id=str(k)) for k,box in enumerate(boxes, 1) if box]
 
-# %% ../../nbs/lib/26g_data.embed.ipynb #r18m64286c
+# %% ../../nbs/lib/26g_data.embed.ipynb #r18ma5867c
 def _against(im, drawn, cancers):
     "Why an image is not called normal, or an empty text."
     side, r, said = im["laterality"], im["_row"], im["_said"]
@@ -127,8 +127,8 @@ def _plain_views(root, table, ledger):
     found = read_table(table, need=_META, fold=True)
     spot = found["spot_mag"].isin(["1","1.0"]) if "spot_mag" in found else np.zeros(len(found), bool)
     flat = found.finalimagetype.str.casefold()=="2d"
-    for n,words in (((~flat).sum(), "synthetic view or screen copy"), ((flat & spot).sum(), "magnified view")):
-        if n: state_rule(ledger, table, f"{words} left out: {n} files")
+    for n,words in (((~flat).sum(), "synthetic views and screen copies"), ((flat & spot).sum(), "magnified views")):
+        if n: state_rule(ledger, table, f"{n} files left out: {words}")
     other = {stem_of(p).casefold() for p in found.anon_dicom_path[~flat | spot]}
     pictures = pictures_by_name(root, ledger, ".dcm", ".png")
     return found[flat & ~spot], {n: p for n,p in pictures.items() if n not in other}

@@ -52,7 +52,7 @@ def _suspect(r):
     flags = [rsna_flag(r.get(k, "")) for k in ("cancer","biopsy","difficult_negative_case")]
     return any(flags)
 
-# %% ../../nbs/lib/26f_data.rsna.ipynb #r18n07ea2c
+# %% ../../nbs/lib/26f_data.rsna.ipynb #r18nc1bde9
 def read_rsna(
     root:Path, # Folder of `train.csv`; pictures at any depth below
     *,
@@ -69,6 +69,6 @@ def read_rsna(
     taken = matched(found, pictures, name_of=lambda r: r["image_id"], breast=_breast, file=table, ledger=led)
     images = [_rsna_image(*one) for one in taken]
     sick = sick_breasts(_breast(r) for r in found.to_dict("records") if _suspect(r))
-    rule = f"cancer is of the breast, no outlines; normal is BI-RADS 1 to {normal_upto} without biopsy"
+    rule = f"cancer is of the breast, no outlines; normal is BI-RADS {'1 or 2' if normal_upto==2 else '1'} without biopsy"
     return finish(images, [], lambda im: _against(im, sick, normal_upto), ledger=led, file=table, rule=rule,
         scaling=scaling)
