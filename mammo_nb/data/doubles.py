@@ -34,7 +34,7 @@ def alike(
     "Pairs of pictures that rise and fall at the same places."
     a, b = np.asarray(looks, np.float32), np.asarray(others, np.float32)
     if not len(a) or not len(b): return []
-    said, agree = np.abs(a) @ np.abs(b).T, a @ b.T                       # agree: cells that agree less those that do not
+    said, agree = np.abs(a) @ np.abs(b).T, a @ b.T                       # agree: less those that do not
     union = np.abs(a).sum(1)[:,None]+np.abs(b).sum(1)-said
     found = (said>=cells) & (said>=.6*union) & ((said+agree)/2>=share*said)
     return [(int(i), int(j)) for i,j in np.argwhere(found)]

@@ -219,9 +219,10 @@ def _other_size(r, head):
     return f"its table says {said[0]:g} x {said[1]:g} pixels, the file {head['rows']:g} x {head['cols']:g}"
 
 def _in_corner(l, im):
-    "Whether a box lies in the first tenth of its image, or below 100 in a large one: per cent, or millimetres."
+    "Whether a box lies in the first tenth of a mammogram, or below 100 in a large one: per cent, or millimetres."
     right, down, short = l["x1"], l["y1"], min(im["rows"], im["cols"])
-    return (right<=.1*im["cols"] and down<=.1*im["rows"]) or (max(right, down)<=100 and short>=512)
+    tenth = right<=.1*im["cols"] and down<=.1*im["rows"]
+    return (tenth and short>=256) or (max(right, down)<=100 and short>=512)
 
 def _in_pixels(lesions, images, table, ledger):
     "The lesions, or none of them where their boxes cannot be pixels; masks are, by their size."

@@ -203,8 +203,9 @@ def _omi_lesions(im, marks, episode, ledger):
 
 def _marked(imagedb):
     "Whether anything is written under an image of a client, also what no reader understands."
-    images = (i for s in _dict(imagedb.get("STUDIES")).values() for i in _dict(s).values() if isinstance(i, dict))
-    return any(bool(marks) for i in images for marks in i.values())
+    series = [i for s in _dict(imagedb.get("STUDIES")).values() for i in _dict(s).values() if isinstance(i, dict)]
+    said = [(key, marks) for i in series for key,marks in i.items() if marks]
+    return any(isinstance(marks, (dict, list)) or _DIGITS.fullmatch(str(key)) for key,marks in said)
 
 _STATUS = dict(unknown="its client has no readable nbss file", CI="its client had an interval cancer",
     M="its client has a malignant opinion", B="its client has a benign opinion",

@@ -377,9 +377,10 @@ def _grey(path):
 
 def _attenuation(ds, raw, scaling):
     "Raw values of the detector as something that rises with the tissue (PS3.3 C.8.11.3.1.2): turned over, logarithm."
-    x = raw if _number(ds.PixelIntensityRelationshipSign)<0 else _turned_over(raw)
-    if scaling=="none" or _text(ds, "PixelIntensityRelationship").upper()=="LOG": return x
-    passed = (int(x.max())-x.astype(float))                       # what came through, up to a constant
+    rises = _number(ds.PixelIntensityRelationshipSign)<0          # with what the tissue holds back
+    if scaling=="none" or _text(ds, "PixelIntensityRelationship").upper()=="LOG":
+        return raw if rises else _turned_over(raw)
+    passed = 2.**int(ds.BitsStored)-1-raw if rises else raw.astype(float)
     return -np.log(np.maximum(passed, max(1., np.quantile(passed, .001))))
 
 def _white_padding(ds, raw, x):

@@ -267,7 +267,8 @@ _OBLIQUE = "mlo ml o lo ro lmlo rmlo l_mlo r_mlo mlo_l mlo_r mediolateral_obliqu
 _ABOVE = "cc lcc rcc l_cc r_cc cc_l cc_r craniocaudal cranio_caudal cranial_caudal"
 _VIEW = {**dict.fromkeys(_OBLIQUE.split(), "MLO"), **dict.fromkeys(_ABOVE.split(), "CC")}
 _BENIGN = """benign b benigne benigno benigna bénin bénigne benin gutartig goedaardig łagodny łagodna 良性
-    доброкачественный доброкачественная доброкачественное benign_without_callback non_malignant not_malignant non_cancer"""
+    доброкачественный доброкачественная доброкачественное
+    benign_without_callback non_malignant not_malignant non_cancer"""
 _MALIGNANT = """malignant m malign maligne malin maligno maligna bösartig boesartig kwaadaardig złośliwy złośliwa
     恶性 惡性 悪性
     злокачественный злокачественная злокачественное krebs cáncer cancro kanker rak cancer carcinoma karzinom
