@@ -232,7 +232,7 @@ def test_a_left_out_stage_leaves_out_what_needs_it(tmp_path):
 
 
 # ---------------------------------------------------------------- every parameter does something
-OTHER = CHANGES["00"] | dict(preset="paper", sifid="inception")       # all parameters are listed in test_stale.py
+OTHER = CHANGES["00"] | dict(preset="paper", sifid="inception", departures=False)       # all parameters are listed in test_stale.py
 
 def what_is_done(tmp_path, monkeypatch, **changes):
     "Settings, keys, and what the loaders are asked for."

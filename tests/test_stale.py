@@ -20,14 +20,14 @@ from mammo_nb.params import Params
 NOTEBOOKS = sorted((repo_root()/"nbs").glob("0[0-4]_*.ipynb"))
 SEEDS = dict(seed=5, split_seed=4, gan_seed=4, phantom_seed=4)
 TINY = {
-    "00": dict(patients=30, clf_epochs=1, singan_steps=1, boots=20, crops=1, size=32, sifid="embedded"),
+    "00": dict(patients=30, clf_epochs=1, singan_steps=1, boots=20, crops=1, size=32, sifid="embedded", departures=False),
     "01": dict(patients=24, gan_updates=2, synthetic=8, clf_samples=40, arms="baseline,decay50", boots=20),
     "02": dict(patients=16, sizes="100", modes="org,aug_gan", folds=1, gan_epochs=1, simulation_epochs=1, fid_n=12, clf_epochs=1, boots=20),
     "03": dict(patients=40, models="cnn", cgan_models="cnn", trials=1, updates=2, clf_epochs=1, boots=20),
     "04": dict(patients=24, scopes="masses", models="cnn", arms="none,bcdr_dcgan", regimes="50", gan_epochs=1, clf_epochs=1, boots=20)}
 CHANGES = { # Paper -> parameter -> another value
     "00": SEEDS | dict(protocol="clean", switches="lr_constant", scaling="voi", healthy="matched", test_sets="rotating", singan="official", singan_steps=2, patients=36,
-                       size=24, crops=0, clf_epochs=2, departures=False, boots=30, mode="bf16"),
+                       size=24, crops=0, clf_epochs=2, departures=True, boots=30, mode="bf16"),
     "01": SEEDS | dict(protocol="clean", switches="subtractive_decay", tasks="mass", arms="baseline", scaling="voi", min_tissue=.8, patients=30, train_share=.5, d_mult=3, gan_updates=3,
                        synthetic=6, clf_samples=60, boots=30, mode="bf16"),
     "02": SEEDS | dict(protocol="clean", switches="beta2_999", sizes="250", modes="org", folds=2, replicates=2, scaling="voi", extractor="pixels", patients=20, imbalance=3,
