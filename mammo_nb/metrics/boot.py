@@ -250,16 +250,19 @@ def over_seeds(
     values, # One value a seed
     *,
     level:float=.95, # Of the interval
-) -> dict: # mean, sd (ddof 1), n, lo, hi; with one seed sd, lo and hi are NaN
-    "Mean, sample sd and Student-t interval of the mean over independent runs."
+    low:float=-np.inf, # Lowest possible value, e.g. 0 for an AUROC
+    high:float=np.inf, # Highest possible value
+) -> dict: # mean, sd (ddof 1), n, lo, hi; with one seed sd, lo and hi are NaN, with equal runs lo and hi
+    "Mean, sample sd and Student-t interval of the mean over independent runs; equal runs tell no spread."
     v = np.asarray(values, float)
     v = v[np.isfinite(v)]
     n = len(v)
     if n==0: return dict(mean=np.nan, sd=np.nan, n=0, lo=np.nan, hi=np.nan)
     if n==1: return dict(mean=float(v[0]), sd=np.nan, n=1, lo=np.nan, hi=np.nan)
     sd = v.std(ddof=1)
-    half = stats.t.ppf((1+level)/2, n-1)*sd/np.sqrt(n)
-    return dict(mean=float(v.mean()), sd=float(sd), n=n, lo=float(v.mean()-half), hi=float(v.mean()+half))
+    half = stats.t.ppf((1+level)/2, n-1)*sd/np.sqrt(n) if sd>0 else np.nan
+    lo, hi = np.clip([v.mean()-half, v.mean()+half], low, high)
+    return dict(mean=float(v.mean()), sd=float(sd), n=n, lo=float(lo), hi=float(hi))
 
 # %% ../../nbs/lib/35_metrics.boot.ipynb #697ee745
 def paired_seeds(

@@ -224,7 +224,7 @@ def over_runs(
     for q,what,model,first,second in answerable(names["accuracy"]):
         for m in ASKED:
             if not {first, second} <= set(names[m]): continue
-            s = over_seeds((by[(*first, m)] - by[(*second, m)]).dropna())
+            s = over_seeds((by[(*first, m)] - by[(*second, m)]).dropna(), low=-1, high=1)
             t = s["mean"]/(s["sd"]/np.sqrt(s["n"])) if s["n"] > 1 and s["sd"] > 0 else np.nan
             p = 2*stats.t.sf(abs(t), s["n"]-1) if np.isfinite(t) else np.nan
             out.append(dict(question=q, what=what, model=model, metric=m, value=s["mean"], sd=s["sd"], lo=s["lo"],
