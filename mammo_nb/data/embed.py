@@ -133,7 +133,7 @@ def _plain_views(root, table, ledger):
     pictures = pictures_by_name(root, ledger, ".dcm", ".png")
     return found[flat & ~spot], {n: p for n,p in pictures.items() if n not in other}
 
-# %% ../../nbs/lib/26g_data.embed.ipynb #r18m947f2c
+# %% ../../nbs/lib/26g_data.embed.ipynb #r18mcc317b
 def _cancers(findings):
     "(woman, side) of every cancer in any exam."
     said = [(r, side) for (_,side),rows in findings.items() for r in rows]
@@ -161,7 +161,7 @@ def read_embed(
     _check_rule(**rule)
     files, clinical = _tables(root)
     (found, pictures), findings = _plain_views(root, files, led), _findings(clinical)
-    for own,path,head in matched(found, pictures, name_of=_file_of, breast=_breast, file=files, ledger=led):
+    for own,path,head in matched(found, pictures, name_of=_file_of, breast=_breast, single=True, file=files, ledger=led):
         images.append(_embed_image(own, path, head, findings))
         lesions += _embed_lesions(images[-1], files, rule, led)
     drawn, cancers = sick_breasts(_breast(r) for r in found.to_dict("records") if _drawn(r)), _cancers(findings)
