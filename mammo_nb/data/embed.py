@@ -16,9 +16,12 @@ from .rows import (class_by_birads, density_of, finish, image_row, matched, pict
     screening_view, sick_breasts, state_rule, table_named)
 from .table import BOX, NO_BOX, Ledger, number_of, outline_box, read_table, side_of
 
-# %% ../../nbs/lib/26g_data.embed.ipynb #r18m2dfc7e
+# %% ../../nbs/lib/26g_data.embed.ipynb #r18m5cb6fd
 EMBED_BIRADS = dict(zip("ANBPSMK", "0123456"))
 EMBED_TISSUE = {"0":"malignant", "1":"malignant", "4":"benign", "5":"benign"} # `path_severity`; 2, 3 and 6 are unknown
+
+def _rule_words(label_by, malignant_from):
+    return f"class by {label_by}" + f", {malignant_from} and up malignant"*(label_by=="birads")
 
 def _check_rule(label_by, malignant_from):
     rules = ["pathology","birads"]
@@ -133,7 +136,7 @@ def _plain_views(root, table, ledger):
     pictures = pictures_by_name(root, ledger, ".dcm", ".png")
     return found[flat & ~spot], {n: p for n,p in pictures.items() if n not in other}
 
-# %% ../../nbs/lib/26g_data.embed.ipynb #r18mcc317b
+# %% ../../nbs/lib/26g_data.embed.ipynb #r18mc0e403
 def _cancers(findings):
     "(woman, side) of every cancer in any exam."
     said = [(r, side) for (_,side),rows in findings.items() for r in rows]
@@ -161,10 +164,10 @@ def read_embed(
     _check_rule(**rule)
     files, clinical = _tables(root)
     (found, pictures), findings = _plain_views(root, files, led), _findings(clinical)
-    for own,path,head in matched(found, pictures, name_of=_file_of, breast=_breast, single=True, file=files, ledger=led):
+    given = dict(name_of=_file_of, breast=_breast, single=True)
+    for own,path,head in matched(found, pictures, **given, file=files, ledger=led):
         images.append(_embed_image(own, path, head, findings))
         lesions += _embed_lesions(images[-1], files, rule, led)
     drawn, cancers = sick_breasts(_breast(r) for r in found.to_dict("records") if _drawn(r)), _cancers(findings)
-    words = f"class by {label_by}" + f", {malignant_from} and up malignant"*(label_by=="birads")
-    return finish(images, lesions, lambda im: _against(im, drawn, cancers), ledger=led, file=clinical, rule=words,
-        scaling=scaling)
+    return finish(images, lesions, lambda im: _against(im, drawn, cancers), ledger=led, file=clinical, scaling=scaling,
+        rule=_rule_words(label_by, malignant_from))

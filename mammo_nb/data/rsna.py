@@ -54,7 +54,7 @@ def _suspect(r):
     flags = [rsna_flag(r.get(k, "")) for k in ("cancer","biopsy","difficult_negative_case")]
     return any(flags)
 
-# %% ../../nbs/lib/26f_data.rsna.ipynb #r18ned47ee
+# %% ../../nbs/lib/26f_data.rsna.ipynb #r18n01de99
 def read_rsna(
     root:Path, # Folder of `train.csv`; pictures at any depth below
     *,
@@ -67,9 +67,10 @@ def read_rsna(
     led, table = Ledger("rsna", strict), Path(root)/"train.csv"
     found = read_table(table, need=RSNA_NEED, fold=True)
     pictures = pictures_by_name(root, led, ".dcm", ".png", key=_image_of)
-    taken = matched(found, pictures, name_of=lambda r: r["image_id"], breast=_breast, single=True, file=table, ledger=led)
-    images = [_rsna_image(*one) for one in taken]
+    given = dict(name_of=lambda r: r["image_id"], breast=_breast, single=True)
+    images = [_rsna_image(*one) for one in matched(found, pictures, **given, file=table, ledger=led)]
     sick = sick_breasts(_breast(r) for r in found.to_dict("records") if _suspect(r))
-    rule = f"cancer is of the breast, no outlines; normal is BI-RADS {'1 or 2' if normal_upto==2 else '1'} without biopsy"
+    words = {1:"1", 2:"1 or 2"}[normal_upto]
+    rule = f"cancer is of the breast, no outlines; normal is BI-RADS {words} without biopsy"
     return finish(images, [], lambda im: _against(im, sick, normal_upto), ledger=led, file=table, rule=rule,
         scaling=scaling)
