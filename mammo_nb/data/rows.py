@@ -139,10 +139,11 @@ def pictures_by_name(
         if often[name]>1: ledger.skip(path, "another file has the same name")
     return {name: path for name,path in named if often[name]==1}
 
-# %% ../../nbs/lib/22c_data.rows.ipynb #r18r24ac24
+# %% ../../nbs/lib/22c_data.rows.ipynb #r18r2d0b51
 def _fault(name, rows, breast, single):
     "Why the rows of an image cannot be used, or an empty text."
     if not name or len({str(breast(r)) for r in rows})>1: return "image is nameless, or two exams or sides claim it"
+    if not breast(rows[0])[0]: return "row does not say whose image it is"
     return "rows of one image disagree" if single and any(r!=rows[0] for r in rows) else ""
 
 def _rows_by_image(table, name_of, breast, single, file, ledger):
