@@ -142,7 +142,7 @@ def _cesm_lesions(im, regions, table, ledger):
     if im["has_lesion"] and (len(out)<len(drawn) or not out): im["quirks"].append(NO_BOX)
     return out
 
-# %% ../../nbs/lib/26e_data.cesm.ipynb #r18ef10d9c
+# %% ../../nbs/lib/26e_data.cesm.ipynb #r18e7a898d
 def _against(im, sick, regions):
     "Why an image is not called normal, or an empty text."
     rows, key = im["_rows"], im["_key"]
@@ -158,13 +158,13 @@ def _parts(labels, regions):
 
 def _file_of(r): return cesm_key(r["image_name"])
 
-def _breast(r): return (cesm_name(r["image_name"]) or ("",""))[:2]
+def _breast(r): return (cesm_name(r["image_name"]) or ("?",""))[:2]         # an odd name has no picture: listed as that
 
 def _kind(name): return (cesm_name(name) or ("","",""))[2]
 
 def _low_energy(root, ledger):
     "Pictures of the low-energy views; the subtracted ones are counted and left."
-    found = {cesm_key(n): p for n,p in pictures_by_name(root, ledger, ".jpg", ".jpeg", ".png").items()}
+    found = pictures_by_name(root, ledger, ".jpg", ".jpeg", ".png", key=cesm_key)
     for key in sorted(found):
         if not _kind(key): ledger.skip(found[key], "name is not of this set (P39_R_DM_CC)")
     left = sum(_kind(key)=="cm" for key in found)

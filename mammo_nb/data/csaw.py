@@ -75,15 +75,16 @@ def _csaw_lesion(im, mask, ledger):
     im["quirks"].append(NO_BOX)
     return []
 
-# %% ../../nbs/lib/26h_data.csaw.ipynb #r18w2cdf4c
+# %% ../../nbs/lib/26h_data.csaw.ipynb #r18w71513f
 def _matched(root, table, ledger):
     "(rows, file, header, mask) of each image; masks without a picture are listed."
     breast = lambda r: breast_of(r, "anon_patientid", "imagelaterality")
     name_of = lambda r: re.sub(r"\.dcm$", "", r["anon_filename"], flags=re.I)
-    pictures, drawn = pictures_by_name(root, ledger, ".dcm"), pictures_by_name(root, ledger, ".png")
-    masks = {re.sub(r"_mask$", "", n): p for n,p in drawn.items()}
+    pictures = pictures_by_name(root, ledger, ".dcm")
+    masks = pictures_by_name(root, ledger, ".png", key=lambda stem: stem.casefold().removesuffix("_mask"))
     found = read_table(table, need=CSAW_NEED, fold=True)
-    for own,path,head in matched(found, pictures, name_of=name_of, breast=breast, file=table, ledger=ledger):
+    taken = matched(found, pictures, name_of=name_of, breast=breast, single=True, file=table, ledger=ledger)
+    for own,path,head in taken:
         yield own, path, head, masks.get(path.stem.casefold())
     for name in sorted(set(masks)-set(pictures)): ledger.skip(masks[name], "mask without a picture")
 

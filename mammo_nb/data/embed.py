@@ -16,9 +16,12 @@ from .rows import (class_by_birads, density_of, finish, image_row, matched, pict
     screening_view, sick_breasts, state_rule, table_named)
 from .table import BOX, NO_BOX, Ledger, number_of, outline_box, read_table, side_of
 
-# %% ../../nbs/lib/26g_data.embed.ipynb #r18m2dfc7e
+# %% ../../nbs/lib/26g_data.embed.ipynb #r18m5cb6fd
 EMBED_BIRADS = dict(zip("ANBPSMK", "0123456"))
 EMBED_TISSUE = {"0":"malignant", "1":"malignant", "4":"benign", "5":"benign"} # `path_severity`; 2, 3 and 6 are unknown
+
+def _rule_words(label_by, malignant_from):
+    return f"class by {label_by}" + f", {malignant_from} and up malignant"*(label_by=="birads")
 
 def _check_rule(label_by, malignant_from):
     rules = ["pathology","birads"]
@@ -78,7 +81,7 @@ def embed_type(
     kinds = {k for r in findings for k,c in (("mass","massshape"),("calcification","calcfind")) if r[c]}
     return kinds.pop() if len(kinds)==1 else "other"
 
-# %% ../../nbs/lib/26g_data.embed.ipynb #r18md05998
+# %% ../../nbs/lib/26g_data.embed.ipynb #r18m72e899
 def _embed_image(rows, path, head, findings):
     r = rows[0]
     side, exam = side_of(r["imagelateralityfinal"]), r["acc_anon"]
@@ -89,6 +92,8 @@ def _embed_image(rows, path, head, findings):
         subset="embed-open", laterality=side, view=screening_view(r["viewposition"]),
         birads=max(ratings, default=np.nan), density=density[0] if density else np.nan, has_lesion=_drawn(r),
         _row=r, _said=said)
+
+def _breast(r): return r["empi_anon"] and r["acc_anon"], side_of(r["imagelateralityfinal"])
 
 def _drawn(r): return bool(embed_boxes(r["roi_coords"])) or number_of(r.get("num_roi"))>0
 
@@ -111,7 +116,7 @@ def _embed_lesions(im, table, rule, ledger):
     shared = _embed_cells(im, rule)
     return [shared | dict(zip(BOX, box), lesion_id=str(k)) for k,box in enumerate(boxes, 1) if box]
 
-# %% ../../nbs/lib/26g_data.embed.ipynb #r18ma5867c
+# %% ../../nbs/lib/26g_data.embed.ipynb #r18mbbc13d
 def _against(im, drawn, cancers):
     "Why an image is not called normal, or an empty text."
     side, r, said = im["laterality"], im["_row"], im["_said"]
@@ -123,7 +128,7 @@ def _against(im, drawn, cancers):
     return "another exam found a cancer in its breast" if (r["empi_anon"], side) in cancers else ""
 
 def _plain_views(root, table, ledger):
-    "Rows and pictures of plain views; the others are counted."
+    "Rows and pictures of plain views, the others counted; breasts with a box on any view, synthetic ones too."
     found = read_table(table, need=_META, fold=True)
     spot = found["spot_mag"].isin(["1","1.0"]) if "spot_mag" in found else np.zeros(len(found), bool)
     flat = found.finalimagetype.str.casefold()=="2d"
@@ -131,17 +136,16 @@ def _plain_views(root, table, ledger):
         if n: state_rule(ledger, table, f"{n} files left out: {words}")
     other = {stem_of(p).casefold() for p in found.anon_dicom_path[~flat | spot]}
     pictures = pictures_by_name(root, ledger, ".dcm", ".png")
-    return found[flat & ~spot], {n: p for n,p in pictures.items() if n not in other}
+    drawn = sick_breasts(_breast(r) for r in found.to_dict("records") if _drawn(r))
+    return found[flat & ~spot], {n: p for n,p in pictures.items() if n not in other}, drawn
 
-# %% ../../nbs/lib/26g_data.embed.ipynb #r18m947f2c
+# %% ../../nbs/lib/26g_data.embed.ipynb #r18ma710ea
 def _cancers(findings):
     "(woman, side) of every cancer in any exam."
     said = [(r, side) for (_,side),rows in findings.items() for r in rows]
     return {(r["empi_anon"], side) for r,side in said if embed_class(r, side)=="malignant"}
 
 def _file_of(r): return stem_of(r["anon_dicom_path"])
-
-def _breast(r): return r["acc_anon"], side_of(r["imagelateralityfinal"])
 
 def _tables(root):
     named = {k: EMBED_TABLE.replace("(metadata|clinical)", k) for k in ("metadata","clinical")}
@@ -160,11 +164,12 @@ def read_embed(
     rule = dict(label_by=label_by, malignant_from=malignant_from)
     _check_rule(**rule)
     files, clinical = _tables(root)
-    (found, pictures), findings = _plain_views(root, files, led), _findings(clinical)
-    for own,path,head in matched(found, pictures, name_of=_file_of, breast=_breast, file=files, ledger=led):
+    found, pictures, drawn = _plain_views(root, files, led)
+    findings = _findings(clinical)
+    cancers = _cancers(findings)
+    given = dict(name_of=_file_of, breast=_breast, single=True)
+    for own,path,head in matched(found, pictures, **given, file=files, ledger=led):
         images.append(_embed_image(own, path, head, findings))
         lesions += _embed_lesions(images[-1], files, rule, led)
-    drawn, cancers = sick_breasts(_breast(r) for r in found.to_dict("records") if _drawn(r)), _cancers(findings)
-    words = f"class by {label_by}" + f", {malignant_from} and up malignant"*(label_by=="birads")
-    return finish(images, lesions, lambda im: _against(im, drawn, cancers), ledger=led, file=clinical, rule=words,
-        scaling=scaling)
+    return finish(images, lesions, lambda im: _against(im, drawn, cancers), ledger=led, file=clinical, scaling=scaling,
+        rule=_rule_words(label_by, malignant_from))

@@ -125,27 +125,35 @@ def screening_view(
     name = word(said).upper()
     return name if name in ("CC","MLO") else "other"
 
-# %% ../../nbs/lib/22c_data.rows.ipynb #r18r5655d7
+# %% ../../nbs/lib/22c_data.rows.ipynb #r18r114dd7
 def pictures_by_name(
     root:Path, # Folder
     ledger:Ledger, # Takes names that two files have
     *suffixes, # e.g. ".dcm"
-) -> dict: # name in lower case -> file
+    key=str.casefold, # Function of a name without ending: what the tables call it
+) -> dict: # name -> file
     "Pictures by name; a name that two files have is listed and not used."
-    files = find_files(root, *suffixes)
-    often = Counter(p.stem.casefold() for p in files)
-    for p in files:
-        if often[p.stem.casefold()]>1: ledger.skip(p, "another file has the same name")
-    return {p.stem.casefold(): p for p in files if often[p.stem.casefold()]==1}
+    named = [(key(p.stem), p) for p in find_files(root, *suffixes)]
+    often = Counter(name for name,_ in named)
+    for name,path in named:
+        if often[name]>1: ledger.skip(path, "another file has the same name")
+    return {name: path for name,path in named if often[name]==1}
 
-# %% ../../nbs/lib/22c_data.rows.ipynb #r18r05baaa
-def _rows_by_image(table, name_of, breast, file, ledger):
+# %% ../../nbs/lib/22c_data.rows.ipynb #r18r2d0b51
+def _fault(name, rows, breast, single):
+    "Why the rows of an image cannot be used, or an empty text."
+    if not name or len({str(breast(r)) for r in rows})>1: return "image is nameless, or two exams or sides claim it"
+    if not breast(rows[0])[0]: return "row does not say whose image it is"
+    return "rows of one image disagree" if single and any(r!=rows[0] for r in rows) else ""
+
+def _rows_by_image(table, name_of, breast, single, file, ledger):
     "Rows of each image, sorted by name; an image that two exams or sides claim is listed and not used."
     found, good = {}, {}
     for r in table.to_dict("records"): found.setdefault(name_of(r).casefold(), []).append(r)
     for name,rows in sorted(found.items()):
-        if name and len({str(breast(r)) for r in rows})==1: good[name] = rows
-        else: ledger.skip(file, "image is nameless, or two exams or sides claim it", len(rows))
+        why = _fault(name, rows, breast, single)
+        if why: ledger.skip(file, why, len(rows))
+        else: good[name] = rows
     return good
 
 def matched(
@@ -154,11 +162,12 @@ def matched(
     *,
     name_of, # Function of a row: name of its picture, or empty
     breast, # Function of a row: exam or patient, and side
+    single:bool=False, # The table has one row an image; several that differ are not used
     file:Path, # Names the table in the ledger
     ledger:Ledger, # Takes what is missing on either side, and images that two breasts claim
 ):
     "(rows, file, header) of each image that has rows and a file that can be read; every other one is listed."
-    rows = _rows_by_image(table, name_of, breast, file, ledger)
+    rows = _rows_by_image(table, name_of, breast, single, file, ledger)
     for name,own in rows.items():
         if name not in pictures: ledger.skip(file, "image is not on disk")
         head = header_or_skip(pictures[name], ledger) if name in pictures else None

@@ -37,7 +37,7 @@ def _rsna_image(rows, path, head):
         birads=birads_of(r["birads"]) or np.nan, age=number_of(r["age"], 10, 120), has_lesion=bool(cancer), _row=r)
     return row | dict(quirks=[NO_BOX, f"breast malignant: {biopsy}"]*bool(cancer) + ["implant"]*bool(implant))
 
-# %% ../../nbs/lib/26f_data.rsna.ipynb #r18n45ad5d
+# %% ../../nbs/lib/26f_data.rsna.ipynb #r18nf173e4
 def _against(im, sick, normal_upto):
     "Why an image is not called normal, or an empty text."
     r = im["_row"]
@@ -48,11 +48,13 @@ def _against(im, sick, normal_upto):
     rating = birads_of(r["birads"])
     return "" if rating and 1<=int(rating)<=normal_upto else f"BI-RADS {rating or 'not given'} of the breast"
 
+def _image_of(stem): return stem.casefold().split("_")[-1]            # copies call a picture patient_image.png
+
 def _suspect(r):
     flags = [rsna_flag(r.get(k, "")) for k in ("cancer","biopsy","difficult_negative_case")]
     return any(flags)
 
-# %% ../../nbs/lib/26f_data.rsna.ipynb #r18nc1bde9
+# %% ../../nbs/lib/26f_data.rsna.ipynb #r18n01de99
 def read_rsna(
     root:Path, # Folder of `train.csv`; pictures at any depth below
     *,
@@ -64,11 +66,11 @@ def read_rsna(
     if normal_upto not in (1,2): raise ParameterError(f"{normal_upto!r} is no cut", "normal_upto", "give 1 or 2")
     led, table = Ledger("rsna", strict), Path(root)/"train.csv"
     found = read_table(table, need=RSNA_NEED, fold=True)
-    named = pictures_by_name(root, led, ".dcm", ".png")
-    pictures = {name.split("_")[-1]: path for name,path in named.items()}                # copies: patient_image.png
-    taken = matched(found, pictures, name_of=lambda r: r["image_id"], breast=_breast, file=table, ledger=led)
-    images = [_rsna_image(*one) for one in taken]
+    pictures = pictures_by_name(root, led, ".dcm", ".png", key=_image_of)
+    given = dict(name_of=lambda r: r["image_id"], breast=_breast, single=True)
+    images = [_rsna_image(*one) for one in matched(found, pictures, **given, file=table, ledger=led)]
     sick = sick_breasts(_breast(r) for r in found.to_dict("records") if _suspect(r))
-    rule = f"cancer is of the breast, no outlines; normal is BI-RADS {'1 or 2' if normal_upto==2 else '1'} without biopsy"
+    words = {1:"1", 2:"1 or 2"}[normal_upto]
+    rule = f"cancer is of the breast, no outlines; normal is BI-RADS {words} without biopsy"
     return finish(images, [], lambda im: _against(im, sick, normal_upto), ledger=led, file=table, rule=rule,
         scaling=scaling)
