@@ -241,7 +241,7 @@ def test_a_key_knows_labels_pixels_and_seeds(tmp_path, studied):
     assert all((m[c] != before[c]) == (c.regime != "plain" or m is not moved[0]) for m in moved for c in s.jobs)    # `plain` has no classic augmentation to lose
 
 
-CHANGES = dict(seed=5, preset="paper", protocol="clean", mode="fast", protocols="clean", models="cnn", cgan_models="cnn", image="full", size=96, patients=30, updates=20, synthetic=9, trials=4, replicates=2, arms="noise", search_trials=2,
+CHANGES = dict(seed=5, preset="paper", protocol="clean", mode="fast", protocols="clean", models="cnn", cgan_models="cnn", image="full", scaling="voi", size=96, patients=30, updates=20, synthetic=9, trials=4, replicates=2, arms="noise", search_trials=2,
                clf_epochs=3, lr=.5, augment=False, leak_test=False, boots=9, split_seed=4, gan_seed=4, phantom_seed=4)
 WHERE = {"data_dir": "where data lie", "run_dir": "where results go", "device": "where to compute", "only": "which stages now", "weights": "below, needs a file", "frozen": "lesson 83, needs a file", "show_real": "the page"}
 
