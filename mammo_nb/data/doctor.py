@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_COUNTS', 'BCDR_PUBLISHED', 'PAPER_NEEDS', 'count_table', 'missing_for', 'smallest_gain', 'paper_table',
-           'paper_lines', 'doubles', 'spacing_words', 'decode_some', 'across', 'examine', 'report_text', 'main']
+           'paper_lines', 'doubles', 'decode_some', 'across', 'examine', 'report_text', 'main']
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #383c32d4
 import argparse, os, shlex, sys, warnings
@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..core import DataError, MammoError, file_hash, repo_root
 from .doubles import alike, look_of
+from .patches import spacing_words
 from .pixels import read_image, to_uint8
 from .readers import NEEDS, _found, _read, has_cbis_tables
 from .sheet import write_sheet
@@ -170,16 +171,6 @@ def doubles(
         "of them belong to several patients": count(lambda g: g.patient_id.nunique()>1)}
     return [f"{n} {words}" for words,n in said.items() if n]
 
-# %% ../../nbs/lib/26b_data.doctor.ipynb #b54cbabc
-def spacing_words(
-    sets:dict, # name -> MammoData
-) -> str: # Empty when pixels are alike or unknown
-    "A warning when a pixel is more than half as large again in one image as in another."
-    mm = pd.concat([d.images.spacing_mm for d in sets.values()]).dropna() if sets else pd.Series(dtype=float)
-    if not len(mm) or mm.max()<1.5*mm.min(): return ""
-    low, high = mm.min(), mm.max()
-    return f"pixels are {low:.2g} to {high:.2g} mm: a window of 128 pixels shows {128*low:.0f} to {128*high:.0f} mm"
-
 # %% ../../nbs/lib/26b_data.doctor.ipynb #6df673fc
 def decode_some(
     data, # MammoData
@@ -220,6 +211,8 @@ def across(
     return out
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #d887827c
+def _spacing(sets): return spacing_words([mm for d in sets.values() for mm in d.images.spacing_mm])
+
 def _read_all(found, check):
     "What each set holds, what keeps it from being read, and which of its pictures are broken."
     sets, errors, broken = {}, {}, {}
@@ -248,8 +241,9 @@ def examine(
     seen = {} if found else Counter(p.suffix.lower() or p.name for p in find_files(root))
     papers = paper_table(root, good) if good else None
     looks = {n: bad.attrs["looks"] for n,bad in broken.items()}
-    return dict(root=root, found=found, sets=sets, across=across(sets, looks), errors=errors, broken=broken, seen=seen, papers=papers,
-        usable=bool(good) and bool(papers.runs.any()), spacing=spacing_words(good), closed=sorted(set(map(str,
+    return dict(root=root, found=found, sets=sets, across=across(sets, looks), errors=errors, broken=broken, seen=seen,
+        papers=papers,
+        usable=bool(good) and bool(papers.runs.any()), spacing=_spacing(good), closed=sorted(set(map(str,
         closed))),
         lines={} if papers is None else papers.set_index("paper").why.to_dict(),
         tables_only=not found and has_cbis_tables(root, 2))

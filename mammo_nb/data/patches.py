@@ -7,10 +7,10 @@ __all__ = ['TEXT', 'WHOLE', 'REAL', 'FLAGS', 'COLUMNS', 'META', 'PLAN', 'SCOPES'
            'patch_table', 'pixel_hash', 'no_skips', 'little_breast', 'PatchSet', 'save', 'load', 'synthetic_patches',
            'Plan', 'in_scope', 'Picture', 'rule_square', 'rule_zoom', 'rule_context', 'rule_row', 'rule_thesis',
            'rule_grid', 'rule_whole', 'rule_options', 'lesion_patches', 'healthy_patches', 'tissue_patches', 'in_mm',
-           'ready_patches', 'cut_image', 'source_hashes', 'plan_key', 'extract']
+           'spacing_words', 'ready_patches', 'cut_image', 'source_hashes', 'plan_key', 'extract']
 
 # %% ../../nbs/lib/28_data.patches.ipynb #1b8f8b86
-import contextlib, hashlib, json, os, shutil, time
+import contextlib, hashlib, json, os, shutil, time, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -572,6 +572,16 @@ def in_mm(
     why = "its pixel size is not known, so millimetres cannot be kept"
     return _plan(rows, [*plan.skipped.itertuples(index=False), *((path, why, n) for path,n in blind.items())])
 
+# %% ../../nbs/lib/28_data.patches.ipynb #66e2eecb
+def spacing_words(
+    spacing_mm, # Pixel of each image, mm; unknown ones are NaN
+) -> str: # Empty when pixels are alike or unknown
+    "A warning when a pixel is half as large again, or more, in one image as in another."
+    mm = pd.to_numeric(pd.Series(spacing_mm, dtype=object)).dropna()
+    if not len(mm) or mm.max()<1.5*mm.min(): return ""
+    low, high = mm.min(), mm.max()
+    return f"pixels are {low:.2g} to {high:.2g} mm: a window of 128 pixels shows {128*low:.0f} to {128*high:.0f} mm"
+
 # %% ../../nbs/lib/28_data.patches.ipynb #c1449379
 def ready_patches(
     data, # MammoData whose `patches` table lists files
@@ -804,6 +814,7 @@ def extract(
     if not len(plan):
         left = "".join(f"; {r.reason} ({r.count})" for r in plan.skipped.itertuples())
         raise DataError("nothing to cut", "plan", "the tables hold no row of this scope"+left)
+    if said := spacing_words(plan.rows.spacing_mm): warnings.warn(f"{said}; `in_mm` cuts by millimetres", stacklevel=2)
     cut, hashes = _Cut(sizes, views, seed), source_hashes(plan.rows.path)
     key = plan_key(plan, hashes, **vars(cut))
     out = Path(folder)/key if folder else cached("patches", key, whole=lambda there: not _fault(there))

@@ -114,6 +114,7 @@ class Setup:
     per:int = 1187          # … for so many real training images
     arms:tuple = ARMS       # Further trainings
     blur:int = 5            # Side of the Gaussian kernel
+    scaling:str = "minmax"  # How pixels of DICOM files become uint8
     augment:bool = True     # The augmentation of section II, or none
     channel_shift:float = .05 # Grey added at random, either way; the paper gives no range
     val_share:float = .1    # Of the official training patients, under `clean`
@@ -232,11 +233,11 @@ def settle(
         if m.startswith("cnn"): build_classifier(setup.nets[m], seed=0)
     return replace(settled, setup=setup)
 
-KNOBS = ("patients", "image", "updates", "synthetic", "trials", "search_trials", "clf_epochs", "lr", "boots")
+KNOBS = ("patients", "image", "scaling", "updates", "synthetic", "trials", "search_trials", "clf_epochs", "lr", "boots")
 PAPER = Paper(
     "03_cgan_augmentation", title="Is data synthesis useful for data augmentation?",
     presets=dict(demo=DEMO, paper=PUBLISHED), protocol=Protocol, plan=plan, switches=SWITCHES, clean=CLEAN, lists=LISTS,
-    choices=dict(image=("", "full", "crop")), settle=settle, knobs={k: k for k in KNOBS},
+    choices=dict(image=("", "full", "crop"), scaling=("minmax", "voi")), settle=settle, knobs={k: k for k in KNOBS},
     rules=dict(size=one_of(0, 32, 48, 56, 64, 96, 112, 128, 224), patients=between(0, 100_000), trials=between(0, 100),
                synthetic=between(0, 100_000), replicates=between(1, 100), search_trials=between(0, 1000),
                clf_epochs=between(0, 10_000),
@@ -287,7 +288,8 @@ def cut(
     "The images of all masses, made once and shared by all seeds, and the split of every protocol."
     setup, t = run.setup, masses.table
     job = run.job(cut_masses, name="patches", group="patches", shared=True, masses=t.drop(columns="path"),
-                  files=Files(tuple(map(str, t.path))), size=setup.size, blur=setup.blur)
+                  files=Files(tuple(map(str, t.path))), size=setup.size, blur=setup.blur,
+                  scaling=setup.scaling)
     folder = run.do({"patches": job})["patches"]
     if folder is None: return Study(None, {})
     patches = PatchSet.load(folder/"patches")

@@ -18,7 +18,7 @@ import pandas as pd
 from ..clf.keras import keras_prepare
 from ..core import DataError, hash_of, rng, write_json
 from ..data.patches import PatchSet, patch_table, pixel_hash, source_hashes
-from ..data.pixels import read_image, to_uint8
+from ..data.pixels import is_dicom, read_image, to_uint8
 from ..data.splits import balanced_groups, check_leaks, patient_counts, pooled_split, split_patients
 from ..metrics.auc import auc
 from ..runs import cores
@@ -77,9 +77,10 @@ def read_prepared(
     *,
     size:int, # Side, px
     blur:int=5, # Side of the Gaussian kernel
+    scaling:str="minmax", # How pixels become uint8: `minmax`, or `voi` as a viewer would; 8-bit pictures stay as they are
 ) -> tuple: # (uint8 `(size,size)`, rows and columns it had)
     "One image as the paper prepares it (section II)."
-    x = read_image(path, scaling="none")
+    x = read_image(path, scaling="voi" if scaling == "voi" and is_dicom(path) else "none")
     grey = np.array(x) if x.dtype == np.uint8 else to_uint8(x, where=path)
     return keras_prepare([grey], size=size, blur=blur)[0], x.shape
 
@@ -102,10 +103,11 @@ def cut_masses(
     files:Files, # Their images
     size:int, # Side, px
     blur:int, # Side of the Gaussian kernel
+    scaling:str="minmax", # See `read_prepared`
 ) -> None:
     "Read every image once into the PatchSet `folder/patches`; what cannot be read is left out and listed."
     def one(path):
-        try: return read_prepared(path, size=size, blur=blur)
+        try: return read_prepared(path, size=size, blur=blur, scaling=scaling)
         except DataError as e: return e.what
     paths = pd.Series(files.paths, index=masses.index)
     unique = sorted(set(paths))
