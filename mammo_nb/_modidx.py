@@ -1802,6 +1802,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mammo_nb.gans.onerun.epsilon_at_least': ( 'lib/gans.onerun.html#epsilon_at_least',
                                                                                  'mammo_nb/gans/onerun.py'),
                                       'mammo_nb.gans.onerun.one_run_bound': ( 'lib/gans.onerun.html#one_run_bound',
+                                                                              'mammo_nb/gans/onerun.py'),
+                                      'mammo_nb.gans.onerun.right_guesses': ( 'lib/gans.onerun.html#right_guesses',
                                                                               'mammo_nb/gans/onerun.py')},
             'mammo_nb.gans.package': { 'mammo_nb.gans.package.Package': ('lib/gans.package.html#package', 'mammo_nb/gans/package.py'),
                                        'mammo_nb.gans.package.Release': ('lib/gans.package.html#release', 'mammo_nb/gans/package.py'),

@@ -49,7 +49,7 @@ def outsider_words(
     none = f" Even if none of them is accused, up to {min(100, 300/n):.0f} in 100 may be: too few to show one in 100."
     return f"{n} outsiders were asked." + (none if n < 300 else "")
 
-# %% ../../nbs/lib/48g_gans.officer.ipynb #946bec1d
+# %% ../../nbs/lib/48g_gans.officer.ipynb #0fc27c73
 ANSWERS = { # Verdict -> answer, what to do
     "leak": ("Yes: patients who trained this generator can be recognised.",
              "Treat it like the patients' own pictures: the same legal basis, the same access rules."),
@@ -57,7 +57,7 @@ ANSWERS = { # Verdict -> answer, what to do
                      "Share it with people bound by an agreement; look again when stronger attacks are known."),
     "indicative": ("Nothing was seen, but only distances between pictures were compared. This is indicative only.",
                    "Ask for an audit with reference generators before it leaves the hospital."),
-    "cannot tell": ("The audit cannot tell: it had too few patients, or its two groups differ in more than membership.",
+    "cannot tell": ("The audit cannot tell: it had too few patients, or its two groups differ otherwise, too.",
                     "Treat it like the patients' own pictures until an audit with more patients was made."),
     "none": ("Nobody knows: no attack with numbers is on record for this generator.",
              "Treat it like the patients' own pictures until an audit was made.")}
