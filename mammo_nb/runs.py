@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUT', 'RESULT_COLUMNS', 'FROM_RUN', 'versions', 'git_commit', 'default_run_dir', 'Seeds', 'Run', 'figure_bytes',
-           'facts_of', 'Job', 'job_key', 'do_job', 'cores', 'shared_place', 'end_with', 'write_json_into', 'last_words',
-           'main']
+           'facts_of', 'Job', 'job_key', 'do_job', 'cores', 'shared_place', 'end_with', 'write_json_into', 'Number',
+           'number_line', 'last_words', 'main']
 
 # %% ../nbs/lib/13_runs.ipynb #cbc742e4
 import contextlib
@@ -159,7 +159,8 @@ def log(self:Run, **fields):
 
 @patch
 def finish(self:Run):
-    "Mark the run as complete."
+    "Mark the run as complete; its worker processes end."
+    _end_pool()
     self.note(status="done", finished=_now(), seconds=round(time.time()-self.started, 1))
 
 def _now(): return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -463,20 +464,74 @@ def _each(self:Run, jobs, folders, todo, workers): # Yields (key, seconds) as jo
         self._stop("failed")
         raise
 
+# %% ../nbs/lib/13_runs.ipynb #eb27b4ee
+_POOL:dict = {} # Its surroundings -> the pool of worker processes; one at most
+
+def _end_pool(kill=False): # `kill`: their jobs are of no use any more
+    for pool in _POOL.values():
+        if kill:
+            for process in list((pool._processes or {}).values()): process.terminate()
+        pool.shutdown(cancel_futures=True)
+    _POOL.clear()
+
+def _pool_of(workers): # Importing torch takes seconds, so one stage's workers do the next stage's jobs
+    around = workers, os.getcwd(), tuple(sys.path), tuple(sorted(os.environ.items()))
+    if around not in _POOL or _POOL[around]._broken: # an interrupt reaches workers that wait, too
+        _end_pool()
+        fresh = dict(mp_context=get_context("spawn"), initializer=end_with, initargs=(os.getpid(),))
+        _POOL[around] = ProcessPoolExecutor(workers, **fresh)
+    return _POOL[around]
+
 def _side_by_side(calls, workers): # calls: key -> arguments of do_job
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with, initargs=(os.getpid(),))
     try:
+        pool = _pool_of(workers)
         running = {pool.submit(do_job, *arguments): k for k, arguments in calls.items()}
         for done in as_completed(running): yield running[done], done.result()
     except BaseException:
-        for process in list((pool._processes or {}).values()): process.terminate()
+        _end_pool(kill=True)
         raise
-    finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/lib/13_runs.ipynb #efe2ccca
 def write_json_into(folder:Path, content, name:str="result.json"):
     "Simplest job: one JSON file in the folder."
     write_json(Path(folder)/name, content)
+
+# %% ../nbs/lib/13_runs.ipynb #e47ce4dd
+@dataclass(frozen=True)
+class Number:
+    "A number of a run's tables that is said when it ends."
+    words:str # What it is
+    table:str # `results`, or the name of a table
+    where:dict # Column -> word, of the row that holds it
+    columns:tuple = ("value", "lo", "hi") # The number and the ends of its interval, if it has one
+    also:tuple = () # Columns whose words are said too
+    signed:bool = False # A difference: with its sign
+
+# %% ../nbs/lib/13_runs.ipynb #fa34cb88
+def number_line(
+    folder:Path, # Of the run
+    number:Number, # Which
+) -> str: # `AUROC, CNN (masses): 0.91 [0.78, 1.00]`
+    "A number of a run with its interval, of the first row that fits; or that this run has none."
+    name = "results.csv" if number.table == "results" else f"tables/{number.table}.csv"
+    file, none = Path(folder)/name, f"{number.words}: not in this run"
+    if not file.is_file(): return none
+    rows = pd.read_csv(file, dtype=str, keep_default_na=False)
+    for column,word in number.where.items(): rows = rows[rows[column] == word]
+    if not len(rows) or not rows.iloc[0][number.columns[0]]: return none
+    row, sign = rows.iloc[0], "+" if number.signed else ""
+    value, *ends = (f"{float(row[c]):{sign}.2f}" for c in number.columns if row.get(c))
+    said = ", ".join(row[c] for c in number.also)
+    return f"{number.words}{f' ({said})' if said else ''}: {value}" + (f" [{', '.join(ends)}]" if ends else "")
+
+# %% ../nbs/lib/13_runs.ipynb #ce823597
+@patch
+def closing(self:Run,
+    numbers:tuple, # Of `Number`
+    report:Path, # The page
+) -> str: # A line each
+    "The last lines of a run: its numbers, its tables, its page."
+    return "\n".join([*(number_line(self.dir, n) for n in numbers), f"tables {self.dir/'tables'}", f"report {report}"])
 
 # %% ../nbs/lib/13_runs.ipynb #c8800db7
 def last_words(
@@ -489,7 +544,7 @@ def last_words(
 
 # %% ../nbs/lib/13_runs.ipynb #88939e90
 def main(argv=None) -> int: # Exit code
-    "`python -m mammo_nb.runs OUT.ipynb`: print where report and tables of an executed notebook are."
+    "`python -m mammo_nb.runs OUT.ipynb`: print the last lines of an executed notebook: numbers, tables, page."
     for name in argv or sys.argv[1:]: print(last_words(Path(name)))
     return 0
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'MOVES', 'GAP', 'FIT', 'TABLE1', 'HEADS', 'SPLITS', 'COUNTS', 'DELONG', 'FITS', 'SEARCH', 'LEARNT', 'OPENING',
-           'SECTIONS', 'number_sections', 'tested_words']
+           'SECTIONS', 'LAST_LINES', 'number_sections', 'tested_words']
 
 # %% ../../nbs/papers/83a_papers.cbis_page.ipynb #668a6b9b
 from ..metrics.answers import Intervals
@@ -17,6 +17,7 @@ from ..report.html import Picture, Section, Table
 from ..report.page import (Shown, beside_section, data_section, left_out_section, on_file, part, seeds_words,
                                   words)
 from ..report.tables import read_results, summarise
+from ..runs import Number
 
 # %% ../../nbs/papers/83a_papers.cbis_page.ipynb #e8c21f9d
 SIDES = """`paper`: official training and test rows pooled and split at random, real images tested. `authors`: the pool
@@ -98,3 +99,12 @@ SECTIONS = [
                  figures=("fig1_2_masses", "fig4_masses"), probe=None),
     lambda runs: SEARCH(runs) if len(runs) == 1 else None,
     left_out_section()]
+
+# %% ../../nbs/papers/83a_papers.cbis_page.ipynb #2bec400a
+LAST_LINES = (
+    Number("AUC of a classifier of real masses on what the cGAN was asked for", "learnt", {}, ("told_apart",),
+           also=("split",)),
+    Number("AUC, real images alone", "results", dict(scope="masses", arm="none", regime="", metric="auroc"),
+           also=("model", "protocol")),
+    Number("What the cGAN adds to it", "questions", dict(question="cgan_paper", metric="auroc"), also=("model",),
+           signed=True))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'TOLD', 'FOLDS', 'SCALE', 'SIFID', 'AGAINST', 'MORE', 'DEPARTURES', 'CONTROLS', 'FILLED', 'SECTIONS',
-           'settled', 'intro', 'matched_table', 'numbers', 'ensembles', 'likeness_words', 'answer', 'contradictions',
-           'about_folds']
+           'LAST_LINES', 'settled', 'intro', 'matched_table', 'numbers', 'ensembles', 'likeness_words', 'answer',
+           'contradictions', 'about_folds']
 
 # %% ../../nbs/papers/80a_papers.shift_page.ipynb #55114258
 import numpy as np
@@ -18,6 +18,7 @@ from ..report.opening import opening
 from ..report.page import (RunFolder, Shown, beside_section, controls_table, data_section, left_out_section,
                                   on_file, ours, part, verdicts_section)
 from ..report.tables import cell_ours, published
+from ..runs import Number
 
 # %% ../../nbs/papers/80a_papers.shift_page.ipynb #784a73e3
 def settled(run:RunFolder, what:str) -> dict: # what: `setup` or `protocol`
@@ -167,3 +168,11 @@ SECTIONS = [
     part("What the paper contradicts", text=AGAINST, tables=(_against,)),
     part("All numbers", tables=(numbers,)),
     left_out_section()]
+
+# %% ../../nbs/papers/80a_papers.shift_page.ipynb #cfcf5bbf
+_MALIGNANT = dict(scope="three_class", model="resnet50", metric="auroc", positive="Malignant")
+LAST_LINES = (
+    Number("AUROC of malignant, wide boxes in training and test", "results", _MALIGNANT | dict(arm="G3", regime="G3")),
+    Number("AUROC of malignant, trained on wide boxes, tested on tight ones", "results",
+           _MALIGNANT | dict(arm="G3", regime="G1")),
+    Number("The same with four SinGANs", "results", _MALIGNANT | dict(arm="G3+singan4", regime="G1")))

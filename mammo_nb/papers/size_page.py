@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COUNT', 'FOLDS', 'SAID_OF_CODE', 'READINGS', 'FIXED', 'GAIN_NAMES', 'QUESTION', 'NEXT', 'CUES', 'QUALITY_HEADS',
            'HEADS', 'VERDICTS', 'PROBE', 'QUALITY', 'MAP', 'SPLITS', 'GLANCE', 'AT_A_GLANCE', 'OTHER_DATA', 'BOTH',
-           'SECTIONS', 'conflicts', 'readings', 'gains_wide', 'said_of_size', 'answer_words', 'left_out', 'named']
+           'SECTIONS', 'LAST_LINES', 'conflicts', 'readings', 'gains_wide', 'said_of_size', 'answer_words', 'left_out',
+           'named']
 
 # %% ../../nbs/papers/82f_papers.size_page.ipynb #d5e10a87
 import pandas as pd
@@ -13,6 +14,7 @@ import pandas as pd
 from .size_setup import MODES, PRESETS, SIZES, Protocol
 from ..report.page import (Shown, beside_section, data_section, left_out_section, part, verdicts_section, words)
 from ..report.tables import published
+from ..runs import Number
 
 # %% ../../nbs/papers/82f_papers.size_page.ipynb #e84447c9
 def conflicts() -> pd.DataFrame: # statement, where, its own numbers, fits
@@ -210,3 +212,10 @@ SECTIONS = [
     part("Where the thesis contradicts itself", text="Its text beside its own numbers.", tables=(Shown("conflicts"),)),
     left_out_section(),
 ]
+
+# %% ../../nbs/papers/82f_papers.size_page.ipynb #5aee97e0
+LAST_LINES = (
+    Number("AUC, real masses alone", "results", dict(arm="org", metric="auroc"), also=("regime",)),
+    Number("What GAN masses add to it", "gains", dict(arm="gan-org", metric="auroc"), also=("regime",), signed=True),
+    Number("What both augmentations add to it", "gains", dict(arm="aug_gan-org", metric="auroc"), also=("regime",),
+           signed=True))
