@@ -7,20 +7,15 @@ __all__ = ['SELECTION', 'TABLE1', 'TESTS', 'MAP', 'PAIRS', 'READER', 'MORE', 'TR
            'rescue_words', 'joint_words', 'arms_table', 'row_section', 'answer', 'judged', 'data_words']
 
 # %% ../../nbs/papers/81h_papers.context_page.ipynb #16109747
-from mammo_nb.papers.context_decay import ARMS
-from mammo_nb.papers.context_figures import GROUPS, named
-from mammo_nb.papers.context_words import (contradictions, implied_errors, lost, lost_words, removal_words,
+from .context_decay import ARMS
+from .context_figures import GROUPS, named
+from .context_words import (contradictions, implied_errors, lost, lost_words, removal_words,
                                            rescue_line, short_answer, withheld)
-from mammo_nb.report.html import Section, Table
-from mammo_nb.report.opening import opening
-<<<<<<< /tmp/tmp1m0xoq6e
-from mammo_nb.report.page import (Shown, beside_section, controls_table, data_section, headline, led_words,
+from ..report.html import Section, Table
+from ..report.opening import opening
+from ..report.page import (Shown, beside_section, controls_table, data_section, headline, led_words,
                                   left_out_section, on_file, part, verdicts_section, words)
-=======
-from mammo_nb.report.page import (Shown, beside_section, data_section, headline, left_out_section, on_file, part,
-                                  verdicts_section, words)
-from mammo_nb.runs import Number
->>>>>>> /tmp/tmpge534u69
+from ..runs import Number
 
 # %% ../../nbs/papers/81h_papers.context_page.ipynb #edba8446
 def rescue_words(
