@@ -21,7 +21,7 @@ from ..clf.augment import KerasAugment
 from ..clf.train import SHARING, change
 from ..core import DataError, ParameterError, hash_of, read_json
 from ..data.patches import PatchSet, extract, healthy_patches, lesion_patches, ready_patches
-from ..data.readers import read_any, sets_for
+from ..data.readers import sets_for
 from ..data.splits import SPLITS, check_leaks, split_patients, without_doubles
 from ..data.trees import Phantoms
 from ..gans.fit import Fit, Measure, audit_generator, drawn, fit_generator, measure

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError
-from ..metrics.answers import KEYS, Answers
+from ..metrics.answers import Answers
 from .helps_rows import ARMS, GANS
 from ..report.claims import Bench, careful, effect_on, gains
 from ..report.figures import colour, dress, forest, sheet

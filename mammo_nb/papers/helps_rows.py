@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..clf.augment import PatchArrays, join, patch_arrays
 from ..clf.train import FitRecipe, build_classifier, fit_classifier, load_classifier, predict_proba
-from ..core import ParameterError, nearest, write_csv, write_json
+from ..core import ParameterError, nearest, write_json
 from ..data.controls import jittered_copies, noise_patches
 from ..data.patches import PatchSet, synthetic_patches
 from ..data.splits import half, line_of
