@@ -1,6 +1,7 @@
 "Readers against look-alike trees of phantoms: what was written is what is read, faults are listed, and nothing depends on the file system."
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -404,6 +405,34 @@ def test_no_cancer_is_normal_in_the_newer_sets(layout, mixed, tmp_path):
             lesions = want[number(r.patient_id), r.laterality, r.view]
             assert any(r.x0<=(l["box"][0]+l["box"][2])/2<=r.x1 and r.y0<=(l["box"][1]+l["box"][3])/2<=r.y1 for l in lesions), (r.image_id, lesions)
         if layout in ("cesm","embed"): assert len(data.lesions)==sum(map(len, want.values()))
+
+
+def flat(side, view, lesions):
+    x = np.full((60,40), .4, np.float32)
+    return SimpleNamespace(pixels=x, side=side, view=view, density=2, birads="5" if lesions else "1", spacing_mm=.3, bits=12, device="digital", lesions=lesions)
+
+
+@pytest.mark.parametrize("layout", ["vindr", *NEWER])
+def test_a_lost_or_garbled_row_makes_no_cancer_normal(layout, tmp_path):
+    "Each row of each table is lost once, and each of its ids misspelt once: no image of the breast with the cancer becomes normal."
+    mass = dict(box=(10,12,20,24), polygon=[(10,12),(19,12),(19,23),(10,23)], type="mass", label="malignant")
+    women = [({"age":50}, [flat(s, v, [mass] if (s,v)==("L","CC") else []) for s in "LR" for v in ("CC","MLO")])]
+    root, tried = LAYOUTS[layout](women, tmp_path/layout), 0
+    whole = READERS[layout](root).images
+    sick = whole.patient_id[whole.has_lesion].iloc[0]
+    for path in sorted(root.rglob("*.csv")):
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        ids = [c for c in table.columns if re.search(r"(?i)id|anon|name|acc", c)]
+        wrong = [table.drop(k) for k in table.index] + [table.assign(**{c: table[c].mask(table.index==k, "x7")}) for k in table.index for c in ids[:3]]
+        for mutant in wrong:
+            mutant.to_csv(path, index=False)
+            try: images = READERS[layout](root).images
+            except DataError: continue                                        # nothing is left to read, and that is said
+            tried += 1
+            ill = images[(images.patient_id==sick) & (images.laterality=="L")]
+            assert not ill.normal.any(), (path.name, ill[["image_id","normal"]])
+        table.to_csv(path, index=False)
+    assert tried>1 and READERS[layout](root).images.equals(whole)
 
 
 def test_fractions_in_the_other_layouts(trees, tmp_path, patients):
