@@ -3082,6 +3082,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'mammo_nb/papers/helps.py'),
                                        'mammo_nb.papers.helps.settle': ('papers/papers.helps.html#settle', 'mammo_nb/papers/helps.py'),
                                        'mammo_nb.papers.helps.sources': ('papers/papers.helps.html#sources', 'mammo_nb/papers/helps.py'),
+                                       'mammo_nb.papers.helps.split_sides': ( 'papers/papers.helps.html#split_sides',
+                                                                              'mammo_nb/papers/helps.py'),
                                        'mammo_nb.papers.helps.synthetic': ( 'papers/papers.helps.html#synthetic',
                                                                             'mammo_nb/papers/helps.py'),
                                        'mammo_nb.papers.helps.training_of': ( 'papers/papers.helps.html#training_of',

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHARES', 'NEED_HEALTHY', 'LISTS', 'SMALL_GANS', 'DEMO', 'PUBLISHED', 'PAPER', 'AUDITED', 'QUALITY', 'plan',
            'Protocol', 'Setup', 'settle', 'Places', 'named', 'load', 'labelled', 'cases', 'Cutting', 'cutting_of',
-           'cut_side', 'Study', 'cut', 'probed', 'keep_study', 'recipe_for', 'epochs_for', 'sources', 'generators',
-           'wanted', 'draws', 'synthetic', 'training_of', 'added', 'classifiers', 'replicate_name', 'measures',
-           'named_source', 'recognitions', 'audits', 'checks', 'seconds_of', 'quality_table', 'audit_table']
+           'cut_side', 'Study', 'split_sides', 'cut', 'probed', 'keep_study', 'recipe_for', 'epochs_for', 'sources',
+           'generators', 'wanted', 'draws', 'synthetic', 'training_of', 'added', 'classifiers', 'replicate_name',
+           'measures', 'named_source', 'recognitions', 'audits', 'checks', 'seconds_of', 'quality_table', 'audit_table']
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #6bbdeb9a
 from dataclasses import dataclass, field, replace
@@ -22,10 +22,10 @@ from ..clf.train import SHARING, change
 from ..core import DataError, ParameterError, hash_of, read_json
 from ..data.patches import PatchSet, extract, healthy_patches, lesion_patches, ready_patches
 from ..data.readers import sets_for
-from ..data.splits import SPLITS, check_leaks, split_patients, without_doubles
+from ..data.splits import check_leaks, split_patients, without_doubles
 from ..data.trees import Phantoms
 from ..gans.fit import Fit, Measure, audit_generator, drawn, fit_generator, measure
-from ..gans.privacy import Audit
+from ..gans.privacy import Audit, Effort
 from ..gans.singan import SinGANRecipe
 from ..gans.train import RECIPES, Recipe
 from ..metrics.answers import Cell
@@ -243,24 +243,35 @@ class Study:
         sums = [(k, ps.table.patient_id.nunique(), int(ps.y.sum()), int((1-ps.y).sum())) for k,ps in there.items()]
         return pd.DataFrame(sums, columns=["set", "patients", "positive", "negative"])
 
-# %% ../../nbs/papers/85_papers.helps.ipynb #76f74378
+# %% ../../nbs/papers/85_papers.helps.ipynb #aadb3214
+def split_sides(
+    run, # Run
+    data, # MammoData
+) -> dict: # `train`, `val`, `test` -> PatchSet
+    "Split by patient and cut; a picture that occurs twice stays where it tests."
+    cutting, tested = cutting_of(run), run.setup.tested
+    shares = dict(seed=run.seeds.split, fractions=(.85-tested, .15, tested))
+    split = split_patients(cases(data, run.params.task), **shares)
+    def side(name): return cut_side(data, split.index[split == name], cutting, None if name == "train" else 1)
+    test = side("test")
+    val = without_doubles(side("val"), test)
+    return dict(train=without_doubles(side("train"), val, test), val=val, test=test)
+
+# %% ../../nbs/papers/85_papers.helps.ipynb #3550f2c9
 def cut(
     run, # Run
     places:Places, # From `load`
 ) -> Study:
     "One split by patient, one rule of cutting, checked for leaks."
-    cutting, tested, seed = cutting_of(run), run.setup.tested, run.seeds.split
-    split = split_patients(cases(places.home, run.params.task), seed=seed, fractions=(.85-tested, .15, tested))
-    def side(name): return cut_side(places.home, split.index[split == name], cutting, None if name == "train" else 1)
-    sides = {name: side(name) for name in SPLITS}
-    other = _far(places.other, cutting)
-    parts = {share: part(sides["train"], share, seed) for share in dict.fromkeys(run.grid.regime)}
+    sides = split_sides(run, places.home)
+    other = _far(places.other, cutting_of(run), sides)
+    parts = {share: part(sides["train"], share, run.seeds.split) for share in dict.fromkeys(run.grid.regime)}
     leaks = check_leaks(**sides, **({} if other is None else dict(other=other)))
     run.note(data_hash=hash_of([ps.key() for ps in sides.values()]))
     return Study(sides, other, parts, leaks)
 
-def _far(data, cutting): # Positives of another centre; None where there is none
-    return None if data is None else positives(cut_side(data, None, cutting, 0))
+def _far(data, cutting, sides): # Positives of another centre; None where there is none
+    return None if data is None else without_doubles(positives(cut_side(data, None, cutting, 0)), *sides.values())
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #66091a86
 def probed(
@@ -472,7 +483,8 @@ def audits(
     trained:dict, # From `generators`, done
 ) -> dict: # ("audit", member of `sources`) -> Job
     "Membership attacks on the first generator of each kind."
-    jobs, how = {}, dict(n=run.setup.audit, boots=run.setup.boots, held=positives(study.sides["test"]))
+    effort = Effort(n=run.setup.audit, boots=run.setup.boots)
+    jobs, how = {}, dict(effort=effort, held=positives(study.sides["test"]))
     for source,stage in trained.items():
         kind, share, seeds = source
         if kind not in AUDITED or seeds != run.seeds: continue
