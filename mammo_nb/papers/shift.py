@@ -291,7 +291,7 @@ def all_rows(
     "The one table of patches of this run, those of our controls among them."
     protocol = run.protocol
     n = samples_needed(cuts.groups["G3"].table, cuts.folds, protocol.subset_patients)
-    controls = control_patches(cuts.groups["G1"].subset(np.unique(cuts.sources)), n, seed=run.seeds.gan)
+    controls = control_patches(cuts.groups["G1"].subset(np.unique(cuts.sources)), n, seed=run.seeds.seed)
     healthy = healthy_groups(["G1", "G3"], protocol.healthy)
     return gather_rows(cuts.groups, cuts.folds, samples, crops=run.setup.crops if protocol.fixed else 0,
                        cropped=("G1", "G3", *healthy), apart=protocol.subset_patients, seed=run.seeds.seed,

@@ -194,11 +194,11 @@ def seed_interval(
     level:float=.95, # Of the interval
     low=-np.inf, # Lowest possible value, a number or `(n,)`
     high=np.inf, # Highest possible value
-) -> tuple: # Lower and upper ends, each `(n,)`; NaN for a single seed
+) -> tuple: # Lower and upper ends, each `(n,)`; NaN for a single seed, and where all are equal
     "Student's t over seeds, kept within what the number can be."
     n = np.asarray(seeds)
     half = stats.t.ppf((1+level)/2, np.clip(n-1, 1, None))*np.asarray(sd)/np.sqrt(n)
-    half = np.where(n>1, half, np.nan)
+    half = np.where((n>1) & (half!=0), half, np.nan)                     # equal twice says nothing of the spread
     return np.clip(value-half, low, high), np.clip(value+half, low, high)
 
 # %% ../../nbs/lib/60_report.tables.ipynb #147416da
