@@ -279,7 +279,7 @@ def audit_generator(
     held:PatchSet, # Patches of patients it never saw
     seed:int, # Of samples, resamples and deals
     effort:Effort, # How hard it tries
-    references:list = (), # (stage folder of `fit_generator`, ids of its patients), one a reference
+    references = (), # (stage folder of `fit_generator`, ids of its patients), one a reference
     device = "cpu", # Where to compute
 ) -> None:
     "Membership attacks on one generator, into `folder/audit.json`."
