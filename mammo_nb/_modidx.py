@@ -951,6 +951,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mammo_nb.data.patches._read': ('lib/data.patches.html#_read', 'mammo_nb/data/patches.py'),
                                        'mammo_nb.data.patches._read_table': ( 'lib/data.patches.html#_read_table',
                                                                               'mammo_nb/data/patches.py'),
+                                       'mammo_nb.data.patches._reserve': ('lib/data.patches.html#_reserve', 'mammo_nb/data/patches.py'),
                                        'mammo_nb.data.patches._row': ('lib/data.patches.html#_row', 'mammo_nb/data/patches.py'),
                                        'mammo_nb.data.patches._slots': ('lib/data.patches.html#_slots', 'mammo_nb/data/patches.py'),
                                        'mammo_nb.data.patches._subset': ('lib/data.patches.html#_subset', 'mammo_nb/data/patches.py'),

@@ -93,8 +93,8 @@ def test_every_kind_draws_the_same_on_every_way(kind, packages, tmp_path):
         back = import_generator(path, into=tmp_path/f"in{path.suffix}")
         assert np.array_equal(drawn_by(back, 5, 3, **more), live)
     assert as_generator(src) == [src]
-    assert {p.suffix or p.name for p in P.folder.iterdir()} <= {".safetensors",".json",".py",".md",".txt",".png","LICENSE"}
-    told = "".join((P.folder/f).read_text() for f in ("README.md","generator.json","metadata.json"))
+    assert {p.suffix or p.name for p in P.folder.iterdir()} <= {".safetensors",".json",".py",".md",".txt",".png",".html","LICENSE"}
+    told = "".join((P.folder/f).read_text() for f in ("README.md","PRIVACY.html","generator.json","metadata.json"))
     assert "bcdr:1" not in told and "image_hash" not in told and "/tmp" not in told
 
 def test_a_pyramid_does_not_give_back_its_image(tmp_path):

@@ -124,7 +124,7 @@ def jobs_of(tmp_path, *, a=A, b=B, **changes):
         write_json(stages[k]/"done.json", {})
     drawn = {k: at(toy(f"drawn {k}", 12, 0, 1)) for k in stages}
     held = {k: HELD for k in stages if paper.GENERATORS[k[0]][0] not in paper.handed_over(params)}
-    found = [*paper.audits(run, cuts, {k: stages[k] for k in held}, held).values()]
+    found = [*paper.audits(run, cuts, {k: stages[k] for k in held}, held).values(), *paper.references(run, cuts, held).values()]
     for s in paper.replicates(run):
         found += [*paper.generators(run, cuts, s).values(), *paper.draws(run, cuts, stages, s).values(), *paper.classifiers(run, cuts, drawn, s).values()]
     return run, {j.name: j for j in found}
