@@ -10,7 +10,7 @@ __all__ = ['TEXT', 'WHOLE', 'REAL', 'FLAGS', 'COLUMNS', 'META', 'PLAN', 'SCOPES'
            'spacing_words', 'ready_patches', 'cut_image', 'source_hashes', 'plan_key', 'extract']
 
 # %% ../../nbs/lib/28_data.patches.ipynb #1b8f8b86
-import contextlib, hashlib, json, os, shutil, time, warnings
+import contextlib, errno, hashlib, json, os, shutil, time, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -759,11 +759,19 @@ def _gather(parts):
             skipped += [tuple(s) for s in json.loads(str(z["skipped"]))]
     return np.concatenate(number), np.concatenate(facts), skipped
 
+def _reserve(path): # Disk for the whole file: on a full disk, writing into a map ends the process without a word
+    if not hasattr(os, "posix_fallocate"): return
+    try:
+        with open(path, "r+b") as f: os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT): raise       # any other: a disk that cannot reserve
+
 def _join_pixels(path, parts, place, size, views):
     "Blocks to one array in the plan's order; the hash of each patch's view 0 comes back."
     hashes, at = [None]*len(place), 0
     with write_whole(path) as tmp:
         mm = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=(len(place),views,size,size))
+        _reserve(tmp)
         for part in parts:
             with np.load(part, allow_pickle=False) as z: x = z[f"s{size}"]
             where = place[at:at+len(x)]
