@@ -2190,6 +2190,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mammo_nb.known.added_lesions': ('lib/known.html#added_lesions', 'mammo_nb/known.py'),
                                 'mammo_nb.known.answer_of': ('lib/known.html#answer_of', 'mammo_nb/known.py'),
                                 'mammo_nb.known.answers_of': ('lib/known.html#answers_of', 'mammo_nb/known.py'),
+                                'mammo_nb.known.beyond_both': ('lib/known.html#beyond_both', 'mammo_nb/known.py'),
                                 'mammo_nb.known.centre_of': ('lib/known.html#centre_of', 'mammo_nb/known.py'),
                                 'mammo_nb.known.frequencies': ('lib/known.html#frequencies', 'mammo_nb/known.py'),
                                 'mammo_nb.known.main': ('lib/known.html#main', 'mammo_nb/known.py'),

@@ -112,7 +112,7 @@ NOT_PRINTED = ("03.classic", "03.together")     # no table of paper 03 has synth
 def test_every_claim_can_be_read_off_its_paper():
     assert "plain" not in set(published("03_cgan_augmentation").regime)
     for c in claims():
-        if c.untested or c.id in NOT_PRINTED: continue
+        if c.untested or c.id in NOT_PRINTED or not len(published(c.paper)): continue        # 05 is no paper's
         v = published_value(c); assert np.isfinite(v["value"]), c.id
         cells = published(c.paper); cells = cells[~cells.table.isin(["f1_gains","statements","appendix"])].drop_duplicates(CELL)
         used = contrasts(c, cells.reset_index(drop=True))[1]
