@@ -369,7 +369,7 @@ def controls_of(
 ) -> dict: # Name of a control arm -> its kind; what leads stands first
     "The arms that a gain of this arm must beat: those the paper's record names, else those that are called as a kind."
     named = paper_record(paper).get("controls", {k: dict(kind=k) for k in CONTROLS})
-    mine = {name: c["kind"] for name,c in named.items() if arm in c.get("of", [arm])}
+    mine = {name: c["kind"] for name,c in named.items() if name != arm and arm in c.get("of", [arm])}
     return dict(sorted(mine.items(), key=lambda c: list(CONTROLS).index(c[1])))
 
 # %% ../../nbs/lib/62_report.claims.ipynb #dd22dcc6
