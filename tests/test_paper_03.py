@@ -260,7 +260,7 @@ def test_several_seeds(tmp_path, studied):
     assert len(tested) and (tested.trainings >= 2).all() and tested.how.str.contains("patients").all()     # both seeds are trainings, women are cases
     assert (tested.lo <= tested.ours + 1e-9).all() and (tested.ours <= tested.hi + 1e-9).all()
     q = pd.read_csv(tables/"questions.csv")
-    assert (q.seeds == 2).all() and (q.lo <= q.value + 1e-9).all() and (q.value <= q.hi + 1e-9).all()
+    assert (q.seeds == 2).all() and q.value.notna().all() and not ((q.lo > q.value + 1e-9) | (q.value > q.hi + 1e-9)).any()     # two equal runs have no interval
     assert set(pd.read_csv(tables/"by_seed.csv").protocol) == set(pd.read_csv(tables/"protocols.csv").protocol) == set(masses_of.PROTOCOLS)
 
 
