@@ -133,6 +133,8 @@ def _folder_images(root, name, ledger):
     return rows, {k: im for k,im in seen.items() if k and k not in rows}, shared, used
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #967604a5
+_THOUSANDS = re.compile(r"\d{1,3}\.\d{3}")
+
 def _lesion_points(r, polygon):
     "(corners or outline, or None; why there are none) of a row of lesions.csv."
     said = {c: word(r.get(c)) for c in BOX}
@@ -140,6 +142,8 @@ def _lesion_points(r, polygon):
     odd = next((f"{c} is {v[:40]!r}" for (c,v),x in zip(said.items(), box) if v.casefold() not in _BLANK
         and np.isnan(x)), "")
     if odd: return None, f"{odd}, which is no number or may be two"
+    if all(_THOUSANDS.fullmatch(v) for v in said.values()):
+        return None, "its numbers have three decimals each: thousands written with a point?"
     if np.isfinite(box).all():
         if fractions([(x0,y0),(x1,y1)]): return None, no_box_words([(x0,y0),(x1,y1)], "")
         if not (x0<x1 and y0<y1):
@@ -229,8 +233,11 @@ def _in_pixels(lesions, images, table, ledger):
     by_id = {im["image_id"]: im for im in images.values()}
     boxed = [l for l in lesions if not l["mask_path"]]
     if not boxed or not all(_in_corner(l, by_id[l["image_id"]]) for l in boxed): return lesions
-    ledger.skip(table, "every box lies in the top left corner of its image: per cent, millimetres, thousands written "
-        "with a point, or pixels of a smaller picture? Pixels are needed", len(boxed))
+    told = "every box lies in the top left corner of its image: per cent, millimetres, or pixels of a smaller picture?"
+    if len(boxed)==1:
+        ledger.note(table, f"{told} The only one is taken as pixels")
+        return lesions
+    ledger.skip(table, f"{told} Pixels are needed", len(boxed))
     for l in boxed: by_id[l["image_id"]]["quirks"].append(NO_BOX)
     return [l for l in lesions if l["mask_path"]]
 
