@@ -167,7 +167,9 @@ def doubles(
     groups = [t[t.path.isin(paths)] for paths in same.values() if len(paths)>1]
     count = lambda odd: sum(g.path.nunique() for g in groups if odd(g))
     said = {"files hold a picture that another file holds too": count(lambda g: True),
-        "of them have opposite labels": count(lambda g: _opposite(g.label)),
+        "of them are called benign and malignant": count(lambda g: {"benign","malignant"} <= set(g.label)),
+        "of them are called normal and diseased":
+            count(lambda g: "normal" in set(g.label) and {"benign","malignant"} & set(g.label)),
         "of them belong to several patients": count(lambda g: g.patient_id.nunique()>1)}
     return [f"{n} {words}" for words,n in said.items() if n]
 
