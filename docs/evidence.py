@@ -4,7 +4,7 @@
 
 Each paper's notebook is run by papermill (phantoms, seed 0, demo size, two at a time) into `reports/demo/evidence/`. The executed
 notebook, without progress lines, warnings, times and names of folders, becomes `reports/PAPER/notebook.ipynb`; its page becomes
-`reports/PAPER/demo.html`. Both are made of phantoms only. A tree with changes is refused: evidence is a commit's.
+`reports/PAPER/report.html`, or `demo.html` where that is a page of several runs. Both are made of phantoms only. A tree with changes is refused: evidence is a commit's.
 """
 import re
 import shutil
@@ -63,8 +63,9 @@ def take(paper:str, executed:Path) -> None:
     place = ROOT/"reports"/paper
     place.mkdir(exist_ok=True)
     nbformat.write(book, place/"notebook.ipynb")
-    shutil.copy(ROOT/WORK/paper/"report.html", place/"demo.html")
-    print(f"{paper}: {(place/'notebook.ipynb').stat().st_size/1e6:.1f} MB, {(place/'demo.html').stat().st_size/1e6:.1f} MB")
+    page = place/("demo.html" if (place/"tables").is_dir() else "report.html")      # a page of several runs has its tables beside it
+    shutil.copy(ROOT/WORK/paper/"report.html", page)
+    print(f"{paper}: {(place/'notebook.ipynb').stat().st_size/1e6:.1f} MB, {page.name} {page.stat().st_size/1e6:.1f} MB")
 
 
 def main(wanted:list) -> None:

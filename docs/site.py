@@ -135,7 +135,7 @@ def reference(books:list) -> Book:
     return Book(ROOT/"nbs"/"reference.ipynb", "Reference", about, "\n".join(parts), heads, "")
 
 
-REPORTS = {"demo.html": "demo on phantoms", "report.html": "all seeds"}
+REPORTS = {"report.html": "report", "demo.html": "demo on phantoms"}
 
 
 def reports(books:list, out:Path) -> Book:
