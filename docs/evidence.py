@@ -7,7 +7,6 @@ notebook, without progress lines, warnings, times and names of folders, becomes 
 `reports/PAPER/report.html`, or `demo.html` where that is a page of several runs. Both are made of phantoms only. A tree with changes is refused: evidence is a commit's.
 """
 import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +47,11 @@ def keep(output) -> bool:
     return output.output_type != "stream" and not PRIVATE.search(words(output)) and len(str(output)) <= LARGEST
 
 
+def without_tables(page:str) -> str:
+    "A page without its links to the CSV files of the run, which are not committed."
+    return re.sub(r'<a [^>]*href="tables/[^"]*"[^>]*>[^<]*</a>', "", page)
+
+
 def take(paper:str, executed:Path) -> None:
     "Notebook and page of a finished run into reports/."
     book = nbformat.read(executed, 4)
@@ -64,7 +68,7 @@ def take(paper:str, executed:Path) -> None:
     place.mkdir(exist_ok=True)
     nbformat.write(book, place/"notebook.ipynb")
     page = place/("demo.html" if (place/"tables").is_dir() else "report.html")      # a page of several runs has its tables beside it
-    shutil.copy(ROOT/WORK/paper/"report.html", page)
+    page.write_text(without_tables((ROOT/WORK/paper/"report.html").read_text(encoding="utf-8")), encoding="utf-8")
     print(f"{paper}: {(place/'notebook.ipynb').stat().st_size/1e6:.1f} MB, {page.name} {page.stat().st_size/1e6:.1f} MB")
 
 
