@@ -49,7 +49,7 @@ def keep(output) -> bool:
 
 def without_tables(page:str) -> str:
     "A page without its links to the CSV files of the run, which are not committed."
-    return re.sub(r'<a [^>]*href="tables/[^"]*"[^>]*>[^<]*</a>', "", page)
+    return re.sub(r'<a [^>]*href="(?:tables/)?[\w.]+\.csv"[^>]*>[^<]*</a>', "", page)
 
 
 def take(paper:str, executed:Path) -> None:
