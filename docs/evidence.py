@@ -15,10 +15,10 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/"tests"))
+from keep_outputs import PRIVATE, text_of, unnumbered      # noqa: E402 - the rules of lessons
 PAPERS = sorted(p.stem for p in (ROOT/"nbs").glob("0*.ipynb"))
 WORK = Path("reports/demo/evidence")
-# a path from the root of a machine, or an address in memory
-PRIVATE = re.compile(r"(?<![\w.:/…])/(?!data/)[A-Za-z]\w*/[.\w]|0x[0-9a-f]{6,}")
 LARGEST = 300_000     # characters of one output
 
 
@@ -37,14 +37,9 @@ def run(paper:str) -> Path: # The executed notebook
     return ROOT/out
 
 
-def words(output) -> str:
-    "Everything in an output that can be read."
-    return output.get("text", "") + "".join(str(v) for k, v in output.get("data", {}).items() if k.startswith("text"))
-
-
 def keep(output) -> bool:
     "Tables, pictures and values; no streams (progress, folders, warnings) and nothing that names this machine."
-    return output.output_type != "stream" and not PRIVATE.search(words(output)) and len(str(output)) <= LARGEST
+    return output.output_type != "stream" and not PRIVATE.search(text_of(output)) and len(str(output)) <= LARGEST
 
 
 def without_tables(page:str) -> str:
@@ -58,10 +53,7 @@ def take(paper:str, executed:Path) -> None:
     for cell in book.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
         if cell.cell_type != "code": continue
-        cell.execution_count = None
-        cell.outputs = [o for o in cell.outputs if keep(o)]
-        for output in cell.outputs:
-            if output.output_type == "execute_result": output["execution_count"] = None
+        unnumbered(cell, [o for o in cell.outputs if keep(o)])
     book.cells = [c for c in book.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     book.metadata = {"kernelspec": book.metadata["kernelspec"]}
     place = ROOT/"reports"/paper

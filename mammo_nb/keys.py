@@ -200,7 +200,9 @@ def code_key(
 
 def _text_of(fn):
     try: return inspect.getsource(fn)
-    except OSError: return [fn.__code__.co_code.hex(), str(fn.__code__.co_names), str(fn.__code__.co_consts)] # typed into `python -c`
+    except OSError:                                     # typed into `python -c`
+        code = fn.__code__
+        return [code.co_code.hex(), str(code.co_names), str(code.co_consts)]
 
 # %% ../nbs/lib/12_keys.ipynb #7e58db49
 def package_key() -> str: # 16 hex digits

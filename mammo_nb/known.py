@@ -192,7 +192,8 @@ def beyond_both(
     found:pd.DataFrame, # From `repeated`
 ) -> pd.DataFrame: # A row a study, a column a metric: in how many worlds the gain holds over `none` and over `copies`
     "How often a gain would have been told, by the rule of lesson 62."
-    holds = found.assign(holds=found.verdict == "holds").pivot(index=["study", "world"], columns="claim", values="holds")
+    told = found.assign(holds=found.verdict == "holds")
+    holds = told.pivot(index=["study", "world"], columns="claim", values="holds")
     both = {m: holds[f"none.{m}"] & holds[f"copies.{m}"] for m in ("auroc", "accuracy")}
     return pd.DataFrame(both).groupby("study", sort=False).sum()
 

@@ -125,6 +125,6 @@ def start(
     resolved = {k: asdict(getattr(settled, k)) for k in ("setup", "protocol", "seeds")} | dict(cells=len(parts["grid"]))
     run = Run(params, paper=paper.name, resolved=resolved, **parts)
     if paper.title: run.note(title=paper.title)
-    print(f"{paper.name}: {params.preset} size, protocol {params.protocol}, seed {params.seed}, {resolved['cells']} cells, "
-          f"{run.device}, into {run.dir}")
+    what = f"{params.preset} size, protocol {params.protocol}, seed {params.seed}, {resolved['cells']} cells"
+    print(f"{paper.name}: {what}, {run.device}, into {run.dir}")
     return run

@@ -36,7 +36,8 @@ from .report.rules import (CELL, Claim, claims, contrasts, of_metric, published_
 from .report.tables import paper_record, papers, published
 
 # %% ../nbs/lib/68c_plan.ipynb #c47b2e8f
-OWN = dict(seeds=3, generators=1, women="", auroc=0., sd=0., power=.8, timed="predictions") # Parameters of the plan itself, with defaults
+# Parameters of the plan itself, with defaults
+OWN = dict(seeds=3, generators=1, women="", auroc=0., sd=0., power=.8, timed="predictions")
 
 def own_parameters(
     given:dict, # Name -> value
@@ -50,7 +51,8 @@ def own_parameters(
             what = "a whole number" if kind is int else "a number"
             raise ParameterError(f"{k} is {out[k]!r}", "mammo_plan", f"give {what} from {low} to {high}")
     for k,example in dict(women="lesion=40,healthy=60", timed="cpu-2core").items():
-        if not isinstance(out[k], str): raise ParameterError(f"{k} is {out[k]!r}", "mammo_plan", f"e.g. `-p {k} {example}`")
+        if not isinstance(out[k], str):
+            raise ParameterError(f"{k} is {out[k]!r}", "mammo_plan", f"e.g. `-p {k} {example}`")
     return out
 
 # %% ../nbs/lib/68c_plan.ipynb #427a6bc5
@@ -304,7 +306,7 @@ def _first(numbers, reached): # The first that is enough, of numbers that grow; 
     at = bisect.bisect_left(numbers, True, key=reached)
     return numbers[at] if at<len(numbers) else None
 
-def _first_of_all(numbers, reached, step=14): # Likewise where more can be worse: each 14th is looked at, then those before
+def _first_of_all(numbers, reached, step=14): # Likewise where more can be worse: each 14th, then those before it
     at = next((i for i in range(0, len(numbers), step) if reached(numbers[i])), None)
     return None if at is None else _first(numbers[max(0, at-step+1):at+1], reached)
 
@@ -328,7 +330,8 @@ def speeds_of(
 ) -> pd.DataFrame: # item, mode, value, lo, hi (images a second), note
     "Speeds of whole training steps in one committed benchmark."
     files = {f.stem: f for f in sorted((repo_root()/"reports"/"benchmarks").glob("*.csv"))}
-    if timed not in files: raise ParameterError(f"no timings '{timed}'", "reports/benchmarks", nearest(timed, list(files)))
+    if timed not in files:
+        raise ParameterError(f"no timings '{timed}'", "reports/benchmarks", nearest(timed, list(files)))
     t = pd.read_csv(files[timed])
     if "predicted" in t: t = t.rename(columns=dict(what="item", predicted="value", low="lo", high="hi", basis="note"))
     else: t = t[(t.what=="speed") & t.variant.isin(["ours","exact"])].assign(mode="float32")
@@ -348,8 +351,9 @@ def hours_of(
         of = part.get("of")
         trained = grid[(grid[list(of)]==pd.Series(of)).all(axis=1)] if of else None
         times = own["generators"] if trained is None else len(trained)*max(own["seeds"], own["generators"])
-        row = dict.fromkeys(HOURS, np.nan) | dict(part=part["part"], trainings=times, images=times*part.get("images", np.nan))
-        rows.append(row | _timed(row["images"], part, speeds, own["timed"]))
+        images = times*part.get("images", np.nan)
+        row = dict.fromkeys(HOURS, np.nan) | dict(part=part["part"], trainings=times, images=images)
+        rows.append(row | _timed(images, part, speeds, own["timed"]))
     return pd.DataFrame(rows, columns=HOURS)
 
 def _timed(images, part, speeds, timed): # hours, lo, hi, mode; or why
@@ -357,7 +361,8 @@ def _timed(images, part, speeds, timed): # hours, lo, hi, mode; or why
     if not len(found): return dict(why="never timed there")
     speed, px = found.iloc[0], f"{part['px']} px"
     if px not in f"{speed['item']} {speed.note}": return dict(why=f"timed at {speed.note.split(',')[0]}, not at {px}")
-    return dict(hours=images/speed.value/3600, lo=images/speed.hi/3600, hi=images/speed.lo/3600, mode=speed["mode"], why="")
+    hours = dict(hours=speed.value, lo=speed.hi, hi=speed.lo)
+    return {k: images/v/3600 for k,v in hours.items()} | dict(mode=speed["mode"], why="")
 
 # %% ../nbs/lib/68c_plan.ipynb #ab36349d
 def hours_lines(
@@ -369,9 +374,9 @@ def hours_lines(
     if not len(hours): return ["hours: the paper's record does not say how much is trained (`work`)"]
     def one(r): return r.why or f"{r.hours:.1f} h [{r.lo:.1f}, {r.hi:.1f}], {r.images/1e6:.1f} M images, {r.mode}"
     lines = [f"    {r.part} ({r.trainings:.0f}): {one(r)}" for r in hours.itertuples()]
-    known = hours.hours.notna().any()
-    total = f"    together at least {hours.hours.sum():.1f} h, one after the other" if known else "    no sum can be told"
-    return [f"hours by reports/benchmarks/{own['timed']}.csv:", *lines, total]
+    known, together = hours.hours.notna().any(), hours.hours.sum()
+    total = f"together at least {together:.1f} h, one after the other" if known else "no sum can be told"
+    return [f"hours by reports/benchmarks/{own['timed']}.csv:", *lines, f"    {total}"]
 
 # %% ../nbs/lib/68c_plan.ipynb #a63f5087
 def _strata(claim, cells): # Rows of coefficients that are judged, and how many there are; a mean is averaged
@@ -536,9 +541,11 @@ def compared(
 ) -> pd.DataFrame: # AGREEMENT, a row a claim; planned and measured: smallest effect, each claim alone
     "Whether a run could decide what its plan said it could."
     t = plan[["id","claim","smallest","chance","why"]].rename(columns=dict(smallest="planned", why="unplanned"))
-    t = t.merge(judged[["id","ours","lo","hi","smallest","verdict","why"]].rename(columns=dict(smallest="measured")), on="id")
+    told = judged[["id","ours","lo","hi","smallest","verdict","why"]].rename(columns=dict(smallest="measured"))
+    t = t.merge(told, on="id")
     ratio = t.measured.astype(float)/t.planned.astype(float)
-    agree = np.select([ratio.isna(), ratio<2/3, ratio>3/2], ["", "finer than planned", "coarser than planned"], "as planned")
+    cases = {"": ratio.isna(), "finer than planned": ratio<2/3, "coarser than planned": ratio>3/2}
+    agree = np.select(list(cases.values()), list(cases), "as planned")
     why = t.why.where(ratio.notna() | (t.unplanned.fillna("")==""), t.unplanned)
     return t.assign(ratio=ratio, agree=agree, why=why)[AGREEMENT]
 

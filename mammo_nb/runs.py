@@ -384,7 +384,8 @@ def do(self:Run,
     for k in jobs:
         if k not in todo: self._stage_done(jobs[k], folders[k], 0.)
     share = cores() if os.environ.get("MAMMO_NB_WORKERS") else len(todo)
-    if any(getattr(jobs[k].fn, "__module__", "") == "__main__" for k in todo): share = 1  # other processes cannot import it
+    # what a notebook defines, other processes cannot import
+    if any(getattr(jobs[k].fn, "__module__", "") == "__main__" for k in todo): share = 1
     workers = min(len(todo), workers or (cores() if self.device.type == "cpu" else 1), share)
     steps = self._each(jobs, folders, todo, workers)
     for k, seconds in progress(steps, label, total=len(todo)) if label else steps:

@@ -31,6 +31,13 @@ def keep(output) -> bool:
     return True
 
 
+def unnumbered(cell, outputs):
+    "Give a cell these outputs, without the counts of a session."
+    cell.outputs, cell.execution_count = outputs, None
+    for output in outputs:
+        if output.output_type == "execute_result": output["execution_count"] = None
+
+
 def run(path:Path):
     book = nbformat.read(path, 4)
     copied = copy.deepcopy(book)
@@ -40,10 +47,7 @@ def run(path:Path):
     NotebookClient(copied, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell, done in zip(book.cells, copied.cells):
         if cell.cell_type != "code": continue
-        cell.outputs = [o for o in done.outputs if keep(o)]
-        cell.execution_count = None
-        for output in cell.outputs:
-            if output.output_type == "execute_result": output["execution_count"] = None
+        unnumbered(cell, [o for o in done.outputs if keep(o)])
     nbformat.write(book, path)
     print(f"{path.name}: {sum(len(c.outputs) for c in book.cells if c.cell_type == 'code')} outputs, {path.stat().st_size} bytes")
 

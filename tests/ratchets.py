@@ -56,6 +56,7 @@ class Source:
     over_120:int = 0
     over_140:int = 0
     semicolons:int = 0
+    joined:int = 0
     deep_comprehensions:int = 0
     many_parameters:list = field(default_factory=list)
     lazy_imports:int = 0
@@ -75,6 +76,8 @@ class Source:
         for node in ast.walk(tree):
             if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
                 self.deep_comprehensions += _fors(node) >= 3
+            if isinstance(node, (ast.With, ast.While, ast.ClassDef)):
+                self.joined += bool(lines[node.body[0].lineno-1][:node.body[0].col_offset].strip())
         inner = _inner(tree)
         for f in functions(tree):
             self.function_tokens.append(len(tokens(_dedent(body_of(f, lines)))))
@@ -222,6 +225,7 @@ def measure(notebooks=None) -> dict:
         "lines over 120 characters, %": 100*source.over_120/max(1, source.lines),
         "lines over 140 characters": source.over_140,
         "lines with ;": source.semicolons,
+        "bodies in the line of their with, while or class": source.joined,
         "comprehensions with three or more for": source.deep_comprehensions,
         "exported cell, lines p50": percentile(sizes, 50),
         "exported cell, lines p90": percentile(sizes, 90),

@@ -44,6 +44,6 @@ def test_ratchets_notice():
     "The counter counts: a planted fault of each kind is seen."
     from ratchets import Source
     source = Source()
-    source.read("def f(a, b, c, d, e, f, g, h, i):\n    import os; return [x for x in a for y in b for z in c]\n" + f"x = '{'y'*130}'\n", "planted")
-    assert (source.semicolons, source.lazy_imports, source.deep_comprehensions, source.over_120, len(source.many_parameters)) == (1, 1, 1, 1, 1)
+    source.read("def f(a, b, c, d, e, f, g, h, i):\n    import os; return [x for x in a for y in b for z in c]\nwhile x: y\n" + f"x = '{'y'*130}'\n", "planted")
+    assert (source.semicolons, source.joined, source.lazy_imports, source.deep_comprehensions, source.over_120, len(source.many_parameters)) == (1, 1, 1, 1, 1, 1)
     assert circles({"a": ["b"], "b": ["a"], "c": []}) == [["a", "b"]] and not circles({"a": ["b"], "b": [], "c": ["a"]})

@@ -146,8 +146,9 @@ THESIS = FitRecipe(epochs=20, bs=64, optimiser="adam", lr=2e-4, weight_decay=5e-
 KERAS = NOTEBOOK
 
 # %% ../../nbs/lib/56_clf.train.ipynb #94049b4c
-CHOICES = dict(optimiser=("sgd","adam"), monitor=MONITORS, sampling=("all","balanced"), valid=("whole","balanced","sampled"), score=("softmax","exp_logit"),
-               precision=("fp32","bf16"), value_range=("","tanh","unit"), flips=("hv","vh","h","v",""))
+CHOICES = dict(optimiser=("sgd","adam"), monitor=MONITORS, sampling=("all","balanced"),
+               valid=("whole","balanced","sampled"), score=("softmax","exp_logit"), precision=("fp32","bf16"),
+               value_range=("","tanh","unit"), flips=("hv","vh","h","v",""))
 LEAST = dict(epochs=1, bs=2, lr_every=1, patience=0, epoch_size=0)
 
 def change(
@@ -456,7 +457,8 @@ def _learner(model, train, valid, recipe, seed, device, log=None):
                       PatchLoader(valid, bs=max(recipe.bs, 128), **form), device=device)
     net = _Bf16(model, device.type) if recipe.precision == "bf16" else model
     engine = Engine(device, {}, mode="", log=log) if device.type == "cuda" else None
-    learn = PatchLearner(dls, net, seed=seed, engine=engine, loss_func=class_loss, lr=recipe.lr, opt_func=_optimiser(recipe, device),
+    descent = dict(loss_func=class_loss, lr=recipe.lr, opt_func=_optimiser(recipe, device))
+    learn = PatchLearner(dls, net, seed=seed, engine=engine, **descent,
                          cbs=[TrainEvalCallback(), StartEpoch(recipe), *[StayInEval()]*recipe.eval_after_first_val])
     learn.create_opt()
     return learn

@@ -762,7 +762,8 @@ def _gather(parts):
 def _reserve(path): # Disk for the whole file: on a full disk, writing into a map ends the process without a word
     if not hasattr(os, "posix_fallocate"): return
     try:
-        with open(path, "r+b") as f: os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT): raise       # any other: a disk that cannot reserve
 

@@ -71,7 +71,8 @@ def _has_clients(folder):
 
 def _begins(path, columns):
     "Whether the first line of a file names these columns."
-    with open(path, "rb") as f: head = f.readline(4000).decode("utf-8","replace").casefold()
+    with open(path, "rb") as f:
+        head = f.readline(4000).decode("utf-8","replace").casefold()
     return all(c.casefold() in head for c in columns)
 
 def _has_embed(folder):
@@ -151,7 +152,8 @@ def _check_rules(rules):
         known = rules_of(layout)
         for choice in own:
             if choice not in known:
-                raise ParameterError(f"'{choice}' is no choice of {layout}", "rules", nearest(choice, list(known) or ["none"]))
+                others = nearest(choice, list(known) or ["none"])
+                raise ParameterError(f"'{choice}' is no choice of {layout}", "rules", others)
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #42def0ee
 _EXPECTED = ("expected INbreast.csv, BCDR-…_dataset, CBIS-DDSM tables with images, OMI-DB's data/ and images/, "

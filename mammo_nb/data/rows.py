@@ -27,7 +27,8 @@ def _cell(value):
 
 def _check_zip(path):
     "A workbook is a zip file; what it unpacks to is said in it."
-    with zipfile.ZipFile(path) as parts: size = sum(p.file_size for p in parts.infolist())
+    with zipfile.ZipFile(path) as parts:
+        size = sum(p.file_size for p in parts.infolist())
     if size>MAX_SHEET["bytes"]: raise ValueError(f"unpacks to {size:,} bytes, {MAX_SHEET['bytes']:,} are allowed")
 
 def _cells(path, sheet):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'patient_counts', 'balanced_groups', 'split_patients', 'balance_table', 'line_of', 'half', 'nested_subsets',
-           'folds', 'pooled_split', 'check_leaks', 'without_doubles', 'leak_table']
+           'folds', 'pooled_split', 'check_leaks', 'without_doubles', 'each_once', 'leak_table']
 
 # %% ../../nbs/lib/29_data.splits.ipynb #99057c1b
 from itertools import combinations
@@ -312,6 +312,15 @@ def without_doubles(
     h = ps.table.pixel_hash
     blank = h.isna() | h.astype(str).str.startswith("constant")
     return ps.subset((blank | ~(h.duplicated() | h.isin(before))).to_numpy())
+
+# %% ../../nbs/lib/29_data.splits.ipynb #29eac4ce
+def each_once(
+    sides:dict, # `train`, `val`, `test` -> PatchSet
+) -> dict: # The same sides
+    "Each picture once, on the side that needs it most: test, then validation."
+    test = without_doubles(sides["test"])
+    val = without_doubles(sides["val"], test)
+    return dict(train=without_doubles(sides["train"], val, test), val=val, test=test)
 
 # %% ../../nbs/lib/29_data.splits.ipynb #dd7073ed
 _SEEN = dict(patient_in_training="patient_id", image_in_training="image_id", doubles="pixel_hash")

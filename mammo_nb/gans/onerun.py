@@ -57,7 +57,8 @@ def epsilon_at_least(
     def unlikely(epsilon): return chance_of(right, guesses, epsilon, coins=coins, delta=delta) < 1 - level
     if not unlikely(0.): return 0.
     low, high = 0., 1.
-    while unlikely(high): low, high = high, 2*high
+    while unlikely(high):
+        low, high = high, 2*high
     for _ in range(40):
         middle = (low + high)/2
         low, high = (middle, high) if unlikely(middle) else (low, middle)

@@ -77,7 +77,8 @@ def cut(
     for name in ("train", "test"):
         who = split.index[split == name]
         lesions = extract(lesion_patches(data, patients=who), size=side, seed=seed)
-        if not len(lesions): raise DataError(f"no lesion in the patients of the {name} side", data.name, "give more patients")
+        if not len(lesions):
+            raise DataError(f"no lesion in the patients of the {name} side", data.name, "give more patients")
         healthy = healthy_patches(data, len(lesions), seed=seed, patients=who)
         sets[name] = lesions.concat(extract(healthy, size=side, seed=seed))
     return sets
@@ -115,5 +116,6 @@ def classifiers(
     given = dict(train=sets["train"], test=sets["test"], strength=run.protocol.strength)
     jobs = {}
     for row in run.grid.itertuples(index=False):
-        jobs[Cell(**row._asdict())] = run.job(fit_cell, name=f"fit-{row.arm}", group="classifiers", arm=row.arm, **given)
+        cell = Cell(**row._asdict())
+        jobs[cell] = run.job(fit_cell, name=f"fit-{row.arm}", group="classifiers", arm=row.arm, **given)
     return jobs

@@ -163,8 +163,8 @@ def named(name:str, caption:str, note:str="", **more) -> Shown:
     return Shown(name, caption, note, rename=HEADS, **more)
 
 # %% ../../nbs/papers/82f_papers.size_page.ipynb #5a2c367c
-VERDICTS = """Each claim of the thesis as a difference between trainings of this run. Its chance comes from test patients and
-from the folds, which count as clusters with networks of their own. Margins were fixed beforehand."""
+VERDICTS = """Each claim of the thesis as a difference between trainings of this run. Its chance comes from test
+patients and from the folds, which count as clusters with networks of their own. Margins were fixed beforehand."""
 PROBE = """AUC of each cue alone and of a logistic regression on all four, without looking at a lesion. A mass is
 its box resized, tissue is a window as it is, so sharpness alone separates much of the task: this is how the thesis
 cuts patches. `protocol clean` cuts both alike."""
@@ -172,8 +172,8 @@ QUALITY = """Means over folds, against the masses of the test third that no gene
 many patches are compared, so it stands beside real masses against as many other real masses; 1 times that floor is as
 near as real ones are. KID does not and may be below 0. Diversity is the difference between two fakes as a share of that
 between two real masses; a generator below 0.25 counts as collapsed. Copies are judged by test masses of women whom the
-generator never saw, and left out where there are fewer than 4 masses or 2 women. Nearer than held-out: the chance that a
-fake is nearer to the training masses than a test mass is, 0.5 if nothing is remembered; a blurred fake is near to
+generator never saw, and left out where there are fewer than 4 masses or 2 women. Nearer than held-out: the chance that
+a fake is nearer to the training masses than a test mass is, 0.5 if nothing is remembered; a blurred fake is near to
 everything, so the share of copies, calibrated for that, is what counts (0.01 is none; with fewer than some 20
 training masses it says little)."""
 MAP = """Distances between clusters of such maps carry no meaning; precision and recall above ask the same with

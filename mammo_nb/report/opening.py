@@ -33,5 +33,6 @@ def opening(
         one = runs[0]
         judged = one.table("claims") if len(runs)==1 else None
         led = "" if judged is None else led_words(judged)
-        return "\n\n".join(filter(None, [f"**{one.record['question']}**", led, said(answer, runs), next_words(one, more or {})]))
+        parts = [f"**{one.record['question']}**", led, said(answer, runs), next_words(one, more or {})]
+        return "\n\n".join(filter(None, parts))
     return part(heading, text=text, figures=(figure,), always=True)

@@ -477,7 +477,8 @@ def _side_by_side(t, named): # One row an arm, one column a rival
     told = t.assign(told=[effect_words(Evidence(r.value, r.lo, r.hi)) for r in t.itertuples()])
     wide = told.pivot_table(index=["metric","scope","model","regime","arm"], columns="against", values="told",
                             aggfunc="first", sort=False)
-    return wide.rename(columns=lambda c: f"minus {named.get(c, c)}").reset_index().map(lambda v: named.get(v, v)).fillna("")
+    shown = wide.rename(columns=lambda c: f"minus {named.get(c, c)}").reset_index()
+    return shown.map(lambda v: named.get(v, v)).fillna("")
 
 def _positive(runs, metric): # Positive class of a metric in the gains of the runs
     gains = on_file(runs, "gains")

@@ -48,7 +48,7 @@ def papers() -> dict: # Paper id -> its record: cite, short, question, tables, l
 
 # %% ../../nbs/lib/60_report.tables.ipynb #3be7e2e2
 def paper_record(paper:str) -> dict: # One record of `papers()`
-    "The record of one paper; the invented example of notebook 92 too, which no overview lists. A wrong name is an error."
+    "The record of one paper; also of notebook 92's invented one, which no overview lists. A wrong name is an error."
     known = papers()
     if paper in known: return known[paper]
     example = read_json(PUBLISHED/"example"/"index.json")
