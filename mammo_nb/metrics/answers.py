@@ -171,6 +171,28 @@ def join(cls:Answers, *parts) -> Answers:
     frames = [a.frame for a in parts if len(a)]
     return cls(_in_order(pd.concat(frames, ignore_index=True))) if frames else Answers.of({})
 
+# %% ../../nbs/lib/39_metrics.answers.ipynb #9230e40e
+@patch(cls_method=True)
+def of_replicates(
+    cls:Answers,
+    parts:list, # Answers, one a replicate of the generators
+    seeds:list, # `Seeds`, likewise
+) -> Answers:
+    "Answers of every replicate; where there are several, `gan` and `seed` tell their trainings apart."
+    if len(parts) != len(seeds): raise DataError(f"{len(parts)} answers of {len(seeds)} replicates", "answers")
+    if len(parts) == 1: return parts[0]
+    return cls.join(*(a.named(gan=str(s.gan), seed=str(s.seed)) for a,s in zip(parts, seeds)))
+
+# %% ../../nbs/lib/39_metrics.answers.ipynb #da1862f8
+@patch
+def of_seed(
+    self:Answers,
+    seeds, # `Seeds` of one replicate
+) -> Answers: # All of them where nothing is named
+    "The answers of one replicate, for what is looked at once."
+    if not {"seed", "gan"} <= set(self.frame): return self
+    return self.where(seed=str(seeds.seed), gan=str(seeds.gan))
+
 # %% ../../nbs/lib/39_metrics.answers.ipynb #d74fc4d2
 @patch
 def groups(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'LISTS', 'SWITCHES', 'CLEAN', 'DEMO', 'PUBLISHED', 'PAPER', 'plan', 'Protocol', 'Setup', 'settle',
            'phantoms_of', 'load', 'cutting_of', 'cut', 'gan_recipe', 'generators', 'synthetic', 'pairs', 'mammogram',
-           'truth', 'check_synthetic', 'classifiers', 'reader', 'embedding']
+           'truth', 'check_synthetic', 'painted', 'classifiers', 'all_answers', 'reader', 'embedding']
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #9dcc4bfe
 from dataclasses import dataclass, replace
@@ -23,17 +23,19 @@ from ..data.trees import Phantoms
 from ..gans.context import READINGS, ContextGAN, context_labels
 from ..gans.fit import Fit, fit_generator
 from ..gans.train import RECIPES
-from ..metrics.answers import Cell
-from ..paper import Paper, Settled
+from ..metrics.answers import Answers, Cell
+from ..paper import Paper, Settled, replicate_name, replicates
 from .context_arms import augmented_arm
 from .context_decay import ARMS, CONTEXT, Decay, fit_arm, training_of
 from .context_edits import (Painting, draw_synthetic, edit_mammogram, edit_pairs, kept_of,
-                                           measure_removal, row_images)
+                                           measure_removal, row_images,
+                                           synthesis_table)
 from .context_embedding import embed_models, shown_patches
 from .context_patches import (PUBLISHED as COUNTS, TYPES, Cut, Cutting, context_style, cut_patches,
                                              wanted_kinds)
 from .context_reader import read_edits
 from ..params import Params, between, split_words
+from ..runs import Seeds
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #fab7a2f1
 TASKS = ("mass", "calc", "remove") # The three generators
@@ -219,16 +221,18 @@ def gan_recipe(
 def generators(
     run, # Run
     cut:Cut, # From `cut`
+    seeds:Seeds=None, # Of this replicate, default the run's
 ) -> dict: # Task -> Job
     "Train the generators on the training patients; they depend on the generators' seed alone, so runs share them."
-    jobs, train = {}, cut.sets["train"]
+    jobs, train, seeds = {}, cut.sets["train"], seeds or run.seeds
+    end = replicate_name(run, seeds)
     for task in run.setup.tasks:
         y = context_labels(train.table, task=task)
         use = np.flatnonzero(y >= 0)
         recipe = gan_recipe(task, run.setup, run.protocol, benign=bool((y == 1).any()))
-        fit = Fit(recipe, recipe.epochs, run.seeds.gan, told=dict(task=task), channels_last=True)
+        fit = Fit(recipe, recipe.epochs, seeds.gan, told=dict(task=task), channels_last=True)
         patches = train if len(use) == len(y) else train.subset(use)
-        jobs[task] = run.job(fit_generator, name=f"gan-{task}", group="generators", shared=True, fit=fit,
+        jobs[task] = run.job(fit_generator, name=f"gan-{task}{end}", group="generators", shared=True, fit=fit,
                              patches=patches, labels=y[use])
     return jobs
 
@@ -237,11 +241,13 @@ def synthetic(
     run, # Run
     cut:Cut, # From `cut`
     trained:dict, # Task -> folder, of `generators`
+    seeds:Seeds=None, # Of this replicate, default the run's
 ) -> dict: # Task -> Job
     "A task's synthetic patches, from training patches."
-    s, shared = run.setup, dict(group="synthesis", shared=True)
-    def painting(task): return Painting(task, s.synthetic, run.seeds.gan, s.rounds, s.tries)
-    return {task: run.job(draw_synthetic, name=f"synthetic-{task}", **shared, generator=stage,
+    s, shared, seeds = run.setup, dict(group="synthesis", shared=True), seeds or run.seeds
+    end = replicate_name(run, seeds)
+    def painting(task): return Painting(task, s.synthetic, seeds.gan, s.rounds, s.tries)
+    return {task: run.job(draw_synthetic, name=f"synthetic-{task}{end}", **shared, generator=stage,
                           patches=cut.sets["train"], painting=painting(task)) for task,stage in trained.items()}
 
 def pairs(
@@ -288,14 +294,25 @@ def check_synthetic(
     sets = {f"synthetic_{t}": PatchSet.load(f/"set") for t,f in made.items() if f is not None}
     return check_leaks(**{k: v for k,v in sets.items() if len(v)}, val=cut.sets["val"], test=cut.sets["test"])
 
+# %% ../../nbs/papers/81e_papers.context.ipynb #5bfbb9ea
+def painted(
+    run, # Run
+    made:list, # Task -> folder, of `synthetic`; one a replicate
+) -> pd.DataFrame: # As `synthesis_table`, with `gan` where there are several
+    "What each task of every replicate wanted, kept and dropped."
+    tables = [synthesis_table(m) for m in made]
+    if len(tables) == 1: return tables[0]
+    return pd.concat([t.assign(gan=s.gan) for t,s in zip(tables, replicates(run))], ignore_index=True)
+
 # %% ../../nbs/papers/81e_papers.context.ipynb #e0000b97
 def classifiers(
     run, # Run
     cut:Cut, # From `cut`
     made:dict, # Task -> folder, of `synthetic`; None where left out
+    seeds:Seeds=None, # Of this replicate, default the run's
 ) -> dict: # Cell -> Job
     "One training for each row of Table 1."
-    s, jobs = run.setup, {}
+    s, jobs, seeds = run.setup, {}, seeds or run.seeds
     network = dict(kind="resnet50_tuned", weights=s.weights, size=s.size, depth=s.depth)
     recipe = change(CONTEXT, epochs=-(-s.samples//s.every), epoch_size=s.every, bs=s.clf_batch, lr=s.clf_lr)
     decay = Decay(rate=s.decay, rule=run.protocol.decay_rule)
@@ -303,13 +320,24 @@ def classifiers(
     lost = known and not sum(kept_of(made).values())
     for row in run.grid.itertuples(index=False):
         if lost and ARMS[row.arm]: continue
-        how = training_of(row.arm, network, recipe, decay, run.seeds.seed, run.protocol.benign_negative)
-        jobs[Cell(**row._asdict())] = run.job(fit_arm, name=f"classifier-{row.arm}", group="classifiers", arm=row.arm,
+        how = training_of(row.arm, network, recipe, decay, seeds.seed, run.protocol.benign_negative)
+        called = f"classifier-{row.arm}{replicate_name(run, seeds)}"
+        jobs[Cell(**row._asdict())] = run.job(fit_arm, name=called, group="classifiers", arm=row.arm,
                                               sets=cut.sets, made={} if not ARMS[row.arm] else made if known else None,
                                               how=how)
     if len(jobs) < len(run.grid):
         run.note(warning="no synthetic patch was kept: Table 1 has its baseline only")
     return jobs
+
+# %% ../../nbs/papers/81e_papers.context.ipynb #75eadc74
+def all_answers(
+    run, # Run
+    folders:list, # Cell -> folder, of `classifiers`; one a replicate
+) -> Answers: # Kept in answers.csv.gz
+    "What the classifiers of every replicate say."
+    found = Answers.of_replicates([Answers.of(f) for f in folders], replicates(run))
+    found.save(run.dir/"answers.csv.gz")
+    return found
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #605ec6ff
 def reader(

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'RESCUED', 'against', 'compare_arms', 'compare_types', 'augmented_arm', 'rescued', 'rescue', 'draws_table',
-           'tidy']
+           'tidy', 'table1_rows']
 
 # %% ../../nbs/papers/81d_papers.context_arms.ipynb #126e232a
 import numpy as np
 import pandas as pd
 
 from ..core import read_json
-from ..metrics.answers import Answers
+from ..metrics.answers import Answers, Intervals, scores
 from ..metrics.boot import holm
 from ..metrics.delong import auc_interval, delong, joint_test, paired_test
 from .context_decay import ARMS, CONTROLS, RULES, Decay
@@ -135,3 +135,14 @@ def tidy(
                          value=g.gain_shown, n=g.shown, n_patients=np.nan))
     names = ["scope", "model", "arm", "regime", "metric", "positive", "value", "lo", "hi", "n", "n_patients"]
     return pd.DataFrame(rows, columns=names)
+
+# %% ../../nbs/papers/81d_papers.context_arms.ipynb #e5564d86
+def table1_rows(
+    answers:Answers, # Of all replicates
+    compared:pd.DataFrame, # From `compare_arms`, of the first
+    gained:pd.DataFrame, # From `rescue`, of the first
+    how:Intervals, # How intervals come about
+) -> pd.DataFrame: # For `Run.results`
+    "The first replicate with its tests where there is one; else mean AUROCs."
+    if "gan" not in answers.frame: return tidy(compared, gained)
+    return scores(answers, [("auroc", "lesion")], how)

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['SCOPES', 'MODELS', 'REGIMES', 'GENERATORS', 'LISTS', 'SWITCHES', 'CLEAN', 'DEMO', 'PUBLISHED', 'PAPER', 'PHANTOMS',
            'MAX_EXTENT', 'plan', 'not_run', 'scope_of', 'plan_generators', 'Protocol', 'Setup', 'handed_over', 'refuse',
-           'settle', 'Hospitals', 'load', 'cutting_of', 'Cuts', 'cut', 'background_table', 'gan_recipe',
-           'replicate_name', 'replicates', 'fit_of', 'generators', 'draws', 'synthetic', 'training_of', 'sources',
-           'classifiers', 'held_patches', 'trained_on', 'dealt_out', 'references', 'audits', 'audit_table',
-           'keep_audits']
+           'settle', 'Hospitals', 'load', 'cutting_of', 'Cuts', 'cut', 'background_table', 'gan_recipe', 'fit_of',
+           'generators', 'draws', 'synthetic', 'training_of', 'sources', 'classifiers', 'held_patches', 'trained_on',
+           'dealt_out', 'references', 'audits', 'audit_table', 'keep_audits']
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #1ffaba81
 import shutil
@@ -27,7 +26,7 @@ from ..gans.privacy import COLUMNS, Audit, Effort, no_audit
 from ..gans.reference import deal_references, pool_of
 from ..gans.train import RECIPES, Recipe
 from ..metrics.answers import Cell
-from ..paper import Paper, Settled, replicate_seeds
+from ..paper import Paper, Settled, replicate_name, replicates
 from .sharing_centres import fresh_centre, kept_from, phantom_centres, real_centres
 from .sharing_patches import Cutting, cut_centre_a, cut_lesions
 from .sharing_rows import ADDED, ARMS, Counts, Halving, Training, fit_cell, who_trains
@@ -333,20 +332,6 @@ def gan_recipe(
     changed = dict(g_every=published.g_every) | setup.gan.get(GENERATORS[name][1], {})
     if protocol.g_every > 1: changed |= dict(g_every=protocol.g_every)      # the counter fault hit both GANs alike
     return published.small(size=setup.size, width=setup.gan_width, real_range=protocol.real_range, **changed)
-
-# %% ../../nbs/papers/84_papers.sharing.ipynb #51e1ed32
-def replicate_name(
-    run, # Run
-    seeds:Seeds, # Of a replicate
-) -> str: # Ends the names of its jobs
-    "Nothing for the first replicate, so that it is the run without replicates."
-    return "" if seeds == run.seeds else f"-gan{seeds.gan}"
-
-def replicates(
-    run, # Run
-) -> list: # Seeds, one a replicate
-    "Seeds of every generator a recipe gets, with those of its classifiers."
-    return replicate_seeds(run.seeds, run.params.replicates)
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #f17a5e01
 def fit_of(

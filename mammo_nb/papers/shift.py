@@ -6,7 +6,7 @@
 __all__ = ['SWITCHES', 'CLEAN', 'DEMO', 'PUBLISHED', 'PAPER', 'NOTHING_ADDED', 'CHEAP', 'ASKED', 'Protocol', 'Setup',
            'as_authors', 'singan_of', 'head_for', 'settle', 'plan', 'check_weights', 'phantoms', 'real_sets', 'load',
            'Cuts', 'cut', 'sources_of', 'generators', 'draws', 'synthetic', 'Trial', 'all_rows', 'trial', 'trials',
-           'network_of', 'features', 'classifiers', 'intervals', 'answers_of', 'departed']
+           'network_of', 'features', 'classifiers', 'intervals', 'answers_of', 'all_answers', 'departed']
 
 # %% ../../nbs/papers/80_papers.shift.ipynb #8503ffb0
 import contextlib
@@ -24,7 +24,7 @@ from ..data.trees import Phantoms
 from ..gans.singan import SinGANRecipe, singan_recipes
 from ..metrics.answers import Answers, Intervals
 from ..metrics.sifid import place_extractor
-from ..paper import Paper, Settled
+from ..paper import Paper, Settled, replicate_name, replicates
 from .shift_heads import Network, compute_features, probabilities, tested, train_heads, train_whole
 from .shift_patches import (CLASSES, ZOOMS, Cutting, Folding, check_counts, check_folds, check_sets,
                                            cut_groups, fold_counts, labelled, make_folds, pick_sources, samples_needed)
@@ -33,6 +33,7 @@ from .shift_rows import (SCOPES, Choice, Rows, control_patches, gather_rows, hea
 from .shift_singans import (Learning, Sources, Wanted, check_sources, draw_singans, load_samples,
                                            singan_sources, train_singans)
 from ..params import Params, between, split_words
+from ..runs import Seeds
 
 # %% ../../nbs/papers/80_papers.shift.ipynb #5c9b6323
 @dataclass(frozen=True)
@@ -241,10 +242,12 @@ def sources_of(
 def generators(
     run, # Run
     sources:Sources, # From `sources_of`
+    seeds:Seeds=None, # Of this replicate, default the run's
 ) -> dict: # `singans` -> Job
     "All eight SinGANs, in one job because they train together."
-    how = Learning(run.setup.singan, run.seeds.gan)
-    return dict(singans=run.job(train_singans, name="singans", group="generators", shared=True, images=sources.images,
+    seeds = seeds or run.seeds
+    how, called = Learning(run.setup.singan, seeds.gan), f"singans{replicate_name(run, seeds)}"
+    return dict(singans=run.job(train_singans, name=called, group="generators", shared=True, images=sources.images,
                                 cards=sources.cards, how=how))
 
 def draws(
@@ -252,12 +255,15 @@ def draws(
     cuts:Cuts, # From `cut`
     sources:Sources, # From `sources_of`
     trained:dict, # Of `generators`
+    seeds:Seeds=None, # Of this replicate, default the run's
 ) -> dict: # `samples` -> Job
     "As many samples of each as an arm, or SiFID, asks for."
+    seeds = seeds or run.seeds
     n = samples_needed(cuts.groups["G3"].table, cuts.folds, run.protocol.subset_patients)
-    how, wanted = Learning(run.setup.singan, run.seeds.gan), Wanted(n, run.setup.samples, run.setup.size)
+    how, wanted = Learning(run.setup.singan, seeds.gan), Wanted(n, run.setup.samples, run.setup.size)
     given = dict(trained=trained["singans"], images=sources.images, cards=sources.cards, how=how, wanted=wanted)
-    return dict(samples=run.job(draw_singans, name="samples", group="generators", shared=True, **given))
+    called = f"samples{replicate_name(run, seeds)}"
+    return dict(samples=run.job(draw_singans, name=called, group="generators", shared=True, **given))
 
 def synthetic(
     run, # Run
@@ -287,11 +293,12 @@ def all_rows(
     run, # Run
     cuts:Cuts, # From `cut`
     samples:dict, # From `synthetic`
+    seed:int, # Of the controls, drawn anew for every replicate as samples are
 ) -> Rows:
-    "The one table of patches of this run, those of our controls among them."
+    "The one table of patches of a replicate, those of our controls among them; test crops are the same for all."
     protocol = run.protocol
     n = samples_needed(cuts.groups["G3"].table, cuts.folds, protocol.subset_patients)
-    controls = control_patches(cuts.groups["G1"].subset(np.unique(cuts.sources)), n, seed=run.seeds.seed)
+    controls = control_patches(cuts.groups["G1"].subset(np.unique(cuts.sources)), n, seed=seed)
     healthy = healthy_groups(["G1", "G3"], protocol.healthy)
     return gather_rows(cuts.groups, cuts.folds, samples, crops=run.setup.crops if protocol.fixed else 0,
                        cropped=("G1", "G3", *healthy), apart=protocol.subset_patients, seed=run.seeds.seed,
@@ -302,6 +309,7 @@ def trial(
     cuts:Cuts, # From `cut`
     rows:Rows, # From `all_rows`
     switch:str="", # A departure of `CHEAP`; empty: the run itself
+    seed:int=None, # Of the last layers, default the run's
 ) -> Trial:
     "What is trained and tested, with one departure more."
     protocol, cells, scopes = replace(run.protocol, **SWITCHES.get(switch, {})), run.grid, SCOPES
@@ -311,7 +319,7 @@ def trial(
         alone = (cells.scope == "three_class") & (cells.model == "resnet50")
         cells = cells[alone & cells.arm.isin(arms) & cells.regime.isin(ZOOMS)]
     if switch == "double_norm": rows = rows.of(["G1", "G3", *healthy_groups(["G1", "G3"], protocol.healthy)])
-    choice = Choice(protocol.healthy, protocol.duplicate, cuts.source_ids, run.seeds.seed)
+    choice = Choice(protocol.healthy, protocol.duplicate, cuts.source_ids, run.seeds.seed if seed is None else seed)
     jobs = plan_jobs(rows, cuts.folds, choice, scopes)
     return Trial(rows, jobs, head_for(run.setup.head, protocol), protocol.norm, cells)
 
@@ -319,12 +327,15 @@ def trials(
     run, # Run
     cuts:Cuts, # From `cut`
     samples:dict, # From `synthetic`
+    seeds:Seeds=None, # Of this replicate, default the run's
 ) -> dict: # Switch -> Trial; the run itself is ""
-    "The run, and the departures that are tried beside it."
-    rows, protocol = all_rows(run, cuts, samples), run.protocol
-    tried = CHEAP if run.params.departures and not protocol.bn_train else ()
+    "The run, and the departures that are tried beside the first replicate."
+    seeds, protocol = seeds or run.seeds, run.protocol
+    rows = all_rows(run, cuts, samples, seeds.seed)
+    asked = run.params.departures and not protocol.bn_train and seeds == run.seeds
+    tried = CHEAP if asked else ()
     new = [s for s in tried if replace(protocol, **SWITCHES[s]) != protocol and (samples or s != "duplicate_samples")]
-    return {s: trial(run, cuts, rows, s) for s in ("", *new)}
+    return {s: trial(run, cuts, rows, s, seeds.seed) for s in ("", *new)}
 
 # %% ../../nbs/papers/80_papers.shift.ipynb #c1a67bb0
 def network_of(
@@ -340,23 +351,27 @@ def network_of(
 def features(
     run, # Run
     tried:dict, # From `trials`
+    seeds:Seeds=None, # Of this replicate, default the run's
 ) -> dict: # Normalisation -> Job; none where every epoch goes through the network
     "All patches once through the frozen network, twice where their normalisation is tried."
     # the run's own where it has this one
-    first = {t.norm: t for t in reversed(tried.values())}
+    first, end = {t.norm: t for t in reversed(tried.values())}, replicate_name(run, seeds or run.seeds)
     if run.protocol.bn_train: return {}
     def name(norm): return "features" if norm == "imagenet" else f"features-{norm}"
-    return {norm: run.job(compute_features, name=name(norm), group="features", shared=True, pixels=t.rows.pixels,
+    return {norm: run.job(compute_features, name=name(norm)+end, group="features", shared=True, pixels=t.rows.pixels,
                           network=network_of(run, norm)) for norm,t in first.items()}
 
 def classifiers(
     run, # Run
     tried:dict, # From `trials`
     seen:dict, # Of `features`
+    seeds:Seeds=None, # Of this replicate, default the run's
 ) -> dict: # Switch -> Job
     "The last layers of every trial."
+    end = replicate_name(run, seeds or run.seeds)
     def job(switch, t):
-        given = dict(name="-".join(filter(None, ("heads", switch))), group="classifiers", jobs=t.jobs, recipe=t.recipe)
+        called = "-".join(filter(None, ("heads", switch))) + end
+        given = dict(name=called, group="classifiers", jobs=t.jobs, recipe=t.recipe)
         if run.protocol.bn_train: return run.job(train_whole, **given, rows=t.rows, network=network_of(run, t.norm))
         return run.job(train_heads, **given, features=seen[t.norm], kinds=t.rows.table.cls.to_numpy())
     return {switch: job(switch, t) for switch,t in tried.items()}
@@ -382,6 +397,21 @@ def answers_of(
     said = probabilities(folder, seen.get(t.norm))
     return tested(t.rows, cuts.folds, said, t.cells, healthy=run.protocol.healthy, fixed=run.protocol.fixed)
 
+def all_answers(
+    run, # Run
+    cuts:Cuts, # From `cut`
+    tried:list, # Of `trials`, one a replicate
+    trained:list, # Of `classifiers`, likewise
+    seen:list, # Of `features`, likewise
+) -> Answers: # Kept in answers.csv.gz
+    "What the last layers of every replicate say."
+    each = zip(tried, trained, seen)
+    parts = [Answers.of(answers_of(run, cuts, t[""], heads[""], f), fewest=0) for t,heads,f in each]
+    found = Answers.of_replicates(parts, replicates(run))
+    found.save(run.dir/"answers.csv.gz")
+    return found
+
+# %% ../../nbs/papers/80_papers.shift.ipynb #284e6f93
 def departed(
     run, # Run
     cuts:Cuts, # From `cut`

@@ -38,6 +38,8 @@ def intro(
     singan = setup["singan"]
     steps = f"SinGANs of {singan['steps']} steps a scale"
     if singan["restart"]: steps += f", Adam built anew every {singan['restart']}"
+    times = runs[0].info["parameters"].get("replicates", 1)
+    if times > 1: steps += f", each trained {times} times with last layers of its own (pictures, SiFID: the first)"
     return (f"Three folds, {protocol['test_sets']} test set; {net}. {steps} (the paper's text says 30; the published "
             f"SinGAN 2000, the authors' code 6000).{departs}")
 

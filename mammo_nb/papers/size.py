@@ -277,8 +277,7 @@ def answers_of(
     "What the classifiers said; where a run trains several generators, `gan` and `seed` tell their trainings apart."
     each = replicate_seeds(run.seeds, run.setup.replicates)
     parts = [Answers.of({c: at for (c, r), at in folders.items() if r == i}, fewest=0) for i in range(len(each))]
-    if len(each) == 1: return parts[0]
-    return Answers.join(*(a.named(gan=str(s.gan), seed=str(s.seed)) for a, s in zip(parts, each)))
+    return Answers.of_replicates(parts, each)
 
 # %% ../../nbs/papers/82d_papers.size.ipynb #9b294a14
 def train(
