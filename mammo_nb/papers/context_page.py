@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['SELECTION', 'TABLE1', 'TESTS', 'MAP', 'PAIRS', 'READER', 'MORE', 'TRUTH', 'FEW', 'ERRORS', 'SECTIONS', 'LAST_LINES',
-           'rescue_words', 'joint_words', 'arms_table', 'row_section', 'answer', 'judged', 'data_words']
+           'rescue_words', 'joint_words', 'arms_table', 'row_section', 'answer', 'painted_only', 'data_words']
 
 # %% ../../nbs/papers/81h_papers.context_page.ipynb #16109747
+import pandas as pd
+
 from .context_decay import ARMS
 from .context_figures import GROUPS, named
 from .context_words import (contradictions, implied_errors, lost, lost_words, removal_words,
                                            rescue_line, short_answer, withheld)
-from ..report.html import Section, Table
+from ..report.html import Table
 from ..report.opening import opening
-from ..report.page import (Shown, beside_section, controls_table, data_section, headline, led_words,
-                                  left_out_section, on_file, part, verdicts_section, words)
+from ..report.page import (Shown, beside_section, controls_table, data_section, left_out_section, on_file,
+                                  part, verdicts_section, words)
 from ..runs import Number
 
 # %% ../../nbs/papers/81h_papers.context_page.ipynb #edba8446
@@ -74,17 +76,12 @@ def answer(
     return short_answer(*(on_file(runs, name) for name in ("reader", "removal", "arms")))
 
 # %% ../../nbs/papers/81h_papers.context_page.ipynb #e1ded55a
-def judged(
+def painted_only(
+    verdicts:pd.DataFrame, # Of `report.page.verdicts_of`
     runs:list, # Of RunFolder
-) -> Section: # None where nothing was judged
-    "The verdicts; none on arms whose synthetic set lacks a task."
-    section = verdicts_section(text=_verdicts)(runs)
-    if section is None: return None
-    verdicts = withheld(section.verdicts, lost(on_file(runs, "synthesis")))
-    for count in (c for c in (led_words, headline) if c(section.verdicts)):
-        section.text = section.text.replace(count(section.verdicts), count(verdicts))
-    section.verdicts = verdicts
-    return section
+) -> pd.DataFrame: # The same claims
+    "No verdict on arms whose synthetic set lacks a task."
+    return withheld(verdicts, lost(on_file(runs, "synthesis")))
 
 def _lost(runs): return lost_words(on_file(runs, "synthesis"))
 def _verdicts(runs): return "\n\n".join(filter(None, [words("intro")(runs), _lost(runs)]))
@@ -123,7 +120,7 @@ def data_words(source:str) -> str: # source: words of `load`
 # %% ../../nbs/papers/81h_papers.context_page.ipynb #7894eac0
 SECTIONS = [
     opening(answer, figure="fig1_pairs", more=MORE),
-    judged,
+    verdicts_section(text=_verdicts, mend=painted_only),
     beside_section("table1", text=_table1),
     part("All tests", text=TESTS, figures=("table1_arms", "roc"), tables=(
         arms_table, _controls, Shown("types", "Masses and calcifications apart", make=_named),

@@ -15,6 +15,7 @@ from ..gans.context import ContextGAN
 from .context import PAPER, PUBLISHED, Protocol, Setup, gan_recipe
 from .context_decay import ARMS, CONTROLS
 from .context_figures import named
+from ..report.claims import withhold
 from ..report.rules import claims
 from ..report.tables import published
 
@@ -145,12 +146,8 @@ def withheld(
     def unpainted(c): return all(set(term.get("arm", ["?"])) <= set(CONTROLS) for term in c.terms)
     alone = {c.id for c in claims(PAPER.name) if unpainted(c)}
     hit = judged.ours.notna() & ~judged.id.isin(alone)
-    tail = [shown.removeprefix(verdict) for shown,verdict in zip(judged.shown, judged.verdict)]
     why = f"no {' and no '.join(names)} survived post-processing, so these arms are not the paper's"
-    told = judged.assign(verdict=judged.verdict.where(~hit, "cannot tell"), why=judged.why.where(~hit, why),
-                         shown=judged.shown.where(~hit, ["cannot tell" + t for t in tail]))
-    without = {k: told[k].where(~hit, "") for k in ("control","control_verdict") if k in told}
-    return told.assign(**without)
+    return withhold(judged, hit.to_numpy(), why)
 
 # %% ../../nbs/papers/81g_papers.context_words.ipynb #a4771171
 def removal_words(

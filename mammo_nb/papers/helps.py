@@ -122,9 +122,9 @@ def settle(
 # %% ../../nbs/papers/85_papers.helps.ipynb #20bc0efe
 PAPER = Paper(
     "05_which_helps", title="Which of them helps?", settle=settle, presets=dict(demo=DEMO, paper=PUBLISHED),
-    protocol=Protocol, plan=plan, clean=dict(seed_all=True), lists=LISTS, choices=dict(task=tuple(TASKS)),
+    protocol=Protocol, plan=plan, clean=dict(seed_all=True), lists=LISTS, choices=dict(task=tuple(TASKS), until=("", "decided")),
     rules=dict(dose=between(.25, 8.), gan_share=between(.001, 100.), generators=between(0, 100),
-               trainings=between(0, 100)),
+               trainings=between(0, 100), hours=between(.001, 100_000.), most=between(2, 1000)),
     knobs=dict(patients="patients", generators="generators", trainings="trainings", clf_epochs="epochs", size="size"),
     stages=("data", "patches", "generators", "classifiers", "report"))
 
@@ -320,20 +320,22 @@ def epochs_for(
 # %% ../../nbs/papers/85_papers.helps.ipynb #6103d8c3
 def sources(
     run, # Run
+    many:int=0, # Generators of each kind; 0: as the preset
 ) -> list: # (kind, size, Seeds), one a generator
     "Every generator that the rows need."
     rows = run.grid[run.grid.arm.isin(list(GANS))]
-    each = replicate_seeds(run.seeds, run.setup.generators)
+    each = replicate_seeds(run.seeds, many or run.setup.generators)
     return [(r.arm, r.regime, s) for r in rows.itertuples() for s in each]
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #2b546804
 def generators(
     run, # Run
     study:Study, # From `cut`
+    many:int=0, # Of each kind; 0: as the preset
 ) -> dict: # Member of `sources` -> Job
     "Train every generator."
     setup, jobs = run.setup, {}
-    for kind,share,seeds in sources(run):
+    for kind,share,seeds in sources(run, many):
         patches = learns_from(kind, study.parts[share][0])
         how = dict(name=f"gan-{kind}-{share}-{seeds.gan}", group="generators", shared=True, patches=patches)
         if kind == "singan":
@@ -420,10 +422,12 @@ def classifiers(
     run, # Run
     study:Study, # From `cut`
     sets:dict, # From `synthetic`
+    many:int=0, # Generators of each kind; 0: as the preset
 ) -> dict: # Cell -> Job
     "Every training of every row."
     held, jobs = {k: study.sides[k] for k in ("val", "test")}, {}
-    rows, each = list(run.grid.itertuples(index=False)), replicate_seeds(run.seeds, run.setup.generators)
+    rows = list(run.grid.itertuples(index=False))
+    each = replicate_seeds(run.seeds, many or run.setup.generators)
     for row,seeds in product(rows, each):
         given = dict(base=study.parts[row.regime][0], extra=added(run, study, row, sets, seeds), held=held)
         for k in range(run.setup.trainings):

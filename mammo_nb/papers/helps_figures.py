@@ -57,6 +57,7 @@ def line_at(
 def compared(
     bench:Bench, # Answers
     weights:dict, # (arm, regime) -> weight
+    level:float=.95, # Of the interval
 ): # metrics.trainings.Interval
     "A weighted sum of rows, with its interval."
     cells = bench.answers.cells()
@@ -65,7 +66,7 @@ def compared(
     if lost: raise DataError(f"no row {' at '.join(lost[0])} %", "answers", "train it")
     c = np.zeros(len(cells))
     for key,w in weights.items(): c[at[key]] += w
-    return careful(effect_on(bench, CLAIM, cells, c))
+    return careful(effect_on(bench, CLAIM, cells, c), level)
 
 # %% ../../nbs/papers/85b_papers.helps_figures.ipynb #32dcb48a
 STEPS = 61 # Numbers of patients that are tried

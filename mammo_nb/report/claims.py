@@ -7,7 +7,7 @@ __all__ = ['PICKS', 'IDLE', 'STRATA', 'DIFFERENCE', 'CONTROLS', 'BASELINES', 'NU
            'picked', 'Measured', 'measure', 'positive_of', 'folds_apart', 'Bench', 'learnt', 'Evidence', 'tests_of',
            'effect_on', 'careful', 'combine', 'evidence', 'gains', 'controls_of', 'against_controls', 'decide', 'why',
            'size_told', 'verdict_table', 'gain_of', 'controlled', 'over_controls', 'effect_words', 'control_words',
-           'with_controls', 'verdicts', 'joined']
+           'with_controls', 'withhold', 'verdicts', 'joined']
 
 # %% ../../nbs/lib/62_report.claims.ipynb #434cd465
 import itertools
@@ -399,6 +399,7 @@ def _pairs(paper, have, baseline): # (augmented arm, baseline or control)
     return [(a, rival) for a in augmented for rival in (baseline, *controls[a]) if rival in have]
 
 
+
 # %% ../../nbs/lib/62_report.claims.ipynb #5651a6b6
 NULL = {">": "no notable gain", "<": "no notable loss"}
 
@@ -579,6 +580,19 @@ def with_controls(
         new = dict(control=said, control_ours=lead.ours, control_lo=lead.lo, control_hi=lead.hi)
         for k,v in (new | dict(control_verdict=lead.verdict)).items(): out.loc[out.index[i], k] = v
     return out
+
+# %% ../../nbs/lib/62_report.claims.ipynb #0593d82e
+def withhold(
+    judged:pd.DataFrame, # Of `verdicts`
+    hit:np.ndarray, # bool, a claim each: its verdict is withheld
+    why:str, # Said of these
+) -> pd.DataFrame: # The same claims
+    "No verdict where a paper knows why there can be none."
+    tail = [shown.removeprefix(verdict) for shown,verdict in zip(judged.shown, judged.verdict)]
+    told = judged.assign(verdict=judged.verdict.where(~hit, "cannot tell"), why=judged.why.where(~hit, why),
+                         shown=judged.shown.where(~hit, ["cannot tell" + t for t in tail]))
+    without = {k: told[k].where(~hit, "") for k in ("control","control_verdict") if k in told}
+    return told.assign(**without)
 
 # %% ../../nbs/lib/62_report.claims.ipynb #ee2b4871
 def verdicts(

@@ -349,17 +349,20 @@ def decided_table(
     return [Table(shown, "What this run could decide", note, index=False)]
 
 
+
 # %% ../../nbs/lib/65_report.page.ipynb #099363e8
 def verdicts_section(
     *,
     text="", # More words, or function of the runs
     heading:str="What holds", # Of the section
     protocol:str=None, # Judged under this one; None: that of the runs
+    mend=None, # Function of (verdicts, runs) -> verdicts: what a paper knows against some of them
 ): # Section function
     "Every claim with its verdict."
     def section(runs):
         verdicts = verdicts_of(runs, protocol)
         if verdicts is None: return None
+        if mend: verdicts = mend(verdicts, runs)
         rule = f"A verdict has to hold among all claims of the paper; {seeds_words(runs)}."
         told = " ".join(filter(None, [led_words(verdicts), headline(verdicts), rule, condition_words(verdicts),
                                       said(text, runs)]))
@@ -405,6 +408,7 @@ def count_words(
         low, high = f"{known.min():.0f}", f"{known.max():.0f}"
         return low if low==high else f"{low} to {high}"
     return f"{span('n')} test patches of {span('n_patients')} patients" if span("n") and span("n_patients") else ""
+
 
 
 # %% ../../nbs/lib/65_report.page.ipynb #2abfd444
@@ -484,6 +488,7 @@ def _positive(runs, metric): # Positive class of a metric in the gains of the ru
     gains = on_file(runs, "gains")
     mine = gains[gains.metric==metric] if gains is not None and "positive" in gains else None
     return str(mine.positive.iloc[0]) if mine is not None and len(mine) and pd.notna(mine.positive.iloc[0]) else ""
+
 
 
 # %% ../../nbs/lib/65_report.page.ipynb #920ef4fd
@@ -787,6 +792,7 @@ GLOSSARY = {
 def glossary_section() -> Section:
     "Words of a page that a radiologist need not know."
     return Section("Words", "\n".join(f"- **{k}**: {v}." for k,v in GLOSSARY.items()))
+
 
 
 # %% ../../nbs/lib/65_report.page.ipynb #3c952103
