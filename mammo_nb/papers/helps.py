@@ -122,7 +122,8 @@ def settle(
 # %% ../../nbs/papers/85_papers.helps.ipynb #20bc0efe
 PAPER = Paper(
     "05_which_helps", title="Which of them helps?", settle=settle, presets=dict(demo=DEMO, paper=PUBLISHED),
-    protocol=Protocol, plan=plan, clean=dict(seed_all=True), lists=LISTS, choices=dict(task=tuple(TASKS), until=("", "decided")),
+    protocol=Protocol, plan=plan, clean=dict(seed_all=True), lists=LISTS,
+    choices=dict(task=tuple(TASKS), until=("", "decided")),
     rules=dict(dose=between(.25, 8.), gan_share=between(.001, 100.), generators=between(0, 100),
                trainings=between(0, 100), hours=between(.001, 100_000.), most=between(2, 1000)),
     knobs=dict(patients="patients", generators="generators", trainings="trainings", clf_epochs="epochs", size="size"),

@@ -172,5 +172,6 @@ def looks_figure(
         ax.axhline(0, color="black", lw=.8)
         ax.errorbar(t.generators, t.value, yerr=[t.value - t.lo, t.hi - t.value], fmt="o", color=colour(arm, k))
         ax.set_xticks(sorted(set(t.generators)))
-        dress(ax, x="generators of each kind", y="AUROC minus control" if not k else "", title=f"{names.get(arm, arm)}, {regime} %")
+        first = "" if k else "AUROC minus control"
+        dress(ax, x="generators of each kind", y=first, title=f"{names.get(arm, arm)}, {regime} %")
     return fig

@@ -144,8 +144,9 @@ def looks_section(runs:list): # runs: of RunFolder -> Section; None where nobody
     found = looked(runs)
     if found is None or not len(found): return None
     names, stop = labels(runs[0].paper), runs[0].info.get("looks", "")
-    picture = Picture(looks_figure(found, names), "Each arm minus its control at every look, with the interval of that look")
-    table = Table(found.assign(arm=found.arm.map(names)), "Every look", index=False, file="tables/looks.csv", numbers=found)
+    alt = "Each arm minus its control at every look, with the interval of that look"
+    picture, shown = Picture(looks_figure(found, names), alt), found.assign(arm=found.arm.map(names))
+    table = Table(shown, "Every look", index=False, file="tables/looks.csv", numbers=found)
     return Section("When was it decided?", f"{LOOKS} It ended because: {stop}.", tables=[table], figures=[picture])
 
 # %% ../../nbs/papers/85d_papers.helps_page.ipynb #c357b037
