@@ -562,7 +562,8 @@ def _finding(style, draws, number):
     label = "malignant" if draws.random() < style.malignant else "benign"
     median,spread = style.diameter_mm
     size = float(np.clip(median*draws.lognormal(0, spread), 6, 32)*LESION_EXTENT[kind])
-    contrast = float(np.clip(style.conspicuity*draws.lognormal(0,.40), .35, 2.2)*LESION_CONTRAST[kind])
+    most = max(2.2, style.conspicuity) # a brighter hospital is not cut to the usual brightest
+    contrast = float(np.clip(style.conspicuity*draws.lognormal(0,.40), .35, most)*LESION_CONTRAST[kind])
     return dict(number=number, type=kind, label=label, diameter_mm=size, contrast=contrast)
 
 def patient_plan(

@@ -114,10 +114,10 @@ class Setup:
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #f30353e0
 DEMO = Setup(
-    patients=36, phantom_scale=.25, size=64, conspicuity=4., tasks=("mass", "remove"),
+    patients=36, phantom_scale=.25, size=32, conspicuity=4., tasks=("mass", "remove"),
     train=dict(normal=240, malignant_mass=200, malignant_calc=100, benign_mass=60, benign_calc=40),
-    held=dict(normal=48, malignant_mass=48, malignant_calc=32), gan_updates=600, gan_half=32_000,
-    gan_per_epoch=50, gan_batch=4, gan_width=.25, d_mult=2, gan_lr=(1e-3, 3e-3), gan_ema=.98,
+    held=dict(normal=48, malignant_mass=48, malignant_calc=32), gan_updates=400, gan_half=25_000,
+    gan_per_epoch=50, gan_batch=8, gan_width=1., d_mult=2, gan_lr=(1e-3, 3e-3), gan_ema=.98,
     synthetic=80, rounds=2, samples=600, every=60,
     decay=1-.9**10, clf_batch=16, clf_lr=5e-4, weights="none", depth="small", boots=300,
     arms=("baseline", "decay25", "decay50", "decay100", "baseline_again", "copies50"),

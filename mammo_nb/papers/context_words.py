@@ -70,7 +70,7 @@ def easier_words(
     "What this run leaves out or makes easier than the paper."
     said = []
     if setup.conspicuity > PUBLISHED.conspicuity:
-        said.append(f"phantom lesions are {setup.conspicuity:g} times as bright as usual")
+        said.append(f"phantom lesions are up to {setup.conspicuity:g} times as bright as usual")
     tasks, left = [word for t,word in SURVIVORS.items() if t not in setup.tasks], [a for a in ARMS if a not in arms]
     if tasks: said.append(f"no generator of {' and '.join(tasks)}")
     if left: said.append(f"without the arms {', '.join(map(named, left))}")
