@@ -69,11 +69,13 @@ class Table:
     digits:int = 3 # Of its floats
     file:str = "" # The same as CSV, e.g. `tables/leaks.csv`: a path below the page's folder
     numbers:pd.DataFrame = None # What that file holds, where the page is to write it
+    made:bool = False # Does the page make that file, and not the run?
+    prose:bool = False # Do its cells hold sentences?
 
 # %% ../../nbs/lib/63_report.html.ipynb #19136981
 def table_parts(
     table, # `Table` or DataFrame
-) -> dict: # html, note, file, wide
+) -> dict: # html, note, file, wide, prose
     "A table as the template wants it."
     t = table if isinstance(table, Table) else Table(table)
     if isinstance(t.data, Html):
@@ -83,7 +85,7 @@ def table_parts(
     inside = is_inside(t.file)
     columns = re.search(r"<tbody>.*?</tr>", body, re.S)
     wide = bool(columns) and len(re.findall(r"<t[dh]", columns[0])) > 9
-    return dict(html=Html(body), note=t.note, file=t.file if inside else "", wide=wide)
+    return dict(html=Html(body), note=t.note, file=t.file if inside else "", wide=wide, prose=t.prose)
 
 # %% ../../nbs/lib/63_report.html.ipynb #5db0e4fb
 def is_inside(
@@ -220,6 +222,7 @@ th,td{padding:.34rem .6rem;text-align:left;vertical-align:top;border-bottom:1px 
 thead th{background:var(--tint);font-weight:600;vertical-align:bottom}tbody th{font-weight:500;white-space:nowrap}
 tbody tr:last-child td{border-bottom:0}td{white-space:nowrap}th[tabindex]{cursor:pointer}
 th[aria-sort=ascending]::after{content:" ▲"}th[aria-sort=descending]::after{content:" ▼"}
+.prose td{white-space:normal;min-width:4rem}.prose td:nth-child(3){min-width:18rem}
 .beside th,.beside td{padding-left:.42rem;padding-right:.42rem}.beside td span{display:block}
 .pub{color:var(--soft);font-size:.92em}.our{font-weight:650}.ci{color:var(--soft);font-size:.86em}
 .note,.tag{font-size:.82rem;color:var(--soft);margin:.2rem 0 1.2rem;max-width:none}
@@ -395,7 +398,7 @@ TEMPLATE = """<!doctype html>
 {% if v.control %}<div class="control">{{ v.control }}</div>{% endif %}
 <div class="nums">paper {{ v.published }}{% if v.ours %} · ours <b>{{ v.ours }}</b> {{ v.interval }}
 {% if v.p %} · {{ v.p }}{% endif %}<small>{{ v.how }}</small>{% endif %}</div></li>{% endfor %}</ul>{% endif %}
-{% for t in s.tables %}<div class="scroll{{ ' wide' if t.wide }}" tabindex="0">{{ t.html }}</div>
+{% for t in s.tables %}<div class="scroll{{ ' wide' if t.wide }}{{ ' prose' if t.prose }}" tabindex="0">{{ t.html }}</div>
 <p class="note">{{ tag() }} {{ t.note }}{% if t.file %} <a class="csv" href="{{ t.file }}">CSV</a>{% endif %}</p>
 {% endfor %}{% for f in s.figures %}<figure>
 {% if f.uri %}<img src="{{ f.uri }}" alt="{{ f.alt }}">{% else %}

@@ -471,7 +471,7 @@ def controls_table(
     note = "What is left of a gain against a control is the generator's own. "
     note += "; ".join(f"{labels(paper).get(c, c)}: {words}" for c,words in kinds.items())
     return [Table(_side_by_side(t, labels(paper)), "Is the gain the generator's?", note, index=False,
-                  file="tables/controls.csv", numbers=t)]
+                  file="tables/controls.csv", numbers=t, made=True)]
 
 def _side_by_side(t, named): # One row an arm, one column a rival
     told = t.assign(told=[effect_words(Evidence(r.value, r.lo, r.hi)) for r in t.itertuples()])
@@ -796,9 +796,9 @@ def _sections(functions, runs):
     return [s for one in said if one is not None for s in (one if isinstance(one, (list,tuple)) else [one])]
 
 def _write_tables(folder, parts, runs):
-    "The CSV files beside a page: a run has its own; several get the joined ones."
+    "The CSV files beside a page: a run has its own, but for those the page makes; several get the joined ones."
     for t in (t for s in parts for t in s.tables if isinstance(t, Table) and t.file):
-        if len(runs) > 1 or not (folder/t.file).is_file(): write_csv(folder/t.file, t.numbers)
+        if len(runs) > 1 or t.made or not (folder/t.file).is_file(): write_csv(folder/t.file, t.numbers)
     if len(runs) == 1: return
     for s in parts:
         if s.verdicts is not None: write_csv(folder/"tables"/"claims.csv", s.verdicts)
