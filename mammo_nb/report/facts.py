@@ -74,8 +74,8 @@ PREPARED = dict(scaling="grey values to 8 bit", margin="margin around a lesion's
                 image="picture", norm="normalisation", crop_rule="rule of the cut") # Name in run.json -> words
 DEALT = dict(split_by="split by", unit="split by", by_patient="split by patient", folds="folds", half_by="halved by",
              val="share for validation", val_share="share for validation", test="share for test")
-TRAINED = dict(clf_epochs="epochs of a classifier", clf_batch="batch of a classifier", clf_lr="learning rate of a classifier",
-               lr="learning rate of a classifier", momentum="momentum", weight_decay="weight decay",
+TRAINED = dict(clf_epochs="epochs of a classifier", clf_batch="batch of a classifier",
+               clf_lr="learning rate of a classifier", lr="learning rate of a classifier", momentum="momentum", weight_decay="weight decay",
                gan_epochs="epochs of a generator", gan_updates="updates of a generator",
                updates="updates of a generator", gan_batch="batch of a generator",
                gan_width="width of generators over the published one")
@@ -123,7 +123,7 @@ def tuning(
     "How the settings of the training were chosen."
     trials = runs[0].info.get("resolved", {}).get("setup", {}).get("search_trials", 0)
     searched = f", but for a search of {trials} trials" if trials else "; the run tuned nothing"
-    return Fact(f"Fixed before the run by its preset ({runs[0].preset}){searched}.", "run.json")
+    return Fact(f"All settings were fixed before the run by its preset ({runs[0].preset}){searched}.", "run.json")
 
 def split(
     runs:list, # Of RunFolder
@@ -216,7 +216,7 @@ def elements(
     runs:list, # Of RunFolder
 ) -> Fact:
     "Where the columns of the data are defined."
-    return Fact("One table for all data sets; its columns, units and missing values are defined.", "lesson 20, data.table")
+    return Fact("One table for all data sets defines columns, units and missing values.", "lesson 20, data.table")
 
 # %% ../../nbs/lib/65b_report.facts.ipynb #b650001d
 def models(
@@ -273,8 +273,9 @@ def tests(
     "How claims are judged."
     t = runs[0].table("claims")
     if t is None: return Fact("", "tables/claims.csv")
-    return Fact(f"Two-sided, Holm over all {len(t)} claims of the paper as one family, each with a margin that was fixed "
-                f"before any run (fingerprint of the rules {fixed_rules(runs[0].paper)}).", "tables/claims.csv")
+    told = (f"Claims are judged two-sided, with Holm's correction over all {len(t)} claims of the paper as one family; "
+            f"each has a margin that was fixed before any run (fingerprint {fixed_rules(runs[0].paper)}).")
+    return Fact(told, "tables/claims.csv")
 
 def decided(
     runs:list, # Of RunFolder
@@ -314,7 +315,8 @@ def code(
 ) -> Fact:
     "Which program, in which version."
     version = runs[0].info.get("versions", {}).get("mammo_nb", "of unknown version")
-    return Fact(f"mammo_nb {version}, commit {_all_of(runs, 'commit')}, notebook nbs/{runs[0].paper}.ipynb.", "run.json")
+    told = f"mammo_nb {version}, commit {_all_of(runs, 'commit')}, notebook nbs/{runs[0].paper}.ipynb."
+    return Fact(told, "run.json")
 
 def machine(
     runs:list, # Of RunFolder
@@ -367,6 +369,6 @@ def limits(
 
 # %% ../../nbs/lib/65b_report.facts.ipynb #b6500029
 FACTS = {f.__name__: f for f in (
-    source, data_set, identity, truth, passed_over, preparation, training, tuning, selection, split, samples, classes, apart,
-    plain_cues, subsets, elements, models, baselines, ensembles, measures, uncertainty, tests, decided, results,
+    source, data_set, identity, truth, passed_over, preparation, training, tuning, selection, split, samples, classes,
+    apart, plain_cues, subsets, elements, models, baselines, ensembles, measures, uncertainty, tests, decided, results,
     robustness, code, machine, command, readme, question, goal, limits)}
