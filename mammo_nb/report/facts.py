@@ -34,6 +34,7 @@ def source(
     told = runs[0].words("data") or next((info[k] for k in ("source", "data_how", "centres") if k in info), "")
     return Fact(told.split("\n\n")[0].removeprefix("Source: ").strip(), "words.json, run.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #30190ab5
 def data_set(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -51,12 +52,14 @@ def identity(
     "How identities were removed; known of phantoms alone."
     return Fact("Phantoms are drawn: nobody is behind them." if runs[0].phantom else "", "run.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #08927939
 def truth(
     runs:list, # Of RunFolder
 ) -> Fact:
     "What is taken for the truth; known of phantoms alone."
     return Fact("Each lesion is planted where it is drawn." if runs[0].phantom else "", "run.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #0473d8a0
 def passed_over(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -70,13 +73,14 @@ def passed_over(
 
 # %% ../../nbs/lib/65b_report.facts.ipynb #b6500010
 PREPARED = dict(scaling="grey values to 8 bit", margin="margin around a lesion's box (px)", size="side of a patch (px)",
-                side="side of a cut window (px)", min_tissue="least share of tissue", min_breast="least share of breast",
-                image="picture", norm="normalisation", crop_rule="rule of the cut") # Name in run.json -> words
+                side="side of a cut window (px)", min_tissue="least share of tissue",
+                min_breast="least share of breast", image="picture", norm="normalisation",
+                crop_rule="rule of the cut") # Name in run.json -> words
 DEALT = dict(split_by="split by", unit="split by", by_patient="split by patient", folds="folds", half_by="halved by",
              val="share for validation", val_share="share for validation", test="share for test")
 TRAINED = dict(clf_epochs="epochs of a classifier", clf_batch="batch of a classifier",
-               clf_lr="learning rate of a classifier", lr="learning rate of a classifier", momentum="momentum", weight_decay="weight decay",
-               gan_epochs="epochs of a generator", gan_updates="updates of a generator",
+               clf_lr="learning rate of a classifier", lr="learning rate of a classifier", momentum="momentum",
+               weight_decay="weight decay", gan_epochs="epochs of a generator", gan_updates="updates of a generator",
                updates="updates of a generator", gan_batch="batch of a generator",
                gan_width="width of generators over the published one")
 CHOSEN = dict(keep="state of a classifier kept", valid="validated on", snapshots="states of a generator kept")
@@ -104,12 +108,14 @@ def preparation(
     "How pictures became patches."
     return Fact(settings(runs[0], PREPARED), "run.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #21142ec7
 def training(
     runs:list, # Of RunFolder
 ) -> Fact:
     "How networks were trained."
     return Fact(settings(runs[0], TRAINED), "run.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #4820bf07
 def selection(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -117,6 +123,7 @@ def selection(
     told = settings(runs[0], CHOSEN)
     return Fact(told if CHOSEN["keep"] in told else "", "run.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #483382d9
 def tuning(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -125,6 +132,7 @@ def tuning(
     searched = f", but for a search of {trials} trials" if trials else "; the run tuned nothing"
     return Fact(f"All settings were fixed before the run by its preset ({runs[0].preset}){searched}.", "run.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #d01664b4
 def split(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -176,6 +184,7 @@ def classes(
         told += [f"{named.get(scope, scope)}: {counts}"] if counts else []
     return Fact("; ".join(told), where)
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #f6202b74
 def apart(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -205,6 +214,7 @@ def plain_cues(
         if t is not None: return Fact(probe_words(t, labels(runs[0].paper)), f"tables/{name}.csv")
     return Fact("", "tables/probe.csv")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #92d98391
 def subsets(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -212,6 +222,7 @@ def subsets(
     t, named = _tested(runs), labels(runs[0].paper)
     return Fact("" if t is None else ", ".join(named.get(s, s) for s in dict.fromkeys(t.scope)), "results.csv")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #4d285510
 def elements(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -230,6 +241,7 @@ def models(
     told = who + ([f"stages of generators: {many}"] if many else [])
     return Fact("; ".join(told), "results.csv, run.json; layers in lessons 4x and 5x")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #b27fa5bb
 def baselines(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -242,6 +254,7 @@ def baselines(
     held = [f"{named.get(a, a)}: {CONTROLS[kinds[a]]}" for a in arms if a in kinds]
     return Fact("; ".join(plain + held), "results.csv")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #a80b7ab3
 def ensembles(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -259,6 +272,7 @@ def measures(
     t, named = _tested(runs), labels(runs[0].paper)
     return Fact("" if t is None else ", ".join(named.get(m, m) for m in dict.fromkeys(t.metric)), "results.csv")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #4995f9a7
 def uncertainty(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -267,6 +281,7 @@ def uncertainty(
     if not draws: return Fact("", "run.json")
     return Fact(f"95 % intervals from {draws} bootstrap draws of whole test patients; {seeds_words(runs)}.", "run.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #3b26a3f6
 def tests(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -277,6 +292,7 @@ def tests(
             f"each has a margin that was fixed before any run (fingerprint {fixed_rules(runs[0].paper)}).")
     return Fact(told, "tables/claims.csv")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #0a3698c1
 def decided(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -295,6 +311,7 @@ def results(
     told = "" if t is None else f"{len(t)} values a run, each with its interval and counts; every answer is kept."
     return Fact(told, "results.csv, answers.csv.gz")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #b5e9524d
 def robustness(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -318,6 +335,7 @@ def code(
     told = f"mammo_nb {version}, commit {_all_of(runs, 'commit')}, notebook nbs/{runs[0].paper}.ipynb."
     return Fact(told, "run.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #85e75de7
 def machine(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -327,6 +345,7 @@ def machine(
     have = ", ".join(f"{n} {version[n]}" for n in names if n in version)
     return Fact(f"{_all_of(runs, 'device')}, arithmetic {_all_of(runs, 'mode')}; {have}.", "run.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #69a1c55c
 def command(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -335,6 +354,7 @@ def command(
     told = f"papermill nbs/{runs[0].paper}.ipynb out.ipynb -p seed {seeds} -p preset {asked['preset']}"
     return Fact(f"{told} -p protocol {asked['protocol']}; the other parameters stand in run.json.", "run.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #54b83578
 def readme(
     runs:list, # Of RunFolder
 ) -> Fact:
@@ -348,12 +368,14 @@ def question(
     "What the paper asks."
     return Fact(runs[0].record["question"], "published/index.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #5ea75565
 def goal(
     runs:list, # Of RunFolder
 ) -> Fact:
     "What kind of study this is."
     return Fact(f"A rerun and check of a published study: {runs[0].record['short']}.", "published/index.json")
 
+# %% ../../nbs/lib/65b_report.facts.ipynb #5d58625b
 def limits(
     runs:list, # Of RunFolder
 ) -> Fact:
