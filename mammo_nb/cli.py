@@ -97,7 +97,7 @@ def _call(word, rest):
     "One command, with the zips among its arguments taken up."
     if word not in TAKE_RUNS or not any(r.endswith(".zip") for r in rest): return function_of(word)(rest)
     if "--page" in rest:
-        raise RunError("the page of an archived run would be lost", word, "mammo gather run.zip writes it beside the zip")
+        raise RunError("the page of an archived run would be lost", word, "take mammo gather run.zip")
     with tempfile.TemporaryDirectory() as folder:
         return function_of(word)(unpacked(beside_zip(word, rest), folder))
 
