@@ -383,7 +383,7 @@ def spaced(
     return re.sub(r"([0-9]+)", r" \1", table).replace("_", " ").strip().capitalize()
 
 # %% ../../nbs/lib/65_report.page.ipynb #ce73700f
-GRAY = "Gray: published. Black: ours with a 95 % interval. "
+GRAY = "Small: published. Bold: ours with a 95 % interval. "
 
 def scatter_figure(
     frame:pd.DataFrame, # As `report.tables.beside`
