@@ -4,7 +4,8 @@
 
 Each paper's notebook is run by papermill (phantoms, seed 0, demo size, two at a time) into `reports/demo/evidence/`. The executed
 notebook, without progress lines, warnings, times and names of folders, becomes `reports/PAPER/notebook.ipynb`; its page becomes
-`reports/PAPER/report.html`, or `demo.html` where that is a page of several runs. Both are made of phantoms only. A tree with changes is refused: evidence is a commit's.
+`reports/PAPER/report.html`, or `demo.html` where that is a page of several runs; the small tables that the page links to come with it. All are made of phantoms
+only. A tree with changes is refused: evidence is a commit's.
 """
 import re
 import subprocess
@@ -20,6 +21,7 @@ from keep_outputs import PRIVATE, text_of, unnumbered      # noqa: E402 - the ru
 PAPERS = sorted(p.stem for p in (ROOT/"nbs").glob("0*.ipynb"))
 WORK = Path("reports/demo/evidence")
 LARGEST = 300_000     # characters of one output
+LARGEST_TABLE = 60_000 # characters of one table; a demo's are some 100,000 together
 
 
 def changes() -> str:
@@ -42,9 +44,23 @@ def keep(output) -> bool:
     return output.output_type != "stream" and not PRIVATE.search(text_of(output)) and len(str(output)) <= LARGEST
 
 
-def without_tables(page:str) -> str:
-    "A page without its links to the CSV files of the run, which are not committed."
-    return re.sub(r'<a [^>]*href="(?:tables/)?[\w.]+\.csv"[^>]*>[^<]*</a>', "", page)
+LINK = re.compile(r' <a class="csv" href="([\w./-]+\.csv)">CSV</a>')
+
+
+def tables_kept(page:str, run:Path, place:Path, folder:str) -> str: # The page, its links leading to what was kept
+    """The CSV files that a page links to, copied beside it where they are small; the link to another goes with its file.
+
+    A page of phantoms is the only one that comes here. What an earlier call left in the folder and this page does not name is removed.
+    """
+    (place/folder).mkdir(exist_ok=True)
+    kept = {}
+    for link in LINK.findall(page):
+        file = run/link
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if text and len(text) <= LARGEST_TABLE and not PRIVATE.search(text): kept[link] = (f"{folder}/{file.name}", text)
+    for old in (place/folder).glob("*.csv"): old.unlink()
+    for link, text in kept.values(): (place/link).write_text(text, encoding="utf-8")
+    return LINK.sub(lambda found: found[0].replace(found[1], kept[found[1]][0]) if found[1] in kept else "", page)
 
 
 def take(paper:str, executed:Path) -> None:
@@ -59,8 +75,10 @@ def take(paper:str, executed:Path) -> None:
     place = ROOT/"reports"/paper
     place.mkdir(exist_ok=True)
     nbformat.write(book, place/"notebook.ipynb")
-    page = place/("demo.html" if (place/"tables").is_dir() else "report.html")      # a page of several runs has its tables beside it
-    page.write_text(without_tables((ROOT/WORK/paper/"report.html").read_text(encoding="utf-8")), encoding="utf-8")
+    several = (place/"figures").is_dir()      # a page of several runs lies there already, with figures and tables of its own
+    page, folder = place/("demo.html" if several else "report.html"), "demo_tables" if several else "tables"
+    text = (ROOT/WORK/paper/"report.html").read_text(encoding="utf-8")
+    page.write_text(tables_kept(text, ROOT/WORK/paper, place, folder), encoding="utf-8")
     print(f"{paper}: {(place/'notebook.ipynb').stat().st_size/1e6:.1f} MB, {page.name} {page.stat().st_size/1e6:.1f} MB")
 
 

@@ -1,16 +1,18 @@
 "The page of all five papers and every committed page: what a reader in a hospital network relies on."
-import html, json, re, shutil, subprocess
+import html, json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pandas as pd, pytest
 
-from mammo_nb.core import write_csv, write_json
+from mammo_nb.core import write_csv, write_json, write_text
 from mammo_nb.report.claims import Evidence, claims, verdict_table
 from mammo_nb.report.html import SCRIPT
 from mammo_nb.report.overview import RUN_COLUMNS, build_page, collect, find_runs, groups, is_real, main, missing
 from mammo_nb.report.tables import RESULT_COLUMNS, papers
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/"docs"))
+import evidence      # noqa: E402 - docs/evidence.py
 PAGES = sorted(ROOT.glob("reports/*.html")) + sorted(p for d in ROOT.glob("reports/*") if d.name not in ("demo","paper","local") for p in d.rglob("*.html"))
 
 def run(root, paper="04_sharing", *, seed=0, data="phantom", preset="demo", protocol="paper", gain=.1, claim="04.headline", status="done", **knobs):
@@ -74,6 +76,16 @@ def test_command_line_refuses_a_missing_folder(tmp_path, capsys):
 def test_words_for_data(): assert [is_real(d) for d in ("phantom","phantoms","cbis","data")] == [False, False, True, True]
 
 # ---- pages that are committed
+
+def test_evidence_keeps_the_small_tables_a_page_links_to(tmp_path):
+    "A link to a kept table leads to it; the link to a large table, or to one that names a folder of this machine, goes with it; what was kept before goes."
+    run, place = tmp_path/"run", tmp_path/"place"
+    for name, text in dict(small="a,b\n1,2\n", large="a\n" + "1\n"*evidence.LARGEST_TABLE, private="a\n/ho" + "me/x/y\n").items(): write_text(run/"tables"/f"{name}.csv", text)
+    write_text(place/"tables"/"old.csv", "a\n")
+    links = "".join(f'<p> <a class="csv" href="tables/{name}.csv">CSV</a></p>' for name in ("small", "large", "private", "gone"))
+    page = evidence.tables_kept(links, run, place, "tables")
+    assert [f.name for f in (place/"tables").iterdir()] == ["small.csv"] and page.count("<a ") == 1 and 'href="tables/small.csv"' in page
+    assert 'href="demo_tables/small.csv"' in evidence.tables_kept(links, run, place, "demo_tables")
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT/"reports")))
 def test_committed_page_is_whole_small_and_asks_the_network_for_nothing(page):

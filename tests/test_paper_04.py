@@ -1,5 +1,5 @@
 "Paper 04: as a process (refused parameters, same seed same tables, killed and resumed, any folder, left-out stages), and what its keys and parameters do."
-import ast, json, os, re, signal, subprocess, sys, time
+import ast, json, os, re, signal, subprocess, sys, time, zipfile
 from pathlib import Path
 
 import nbformat
@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 from test_stale import CHANGES
 
+from mammo_nb import cli
+from mammo_nb.archive import CRATE, archive
 from mammo_nb.core import ParameterError, rng, write_json
 from mammo_nb.data.patches import PatchSet, patch_table
 from mammo_nb.paper import settle
@@ -46,6 +48,33 @@ def test_run_folder_explains_itself(whole):
     page = (whole/"report.html").read_text()
     assert "PHANTOM DATA" in page and page.count("<script") == page.count("<script>") == 1 and 'src="http' not in page and len(page) < 10_000_000
     for heading in ("What holds", "Table 1, ours beside published", "Curves", "Generators", "What the generators give away", "Data"): assert f"{heading}</h2>" in page, heading
+
+@pytest.fixture(scope="module")
+def packed(whole, cache, tmp_path_factory):
+    "The run as one zip, in a folder that has nothing else."
+    with pytest.MonkeyPatch.context() as here:
+        here.setenv("MAMMO_NB_CACHE", str(cache))
+        return archive(whole, tmp_path_factory.mktemp("elsewhere")/"run.zip", license="cc-by-4.0")
+
+def test_an_archive_serves_in_another_folder_with_another_cache(packed, tmp_path, monkeypatch):
+    monkeypatch.setenv("MAMMO_NB_CACHE", str(tmp_path/"cache"))
+    monkeypatch.chdir(tmp_path)
+    place = packed.parent
+    assert (cli.main(["report", str(packed)]), cli.main(["gather", str(packed)])) == (0, 0)
+    assert cli.main(["export", str(packed), "--license", "cc-by-4.0", "--no-check"]) == 0
+    assert "Szafranowska" in (place/"run.html").read_text() and "Swin" in (place/"run_gathered"/"report.html").read_text()
+    assert [f.name for f in place.rglob("G.safetensors")] == ["G.safetensors"] and len(list((place/"run_packages").glob("*.zip"))) == 1
+
+def test_an_archive_is_read_by_the_rocrate_library(packed, tmp_path):
+    rocrate = pytest.importorskip("rocrate.rocrate", reason="needs the extra dev")
+    with zipfile.ZipFile(packed) as z: z.extractall(tmp_path)
+    run = tmp_path/"run"
+    crate = rocrate.ROCrate(run)
+    files = {e.id for e in crate.get_entities() if e.type == "File"}
+    assert files == {f.relative_to(run).as_posix() for f in run.rglob("*") if f.is_file()} - {CRATE}
+    action, info = crate.get("#run"), json.loads((run/"run.json").read_text())
+    assert {e.id for e in action["result"]} == files and action["instrument"]["version"] == info["versions"]["mammo_nb"]
+    assert {e["name"]: e["value"] for e in action["object"]}["seed"] == 1 and crate.root_dataset["license"]["name"] == "cc-by-4.0"
 
 def test_asked_again_nothing_is_done_twice(whole, papermill, tmp_path):
     before, t = tables(whole), json.loads((whole/"run.json").read_text())["stages"]

@@ -13,6 +13,7 @@ from .cbis_figures import protocol_figure, question_figure
 from .cbis_forensics import contradictions, counts_beside, forensics
 from .cbis_seeds import BOOTS, generator_section, held_section, seeds_section
 from .cbis_words import finding_words, forensic_words, leak_words, question_table, side_by_side
+from ..report.checklists import ENDING
 from ..report.html import Picture, Section, Table
 from ..report.page import (Shown, beside_section, data_section, left_out_section, on_file, part, seeds_words,
                                   words)
@@ -98,7 +99,8 @@ SECTIONS = [
     data_section(tables=(Shown("types", "Pathology, training table"), Shown("assessment", "Assessment by class")),
                  figures=("fig1_2_masses", "fig4_masses"), probe=None),
     lambda runs: SEARCH(runs) if len(runs) == 1 else None,
-    left_out_section()]
+    left_out_section(),
+    *ENDING]
 
 # %% ../../nbs/papers/83a_papers.cbis_page.ipynb #2bec400a
 LAST_LINES = (

@@ -13,6 +13,7 @@ from .context_decay import ARMS
 from .context_figures import GROUPS, named
 from .context_words import (contradictions, implied_errors, lost, lost_words, removal_words,
                                            rescue_line, short_answer, withheld)
+from ..report.checklists import ENDING
 from ..report.html import Table
 from ..report.opening import opening
 from ..report.page import (Shown, beside_section, controls_table, data_section, left_out_section, on_file,
@@ -138,7 +139,8 @@ SECTIONS = [
     data_section(tables=(Shown("sets", "Data sets"), Shown("patches", "Patches, beside the published counts"))),
     part("What the paper contradicts", text="No code was published. Where the text says two things, both are here.",
          tables=(_against, _errors)),
-    left_out_section()]
+    left_out_section(),
+    *ENDING]
 
 # %% ../../nbs/papers/81h_papers.context_page.ipynb #4843b24c
 LAST_LINES = (

@@ -13,6 +13,7 @@ import pandas as pd
 from .helps_figures import curve_figure, price_figure, ranking, ranking_figure, worth
 from .helps_looks import as_looked, looks_figure
 from .helps_rows import ARMS, GANS
+from ..report.checklists import ENDING
 from ..report.claims import joined
 from ..report.html import Picture, Section, Table
 from ..report.page import (Shown, audit_section, data_section, labels, leaks_section, left_out_section, on_file,
@@ -181,7 +182,8 @@ SECTIONS = [
     audit_section(figures=(), text="The first generator of each kind at each size, against test patients."),
     data_section(tables=(Shown("counts", "Who trains, validates and tests"),)),
     leaks_section(),
-    left_out_section()]
+    left_out_section(),
+    *ENDING]
 
 LAST_LINES = (
     Number("AUROC of the classifier, nothing added", "results", dict(arm="none", regime="50", metric="auroc")),

@@ -6,6 +6,7 @@
 __all__ = ['SECTIONS', 'LAST_LINES']
 
 # %% ../../nbs/papers/89a_papers.invented_page.ipynb #59bab523
+from ..report.checklists import ENDING
 from ..report.page import (beside_section, data_section, gains_section, leaks_section, left_out_section,
                                   verdicts_section)
 from ..runs import Number
@@ -18,7 +19,7 @@ SECTIONS = [
     data_section(probe=""),
     leaks_section(),
     left_out_section(),
-]
+    *ENDING]
 
 # %% ../../nbs/papers/89a_papers.invented_page.ipynb #09c935d2
 LAST_LINES = (

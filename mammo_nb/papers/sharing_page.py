@@ -17,6 +17,7 @@ from ..gans.dp import privacy_words
 from ..gans.fit import generator_folders
 from ..metrics.answers import FEWEST, Answers
 from .sharing import PAPER
+from ..report.checklists import ENDING
 from ..report.claims import gains
 from ..report.figures import loss_curves, patch_grid, sheet
 from ..report.page import (Shown, audit_section, beside_section, curves_section, data_section, gains_section,
@@ -234,7 +235,8 @@ SECTIONS = [
                                keys=("centre", "scope")),
                          Shown("not_run", "What this run left out")), figures=("patches",)),
     published_section("table1", "table2"),
-    left_out_section()]
+    left_out_section(),
+    *ENDING]
 
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #2d6ba9a2
 _PLAIN = dict(arm="none", regime="100", metric="auroc", positive="healthy")

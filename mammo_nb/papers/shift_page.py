@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .shift import PAPER, Protocol
+from ..report.checklists import ENDING
 from ..report.html import Section, Table
 from ..report.opening import opening
 from ..report.page import (RunFolder, Shown, beside_section, controls_table, data_section, left_out_section,
@@ -169,7 +170,8 @@ SECTIONS = [
          tables=(Shown("departures", keys=("switch", "arm", "regime")),)),
     part("What the paper contradicts", text=AGAINST, tables=(_against,)),
     part("All numbers", tables=(numbers,)),
-    left_out_section()]
+    left_out_section(),
+    *ENDING]
 
 # %% ../../nbs/papers/80a_papers.shift_page.ipynb #cfcf5bbf
 _MALIGNANT = dict(scope="three_class", model="resnet50", metric="auroc", positive="Malignant")

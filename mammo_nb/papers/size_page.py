@@ -12,6 +12,7 @@ __all__ = ['COUNT', 'FOLDS', 'SAID_OF_CODE', 'READINGS', 'FIXED', 'GAIN_NAMES', 
 import pandas as pd
 
 from .size_setup import MODES, PRESETS, SIZES, Protocol
+from ..report.checklists import ENDING
 from ..report.page import (Shown, beside_section, data_section, left_out_section, part, verdicts_section, words)
 from ..report.tables import published
 from ..runs import Number
@@ -211,7 +212,7 @@ SECTIONS = [
     part("Figures 10, 11 and 13: t-SNE", text=MAP, figures=("fig10_11_13_tsne",)),
     part("Where the thesis contradicts itself", text="Its text beside its own numbers.", tables=(Shown("conflicts"),)),
     left_out_section(),
-]
+    *ENDING]
 
 # %% ../../nbs/papers/82f_papers.size_page.ipynb #5aee97e0
 LAST_LINES = (

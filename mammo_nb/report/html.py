@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import ParameterError, RunError, write_text
-from .rules import group_of, tally_of
+from .rules import group_of, tally_of, unit_of
 from .tables import beside, cell_ours, lay_out, paper_record, printed, to_html
 from ..runs import figure_bytes
 
@@ -69,11 +69,13 @@ class Table:
     digits:int = 3 # Of its floats
     file:str = "" # The same as CSV, e.g. `tables/leaks.csv`: a path below the page's folder
     numbers:pd.DataFrame = None # What that file holds, where the page is to write it
+    made:bool = False # Does the page make that file, and not the run?
+    prose:bool = False # Do its cells hold sentences?
 
 # %% ../../nbs/lib/63_report.html.ipynb #19136981
 def table_parts(
     table, # `Table` or DataFrame
-) -> dict: # html, note, file, wide
+) -> dict: # html, note, file, wide, prose
     "A table as the template wants it."
     t = table if isinstance(table, Table) else Table(table)
     if isinstance(t.data, Html):
@@ -83,7 +85,7 @@ def table_parts(
     inside = is_inside(t.file)
     columns = re.search(r"<tbody>.*?</tr>", body, re.S)
     wide = bool(columns) and len(re.findall(r"<t[dh]", columns[0])) > 9
-    return dict(html=Html(body), note=t.note, file=t.file if inside else "", wide=wide)
+    return dict(html=Html(body), note=t.note, file=t.file if inside else "", wide=wide, prose=t.prose)
 
 # %% ../../nbs/lib/63_report.html.ipynb #5db0e4fb
 def is_inside(
@@ -198,13 +200,13 @@ header{padding-top:2.2rem}h1{font-size:1.9rem;line-height:1.2;margin:0 0 .3rem;l
 .subtitle{font-size:1.08rem;color:var(--soft);margin:0 0 1rem;max-width:46rem}
 h2{font-size:1.32rem;margin:2.6rem 0 .6rem;padding-top:.8rem;border-top:1px solid var(--line);scroll-margin-top:2.5rem}
 h3{font-size:1.06rem;margin:1.5rem 0 .3rem}h4{margin:1rem 0 .2rem}
-p,ul,ol{margin:.5rem 0 .9rem;max-width:46rem}li{margin:.15rem 0}a{color:var(--accent)}
+p,ul,ol{margin:.5rem 0 .9rem;max-width:46rem;overflow-wrap:anywhere}li{margin:.15rem 0}a{color:var(--accent)}
 code{font:.88em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:var(--tint);padding:.08em .3em;
 border-radius:3px;overflow-wrap:anywhere}
 nav{background:var(--tint);border:1px solid var(--line);border-radius:6px;padding:.7rem 1.1rem;margin:1.2rem 0}
 nav b{font-size:.8rem;letter-spacing:.05em;text-transform:uppercase;color:var(--soft)}
-nav ol{columns:2 16rem;column-gap:2.6rem;margin:.3rem 0 0;padding-left:1.3rem;max-width:none}
-nav li{margin:0;break-inside:avoid}nav a{text-decoration:none}nav a:hover{text-decoration:underline}
+nav ol{columns:2 16rem;column-gap:1.4rem;margin:.3rem 0 0;padding:0;max-width:none}
+nav li{margin:0 0 0 1.9rem;break-inside:avoid}nav a{text-decoration:none}nav a:hover{text-decoration:underline}
 footer{margin-top:3rem;padding-top:1rem;padding-bottom:3rem;border-top:1px solid var(--line);font-size:.84rem;
 color:var(--soft)}footer h2{border:0;margin:.4rem 0;padding:0;font-size:1rem;color:var(--ink)}
 dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.15rem 1rem;margin:.4rem 0}
@@ -220,6 +222,7 @@ th,td{padding:.34rem .6rem;text-align:left;vertical-align:top;border-bottom:1px 
 thead th{background:var(--tint);font-weight:600;vertical-align:bottom}tbody th{font-weight:500;white-space:nowrap}
 tbody tr:last-child td{border-bottom:0}td{white-space:nowrap}th[tabindex]{cursor:pointer}
 th[aria-sort=ascending]::after{content:" ▲"}th[aria-sort=descending]::after{content:" ▼"}
+.prose td{white-space:normal;min-width:4rem}.prose td:nth-child(3){min-width:18rem}
 .beside th,.beside td{padding-left:.42rem;padding-right:.42rem}.beside td span{display:block}
 .pub{color:var(--soft);font-size:.92em}.our{font-weight:650}.ci{color:var(--soft);font-size:.86em}
 .note,.tag{font-size:.82rem;color:var(--soft);margin:.2rem 0 1.2rem;max-width:none}
@@ -356,6 +359,13 @@ GLOSSARY = {
     "Holm": "A correction of p for many claims judged at once, so that no claim passes by the luck of the many.",
     "bootstrap": "Patients are drawn again with replacement, many times, to see how much a number depends on them.",
     "DeLong": "A test of whether two AUROCs on the same patients differ.",
+    "power": "The chance to see an effect that is there.",
+    "arm": "One way to compose the training set, e.g. with or without synthetic patches.",
+    "control": "An arm that has everything of the augmented arm except what a generator made.",
+    "conditional on": "What has to stay the same for a verdict to stay true.",
+    "confound": "Something other than a lesion that tells the classes apart, e.g. brightness.",
+    "generator": "A network that was trained to draw patches.",
+    "fold": "One of several divisions of the patients into training and test.",
     "margin": "The smallest difference that counts. It is fixed in the package before any run.",
     "provisional": "Seen in one training only. Another training may say otherwise.",
     "phantom": "A drawn picture with known truth. No patient, and no finding about patients.",
@@ -393,9 +403,11 @@ TEMPLATE = """<!doctype html>
 {% if v.note %}<small>{{ v.note }}</small>{% endif %}</div>
 <div class="v"><span class="badge {{ v.group.split()[0] }}">{{ v.shown }}</span><small>{{ v.why }}</small></div>
 {% if v.control %}<div class="control">{{ v.control }}</div>{% endif %}
-<div class="nums">paper {{ v.published }}{% if v.ours %} · ours <b>{{ v.ours }}</b> {{ v.interval }}
+<div class="nums">{% if v.unit %}{{ v.unit }}: {% endif %}
+paper {{ v.published }}{% if v.ours %} · ours <b>{{ v.ours }}</b> {{ v.interval }}
 {% if v.p %} · {{ v.p }}{% endif %}<small>{{ v.how }}</small>{% endif %}</div></li>{% endfor %}</ul>{% endif %}
-{% for t in s.tables %}<div class="scroll{{ ' wide' if t.wide }}" tabindex="0">{{ t.html }}</div>
+{% for t in s.tables %}
+<div class="scroll{{ ' wide' if t.wide }}{{ ' prose' if t.prose }}" tabindex="0">{{ t.html }}</div>
 <p class="note">{{ tag() }} {{ t.note }}{% if t.file %} <a class="csv" href="{{ t.file }}">CSV</a>{% endif %}</p>
 {% endfor %}{% for f in s.figures %}<figure>
 {% if f.uri %}<img src="{{ f.uri }}" alt="{{ f.alt }}">{% else %}
@@ -458,7 +470,8 @@ def section_parts(
     show_real:bool, # Embed pictures that hold real patients' pixels?
 ) -> dict: # For the template
     "A section as the template wants it."
-    told = [] if section.verdicts is None else [verdict_parts(r) for _,r in section.verdicts.iterrows()]
+    rows = [] if section.verdicts is None else [r for _,r in section.verdicts.iterrows()]
+    told = [verdict_parts(r) | dict(unit=unit_of(r.get("paper", ""), r.get("id", ""))) for r in rows]
     count = tally_of(v["verdict"] for v in told)
     return dict(id=_slug(section.heading, taken), heading=section.heading, text=markdown(section.text), verdicts=told,
                 tally=[(k,n) for k,n in count.items() if n], tables=[table_parts(t) for t in section.tables],

@@ -25,8 +25,8 @@ from ..core import MammoError, RunError, read_json, repo_root, write_csv
 from .claims import claims, verdict_table
 from .figures import forest, sheet
 from .html import Picture, Section, Table, banner_for, write_report
-from .page import RunFolder, as_told, glossary_section, page, sections_of, verdicts_of
-from .rules import GROUPS, tally_of
+from .page import RunFolder, as_told, page, sections_of, verdicts_of
+from .rules import GROUPS, tally_of, unit_of
 from .tables import paper_record, papers, read_results
 
 # %% ../../nbs/lib/66_report.overview.ipynb #21fa8b98
@@ -306,10 +306,12 @@ def cost_section(
 # %% ../../nbs/lib/66_report.overview.ipynb #3a678744
 def claim_rows(
     verdicts:pd.DataFrame, # Verdict table
-) -> pd.DataFrame: # label (the claim in words), value, lo, hi, published
+) -> pd.DataFrame: # label (the claim in words, with its unit), value, lo, hi, published
     "Claims as rows of a forest picture."
     words = [textwrap.shorten(t, 130, placeholder=" …") for t in verdicts.claim]
-    rows = verdicts.assign(label=[textwrap.fill(t, 70) for t in words], value=verdicts.ours)
+    units = [unit_of(r.paper, r.id) for r in verdicts.itertuples()]
+    named = [f"{text} ({unit})" if unit else text for text,unit in zip(words, units)]
+    rows = verdicts.assign(label=[textwrap.fill(t, 70) for t in named], value=verdicts.ours)
     return rows[["label","value","lo","hi","published"]]
 
 # %% ../../nbs/lib/66_report.overview.ipynb #7f20b890
@@ -320,7 +322,7 @@ def claims_figure(
     ran = g["verdicts"][g["verdicts"].ours.notna()]
     if not len(ran): return None
     fig, ax = sheet(1, 1, size=(10, .8 + .42*len(ran)))
-    forest(ax, claim_rows(ran), x="difference that the claim is about")
+    forest(ax, claim_rows(ran), x="what the claim is about, in the unit it names")
     what = f"{len(ran)} claims of {paper_record(g['paper'])['cite']}"
     return Picture(fig, f"Our estimate with interval and the published value for {what}",
                    "Ours with its 95 % interval (filled), the paper's (diamond), in the order of the claims above.")
@@ -346,7 +348,7 @@ def all_claims_figure(
     fig, axs = sheet(len(shown), 1, size=(10, .42*sum(rows)), squeeze=False, height_ratios=rows)
     for ax,g,t in zip(axs[:,0], shown, ran):
         title = f"{paper_record(g['paper'])['short']} – {group_name(g)}"
-        forest(ax, claim_rows(t), x="difference that the claim is about", title=title)
+        forest(ax, claim_rows(t), x="what the claim is about, in the unit it names", title=title)
     n = sum(map(len, ran))
     return Picture(fig, f"{n} claims of {len(shown)} papers: the published value and ours with its interval",
                    "Ours with its 95 % interval (filled), the paper's own value (diamond). Right of zero means more. "
@@ -396,9 +398,9 @@ def overview_sections(
     for p in papers(): parts += [group_section(g, page, price) for g in got if g["paper"]==p] or [not_run(p)]
     parts += cost_section(found)
     lack = missing(found)
-    if not len(lack): return [*parts, glossary_section()]
+    if not len(lack): return parts
     said = "Runs that would complete this page, and the line that makes each. `mammo_sweep` does many at once."
-    return [*parts, Section("What is missing", said, tables=[Table(lack, index=False)]), glossary_section()]
+    return [*parts, Section("What is missing", said, tables=[Table(lack, index=False)])]
 
 # %% ../../nbs/lib/66_report.overview.ipynb #ec2dd8ae
 def build_page(
