@@ -147,7 +147,7 @@ class Setup:
 # %% ../../nbs/papers/84_papers.sharing.ipynb #0d223c93
 DEMO = Setup(
     patients=dict(a=120, b=48, c=32), held=dict(b=20, c=16), phantom_scale=.125, size=32, swin_size=64, views=6,
-    counts=dict(lesions=Counts(96, 80, 40), masses=Counts(56, 80, 40)), gan_width=1/4, clf_epochs=10,
+    counts=dict(lesions=Counts(96, 80, 40), masses=Counts(56, 80, 40)), gan_width=1/4, clf_epochs=20,
     epochs={"sharing_dcgan/lesions": 320, "sharing_dcgan/masses": 360, "sharing_wgangp/lesions": 280,
             "sharing_wgangp/masses": 320, "thesis_dcgan/masses": 320},
     gan=dict(sharing_dcgan=dict(ema=.98, snapshots="last"),
@@ -155,7 +155,7 @@ DEMO = Setup(
              thesis_dcgan=dict(lr_g=4e-4, lr_d=4e-4, batch=16, ema=.98)),
     usual=dict(scopes=("masses",), arms=("none", "bcdr_wgangp", "bcdr_dcgan", "optimam_dcgan", "bcdr_real", "copies")),
     lr=3e-3, cnn=dict(widths=(8, 16, 32), hidden=64), boots=500, audit=240,
-    swin=dict(patch=8, embed=24, depths=(2, 2), heads=(2, 4), window=4))
+    swin=dict(patch=32, embed=48, depths=(1, 1), heads=(2, 4), window=2))
 PUBLISHED = Setup(
     patients=dict(a=115, b=1010, c=740), held=dict(b=300, c=200), phantom_scale=.5, size=128, swin_size=224, views=20,
     counts=dict(lesions=Counts(1374, 1200, 1148), masses=Counts(70, 1200, 500)), gan_width=1.,
