@@ -3407,6 +3407,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'mammo_nb/papers/sharing_rows.py'),
                                               'mammo_nb.papers.sharing_rows._enough': ( 'papers/papers.sharing_rows.html#_enough',
                                                                                         'mammo_nb/papers/sharing_rows.py'),
+                                              'mammo_nb.papers.sharing_rows.as_trained': ( 'papers/papers.sharing_rows.html#as_trained',
+                                                                                           'mammo_nb/papers/sharing_rows.py'),
                                               'mammo_nb.papers.sharing_rows.cell_training_set': ( 'papers/papers.sharing_rows.html#cell_training_set',
                                                                                                   'mammo_nb/papers/sharing_rows.py'),
                                               'mammo_nb.papers.sharing_rows.evenly': ( 'papers/papers.sharing_rows.html#evenly',

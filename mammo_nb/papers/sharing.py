@@ -137,6 +137,7 @@ class Setup:
     momentum:float = 0.9         # Section 2.4.1
     positive:str = "healthy"     # Class whose AUPRC chooses the best epoch (authors: the last class, healthy)
     gan:dict = field(default_factory=dict) # Recipe -> fields that differ from the published recipe made smaller
+    mix:dict = field(default_factory=dict) # Fields of centre A's phantoms that differ: more women with lesions to test
     usual:dict = field(default_factory=dict) # Parameter of `LISTS` -> words where none are asked for; the rest: all
 
     @property
@@ -145,8 +146,9 @@ class Setup:
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #0d223c93
 DEMO = Setup(
-    patients=dict(a=120, b=48, c=32), held=dict(b=20, c=16), phantom_scale=.125, size=32, swin_size=64, views=6,
-    counts=dict(lesions=Counts(96, 80, 40), masses=Counts(56, 80, 40)), gan_width=1/4, clf_epochs=10,
+    patients=dict(a=120, b=48, c=32), mix=dict(affected=.95, types=(("mass", .8), ("calcification", .2))),
+    held=dict(b=20, c=16), phantom_scale=.125, size=32, swin_size=64, views=6,
+    counts=dict(lesions=Counts(96, 80, 40), masses=Counts(56, 80, 40)), gan_width=1/4, clf_epochs=20,
     epochs={"sharing_dcgan/lesions": 320, "sharing_dcgan/masses": 360, "sharing_wgangp/lesions": 280,
             "sharing_wgangp/masses": 320, "thesis_dcgan/masses": 320},
     gan=dict(sharing_dcgan=dict(ema=.98, snapshots="last"),
@@ -154,7 +156,7 @@ DEMO = Setup(
              thesis_dcgan=dict(lr_g=4e-4, lr_d=4e-4, batch=16, ema=.98)),
     usual=dict(scopes=("masses",), arms=("none", "bcdr_wgangp", "bcdr_dcgan", "optimam_dcgan", "bcdr_real", "copies")),
     lr=3e-3, cnn=dict(widths=(8, 16, 32), hidden=64), boots=500, audit=240,
-    swin=dict(patch=8, embed=24, depths=(2, 2), heads=(2, 4), window=4))
+    swin=dict(patch=32, embed=48, depths=(1, 1), heads=(2, 4), window=2))
 PUBLISHED = Setup(
     patients=dict(a=115, b=1010, c=740), held=dict(b=300, c=200), phantom_scale=.5, size=128, swin_size=224, views=20,
     counts=dict(lesions=Counts(1374, 1200, 1148), masses=Counts(70, 1200, 500)), gan_width=1.,
@@ -237,7 +239,9 @@ def load(
     "The three centres of this run, phantom or real; one whose generator was handed over needs no data."
     params, theirs = run.params, handed_over(run.params)
     need = tuple(c for c in "abc" if c not in theirs or (c == "b" and "bcdr_real" in set(run.grid.arm)))
-    if run.phantom: centres, words = phantom_centres({c: run.setup.patients[c] for c in need}, **_like(run)), PHANTOMS
+    if run.phantom:
+        women = {c: run.setup.patients[c] for c in need}
+        centres, words = phantom_centres(women, **_like(run), mix=run.setup.mix), PHANTOMS
     else:
         of = dict(seed=run.seeds.split, scaling=params.scaling, split_by=params.split_by)
         centres, words = real_centres(params.data_dir, given=params.centres, need=need, **of)

@@ -56,9 +56,11 @@ def phantom_centres(
     seed:int, # Of the phantoms
     scale:float, # Size of the pictures, 1 = full
     scaling:str="minmax", # How pixels become uint8
+    mix:dict=None, # Fields of centre A's `CentreStyle` that are to be others, e.g. more lesions
 ) -> dict: # The same centres -> Centre
     "Centres as phantoms with known truth, each in a layout of its own."
-    def tree(c): return phantom_tree(LAYOUT[c], centre=c, n_patients=patients[c], seed=seed, scale=scale)
+    styles = phantom.CENTRES | dict(a=replace(phantom.CENTRES["a"], **(mix or {})))
+    def tree(c): return phantom_tree(LAYOUT[c], centre=styles[c], n_patients=patients[c], seed=seed, scale=scale)
     with ThreadPoolExecutor(3) as pool: trees = dict(zip(patients, pool.map(tree, patients))) # drawn side by side
     return {c: Centre(c, list(read_any(t, scaling=scaling).values())) for c,t in trees.items()}
 

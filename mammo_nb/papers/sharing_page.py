@@ -162,8 +162,9 @@ def data_words(
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #5997e87d
 PLANTED = (
     "**These are phantoms, and their truth is planted.** All centres draw their lesions from one process, so real "
-    "lesions of centre B are new lesions for centre A, and copies of its own are not. The run shows whether the "
-    "machinery finds this; it says nothing about patients.")
+    "lesions of centre B are new lesions for centre A, and copies of its own are not. Two things work against seeing "
+    "this: B's detectors differ (four in ten of its women are on film), and whatever is added, healthy tissue of A "
+    "comes with it, which `none` lacks and which alone helps. The run says nothing about patients.")
 
 def learnt_words(
     results:pd.DataFrame, # Of the run: scope, model, regime, arm, metric, positive, value, lo, hi
