@@ -40,6 +40,8 @@ COMMANDS = dict(
                    "mammo_nb.gans.package:main_export"),
     **{"import": Command("somebody else's generator, checked and never executed", "mammo import package.zip",
                          "mammo_nb.gans.package:main_import")},
+    examples=Command("ready generators that come with it, learnt from phantoms", "mammo examples --make FOLDER",
+                     "mammo_nb.examples:main"),
     init=Command("a folder to work in: notebooks, settings, a sweep", "mammo init my_study", "mammo_nb.workplace:main"),
     archive=Command("one run as one zip with RO-Crate metadata", "mammo archive RUN", "mammo_nb.archive:main"),
 )

@@ -95,8 +95,9 @@ def test_wheel_carries_notebooks_cards_sweeps_and_published_data(wheel):
     for pattern in CARRIED:
         here = {p.relative_to(ROOT): p.read_bytes() for p in ROOT.glob(pattern)}
         assert here and here == {p.relative_to(wheel/"mammo_nb"/"carried"): p.read_bytes() for p in (wheel/"mammo_nb"/"carried").glob(pattern)}
-    published = {p.relative_to(ROOT) for p in (ROOT/"mammo_nb"/"published").rglob("*") if p.is_file()}
-    assert published and published == {p.relative_to(wheel) for p in (wheel/"mammo_nb"/"published").rglob("*") if p.is_file()}
+    for folder in ("published", "shipped"):
+        here = {p.relative_to(ROOT): p.read_bytes() for p in (ROOT/"mammo_nb"/folder).rglob("*") if p.is_file()}
+        assert here and here == {p.relative_to(wheel): p.read_bytes() for p in (wheel/"mammo_nb"/folder).rglob("*") if p.is_file()}
 
 def test_workplace_from_a_wheel_alone(wheel, tmp_path):
     "Outside the repository, with nothing but the wheel: a folder laid out, a parameter refused in one line."

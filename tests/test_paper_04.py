@@ -187,6 +187,17 @@ def test_a_replaced_generator_is_another(tmp_path):
     (tmp_path/"theirs"/"G.bin").write_bytes(b"new")
     differ(before, keys_of(tmp_path, **given), "import-")
 
+def test_shipped_generators_are_imported_and_said(tmp_path):
+    "`generators=shipped` trains nothing, takes each package by its content, and run.json says so."
+    run, jobs = jobs_of(tmp_path, **SOME | dict(arms="none,bcdr_dcgan,bcdr_wgangp,optimam_dcgan", generators="shipped"))
+    assert not [n for n in jobs if n.startswith(("gan-", "audit-"))]
+    taken = {n: j.given["path"] for n,j in jobs.items() if n.startswith("import-")}
+    assert {n.split("-")[1]: p.stem for n,p in taken.items()} == paper.PACKAGES and all(p.is_file() for p in taken.values())
+    told = json.loads((run.dir/"run.json").read_text())["handed_over"]
+    assert set(told) == set(paper.PACKAGES) and all("phantoms" in said for said in told.values())
+    run, _ = jobs_of(tmp_path, **SOME)
+    assert json.loads((run.dir/"run.json").read_text())["handed_over"] == {}
+
 def test_the_secret_of_private_training_counts_by_content(tmp_path):
     "A key file with other words in the same place: another generator."
     secret = tmp_path/"secret"
@@ -262,7 +273,7 @@ def test_every_parameter_has_an_effect(tmp_path, monkeypatch):
     real, private = dict(data_dir=str(tmp_path)), dict(dp_epsilon=8.)
     tried = {k: ({}, v) for k,v in OTHER.items()} | dict(
         data_dir=({}, str(tmp_path)), centres=(real, "a=x,b=y,c=z"), split_by=(real, "image"), dp_key=(private, str(tmp_path/"secret")),
-        generator_b=({}, str(tmp_path/"theirs")), generator_c=(dict(arms="optimam_dcgan"), str(tmp_path/"theirs")))
+        generators=({}, "shipped"), generator_b=({}, str(tmp_path/"theirs")), generator_c=(dict(arms="optimam_dcgan"), str(tmp_path/"theirs")))
     for name,(base,value) in tried.items():
         free = {k: "" for k in SOME if k == name}           # the small grid must not hide it
         assert what_is_done(tmp_path, monkeypatch, **free, **base) != what_is_done(tmp_path, monkeypatch, **base, **{name: value}), f"{name} does nothing"

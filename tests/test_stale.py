@@ -45,7 +45,8 @@ REASONS = { # Paper -> parameter -> why it is not changed here
     "02": FREE | dict(data_dir=DATA, weights="of the measure only; by content as paper 00's", k_shrink="of real data only, where it is a size like the others"),
     "03": FREE | dict(data_dir=DATA, weights="by content as paper 00's", frozen="needs ImageNet's weights"),
     "04": FREE | dict(data_dir=DATA, centres="of several real sets only", split_by="of real sets only", holdout="of real sets only", dp_key="test_the_secret_of_private_training_counts_by_content",
-                      generator_b="test_a_replaced_generator_is_another", generator_c="as generator_b")}
+                      generator_b="test_a_replaced_generator_is_another", generator_c="as generator_b",
+                      generators="test_shipped_generators_are_imported_and_said")}
 
 def number(notebook): return notebook.stem[:2]
 

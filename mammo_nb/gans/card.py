@@ -32,7 +32,7 @@ from ..metrics.fid import generator_report
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #6f3a761d
 PUBLIC = ("value_range", "stream", "training", "patients", "datasets", "scope", "zoom", "k", "classes", "privacy",
-          "title", "license", "doi", "task", "source", "terms", "permission") # Fields of a card that are handed on
+          "title", "license", "doi", "task", "source", "terms", "permission", "quality") # Fields that are handed on
 MEMBERS = ("members", "patients_hash") # … and those that tell who trained it
 
 def public_card(

@@ -31,6 +31,7 @@ from .card import (LICENSES, TITLES, audit_dict, code_licence, kind_of, licence_
 from .officer import officer_facts, officer_page
 from .folder import find_generators, lost_stages, save_any, stages_of, whole_folder
 from .share import load_generator, sample_generator
+from .shipped import named_or_path
 from .train import tile
 
 # %% ../../nbs/lib/49e_gans.package.ipynb #c559c01e
@@ -309,7 +310,7 @@ def main_import(
     ap = argparse.ArgumentParser("mammo_import",
                                  description="Make a foreign generator ours without running its code: a package of "
                                              "mammo_nb or medigan (folder or zip), or bare weights.")
-    ap.add_argument("path", help="package folder, zip, or weights file")
+    ap.add_argument("path", help="package folder, zip, weights file, or a name of `mammo examples`")
     ap.add_argument("--into", default="", help="folder for the generator; default: one in the cache")
     ap.add_argument("--license", default="", help="licence its makers told you, where the package carries none")
     ap.add_argument("--arch", default="", help=f"architecture of bare weights: {', '.join(ARCHS)}")
@@ -319,7 +320,7 @@ def main_import(
                     help="black and white of bare weights, e.g. --value-range=-1,1; default: judged by the output")
     a = ap.parse_args(argv)
     try:
-        folder = import_generator(a.path, into=a.into or None, license=a.license, arch=a.arch,
+        folder = import_generator(named_or_path(a.path), into=a.into or None, license=a.license, arch=a.arch,
                                   value_range=_bounds(a.value_range), config=_config(a.config))
         card = load_generator(folder).card
     except (MammoError, OSError) as e:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'METRICS', 'ASKED', 'PLANTED', 'NEXT', 'QUESTION', 'SECTIONS', 'LAST_LINES', 'named', 'picked',
-           'sample_figure', 'overview_figure', 'real_figure', 'loss_figure', 'pairs_figure', 'audit_words', 'arm_gains',
-           'data_words', 'learnt_words', 'gain_words', 'answer_words', 'in_short']
+           'sample_figure', 'overview_figure', 'real_figure', 'loss_figure', 'pairs_figure', 'audit_words',
+           'origin_words', 'arm_gains', 'data_words', 'learnt_words', 'gain_words', 'answer_words', 'in_short']
 
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #9bf7058b
 import numpy as np
@@ -130,6 +130,15 @@ def audit_words(
         if promised: told.append(f"{named(*key)}: {privacy_words(promised)}")
     return "\n\n".join(told)
 
+# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #0a7d392a
+def origin_words(
+    taken:dict, # Generator -> where it comes from, of `sharing.origins`
+) -> str: # A paragraph; empty where this run trained all of its generators
+    "Which generators this run did not train."
+    if not taken: return ""
+    told = "; ".join(f"{NAMED[name]}: {said}" for name,said in taken.items())
+    return f"**This run did not train all of its generators.** {told}. Their quality and audit stand on their cards."
+
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #35c6b306
 METRICS = ("accuracy", "f1", "auroc", "auprc")
 ASKED = [(metric, positive) for positive in ("healthy", "lesion") for metric in METRICS] # Both positive classes
@@ -208,8 +217,8 @@ QUESTION = ("May a hospital add what another hospital's *generator* draws to its
             "as it would add the other hospital's patients?")
 
 def in_short(runs:list) -> str: # runs: of RunFolder
-    "Question and answer, from the run's folder."
-    return f"{QUESTION}\n\n{words('answer')(runs)}".strip()
+    "What was not trained here, then question and answer, from the run's folder."
+    return f"{words('origin')(runs)}\n\n{QUESTION}\n\n{words('answer')(runs)}".strip()
 
 SECTIONS = [
     part("In short", text=in_short, figures=("overview",)),
