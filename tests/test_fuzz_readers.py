@@ -11,8 +11,10 @@ from hypothesis import given, settings, strategies as st
 
 from mammo_nb.core import MammoError, repo_root
 from mammo_nb.data.bcdr import bcdr_name, bcdr_outline
+from mammo_nb.data.bmcd import bmcd_name
 from mammo_nb.data.cbis import mask_boxes, parse_cbis_path
 from mammo_nb.data.cesm import cesm_class, cesm_name, cesm_type, via_points
+from mammo_nb.data.dmid import dmid_circle, dmid_type
 from mammo_nb.data.embed import embed_boxes, stem_of
 from mammo_nb.data.folder import parse_polygon
 from mammo_nb.data.inbreast import inbreast_name, parse_point, roi_type
@@ -66,6 +68,7 @@ def test_words_and_shapes_of_the_newer_sets(x, shape, size):
     t = word(x)
     assert screening_view(x) in ("CC","MLO","other") and class_by_birads(birads_of(x)) in ("benign","malignant","unknown") and rsna_flag(t) in (True,False,None)
     d = density_of(x); assert d!=d or 1<=d<=4
+    bmcd_name(t); dmid_type(t); dmid_circle(dict(x=x, y=t, radius=x), size)
     cesm_name(t); embed_boxes(t); stem_of(t); cesm_type([t]); assert cesm_class([t]) in ("normal","benign","malignant","unknown")
     box = outline_box(via_points(shape), rows=size, cols=size)
     assert box is None or (0<=box[0]<box[2]<=size and 0<=box[1]<box[3]<=size)
@@ -104,7 +107,7 @@ def view(side, name, lesions=()):
 
 def base_trees(root):
     "A tiny tree of each layout, some DICOMs compressed; (layout, folder, reader)."
-    from mammo_nb.data import lookalike as a, lookalike2 as b, lookalike3 as c, readers
+    from mammo_nb.data import lookalike as a, lookalike2 as b, lookalike3 as c, lookalike4 as d, readers
     sq = lambda x,y,kind,label: dict(box=(x,y,x+14,y+16), polygon=[(x,y),(x+13,y),(x+13,y+15),(x,y+15)], type=kind, label=label)
     les = [sq(20,30,"mass","malignant"), sq(10,60,"calcification","benign")]
     women = [({"age":50}, [view(s, v, les if (s,i)!=("R",0) else []) for s in "LR" for v in ("CC","MLO")]) for i in range(2)]
@@ -112,8 +115,11 @@ def base_trees(root):
            ("cbis", b.write_cbis(women[:1], root/"cbis", quirks=True)), ("cbis", b.write_cbis(women[:1], root/"kaggle", form="jpeg", quirks=True)), ("omidb", b.write_omidb(women, root/"omidb", quirks=True)),
            ("mias", b.write_mias(women[:1], root/"mias", quirks=True)), ("vindr", b.write_vindr(women, root/"vindr", quirks=True)),
            ("cmmd", c.write_cmmd(women, root/"cmmd", quirks=True)), ("cesm", c.write_cesm(women, root/"cesm", quirks=True)), ("rsna", c.write_rsna(women, root/"rsna", quirks=True)),
-           ("embed", c.write_embed(women, root/"embed", quirks=True)), ("csaw", c.write_csaw(women, root/"csaw", quirks=True))]
-    if find_spec("openpyxl"): out.append(("cesm", c.write_cesm(women, root/"workbook", suffix=".xlsx")))
+           ("embed", c.write_embed(women, root/"embed", quirks=True)), ("csaw", c.write_csaw(women, root/"csaw", quirks=True)),
+           ("bmcd", d.write_bmcd(women, root/"bmcd", quirks=True)), ("dmid", d.write_dmid(women, root/"dmid", quirks=True))]
+    if find_spec("openpyxl"):
+        out += [("cesm", c.write_cesm(women, root/"workbook", suffix=".xlsx")), ("bmcd", d.write_bmcd(women, root/"bmcd_book", suffix=".xlsx")),
+                ("dmid", d.write_dmid(women, root/"dmid_book", suffix=".xlsx"))]
     dicoms = sorted((root/"inbreast").rglob("*.dcm"))
     compress(dicoms[:3]); add_display(dicoms[3], dicoms[4])
     (root/"folder"/"patches.csv").write_text("path,patient_id,target,lesion_type,label\nimages/p0000_L_CC.png,1,lesion,mass,benign\nimages/p0000_R_CC.png,2,healthy,,\n")

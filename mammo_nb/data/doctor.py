@@ -28,6 +28,13 @@ PUBLISHED_COUNTS = dict(
     cbis = dict(patients=1566, images=3103, lesions=3568, patches=3568),
     mias = dict(patients=161, images=322, normal=207, lesions=119),
     cbis_patches = dict(patients=892, patches=1698),
+    vindr = dict(patients=5000, images=20000, lesions=2254),
+    cmmd = dict(patients=1775, images=5202),
+    cesm = dict(patients=326, images=1003),
+    rsna = dict(images=54706),
+    csaw = dict(patients=8723, images=98788),
+    bmcd = dict(patients=100, images=400),
+    dmid = dict(images=510),
     four_views = dict(patients=1, images=4, normal=4))
 # Segmentations before doubles are merged
 BCDR_PUBLISHED = dict(F01=dict(patients=185), D01=dict(patients=64, lesions=143), D02=dict(lesions=455))

@@ -28,7 +28,7 @@ TERMS = dict(
     cbis=Terms("CC BY 3.0", "credit", _BY), cbis_patches=Terms("CC BY 3.0", "credit", _BY),
     cbis_mass_patches=Terms("CC BY 3.0", "credit", _BY),
     cmmd=Terms("CC BY 4.0", "credit", _BY), cdd_cesm=Terms("CC BY 4.0", "credit", _BY),
-    dmid=Terms("CC BY 4.0", "credit", _BY), bmcd=Terms("open, source to be cited", "credit", _BY),
+    dmid=Terms("CC BY 4.0", "credit", _BY), bmcd=Terms("CC BY 4.0", "credit", _BY),
     four_views=Terms("BSD-2-Clause", "credit", "copyright notice and terms have to stay with it"),
     rsna=Terms("rules of the RSNA 2023 challenge", "non-commercial", "the data are for use that is not commercial"),
     mias=Terms("mini-MIAS licence", "permission", "for research only, nothing derived may be handed on without asking"),
