@@ -20,7 +20,7 @@ from .pixels import read_image, to_uint8
 from .readers import NEEDS, _found, _read, has_cbis_tables
 from .sheet import write_sheet
 from .table import find_files
-from .terms import TERMS, terms_of
+from .terms import table_terms
 
 # %% ../../nbs/lib/26b_data.doctor.ipynb #ccdd47ff
 PUBLISHED_COUNTS = dict(
@@ -273,14 +273,19 @@ def _count_lines(layout, data):
         known = "" if pd.isna(r.published) else f"   published {int(r.published):6d}"
         yield f"    {r.what:16s}{r.found:8d}{known}" + ("   <- differs" if known and r.found!=r.published else "")
 
+def _terms(data):
+    "What is said of the terms of a set, each once."
+    tables = [data.images, *([] if data.patches is None else [data.patches])]
+    found = table_terms(pd.concat([t[["dataset","terms"]] for t in tables]))
+    return list({t["licence"]: t for t in found}.values())
+
 def _set_lines(e, name):
     "What is said of one data set."
     layout, p = e["found"][name]
     out = ["", f"{name}: layout {layout}, in {p}"]
     if name in e["errors"]: return out + [f"    cannot be read: {e['errors'][name]}"]
     data, bad = e["sets"][name], e["broken"][name]
-    terms = terms_of(data.name if data.name in TERMS else layout)
-    out.append(f"    terms   {terms.licence}: {terms.clause}")
+    for t in _terms(data): out.append(f"    terms   {t['licence']}: {t['clause']}")
     out += _count_lines(layout, data)
     out += _reasons(data.skipped, e["root"].resolve()) or ["    nothing left out"]
     out += [f"    doubles {line}" for line in doubles(_labelled(data))]
