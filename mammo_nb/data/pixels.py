@@ -401,7 +401,9 @@ def read_image(
         x = _grey(path)
         return x if scaling=="none" else to_uint8(x, where=path)
     ds = read_dicom(path)
-    if _unshown(ds): raise DataError(_unshown(ds), path, _PRESENTED)
+    try: why = _unshown(ds)
+    except Exception as e: raise DataError(f"broken DICOM header ({_reason(e)})", path, AGAIN) from e
+    if why: raise DataError(why, path, _PRESENTED)
     raw = _decode(ds, path)
     try:
         if _is_raw(ds):
