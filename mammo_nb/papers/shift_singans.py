@@ -54,7 +54,8 @@ def singan_sources(
             t, at = g1.iloc[i], names.index(lesion_of(g1.patch_id)[i])
             x = np.asarray(ps.pixels[at,0])
             images.append(area_resize(area_resize(x, 256), (380,572)) if stretched else x)
-            who = dict(patch_id=ps.table.patch_id[at], patient_id=t.patient_id, dataset=t.dataset, terms=t.terms, row=at)
+            who = dict(patch_id=ps.table.patch_id[at], patient_id=t.patient_id, dataset=t.dataset, row=at)
+            who |= dict(terms=t.terms)
             told.append(dict(source=k, zoom=zoom, device="film" if t.device=="film" else "digital", **who))
     return Sources(images, pd.DataFrame(told))
 
