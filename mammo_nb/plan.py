@@ -6,9 +6,9 @@
 __all__ = ['OWN', 'HOURS', 'COLUMNS', 'AGREEMENT', 'EXAMPLE', 'own_parameters', 'paper_of', 'settled_for', 'planned_cells',
            'WhoTests', 'given_women', 'counted_women', 'who_tests', 'f1_rate', 'metric_variance', 'usual_sd', 'Assumed',
            'assumptions', 'planned_spread', 'Design', 'Aim', 'smallest_for', 'chance_for', 'endless_women',
-           'needed_for', 'speeds_of', 'hours_of', 'hours_lines', 'cannot_plan', 'design_of', 'spread_for', 'target_of',
-           'plan_claim', 'Outlook', 'outlook', 'claim_lines', 'known_lines', 'plan_text', 'compared', 'given_values',
-           'main']
+           'needed_for', 'speeds_of', 'hours_of', 'hours_lines', 'hours_table', 'cannot_plan', 'design_of',
+           'spread_for', 'target_of', 'plan_claim', 'Outlook', 'outlook', 'claim_lines', 'known_lines', 'plan_text',
+           'compared', 'given_values', 'main']
 
 # %% ../nbs/lib/68c_plan.ipynb #74413eae
 import argparse
@@ -377,6 +377,19 @@ def hours_lines(
     known, together = hours.hours.notna().any(), hours.hours.sum()
     total = f"together at least {together:.1f} h, one after the other" if known else "no sum can be told"
     return [f"hours by reports/benchmarks/{own['timed']}.csv:", *lines, f"    {total}"]
+
+# %% ../nbs/lib/68c_plan.ipynb #h18cost01
+def hours_table(
+    timed:str="predictions", # Name of a file in reports/benchmarks
+) -> pd.DataFrame: # paper, part, trainings, hours, why
+    "Hours of every paper at its published size, one seed and one generator a recipe."
+    own, parts = own_parameters(dict(timed=timed)) | dict(seeds=1, generators=1), []
+    for paper in papers():
+        if not paper_record(paper).get("work"): continue
+        grid = settled_for(paper, dict(preset="paper"))[1].grid
+        parts.append(hours_of(paper, grid, own).assign(paper=paper))
+    table = pd.concat(parts, ignore_index=True)[["paper","part","trainings","hours","why"]]
+    return table.assign(trainings=table.trainings.astype(int), hours=table.hours.astype(float).round(2))
 
 # %% ../nbs/lib/68c_plan.ipynb #a63f5087
 def _strata(claim, cells): # Rows of coefficients that are judged, and how many there are; a mean is averaged

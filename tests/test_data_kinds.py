@@ -1,11 +1,12 @@
 "Inputs of the kinds that faults were found on in real data (cases.md): what was meant is read, or the row is refused with its reason."
 import numpy as np, pytest
 from PIL import Image
-from mammo_nb.core import ParameterError
+from mammo_nb.core import DataError, ParameterError
 from mammo_nb.data.folder import read_folder
+from mammo_nb.data.lookalike import write_dicom
 from mammo_nb.data.patches import extract, healthy_patches
 from mammo_nb.data.phantom import phantom_patient, scanned
-from mammo_nb.data.pixels import breast_mask
+from mammo_nb.data.pixels import breast_mask, read_header, read_image
 from mammo_nb.data.table import make_data
 from mammo_nb.data.terms import TERMS, check_release
 
@@ -106,3 +107,13 @@ def test_terms_stop_an_export():
         else:
             with pytest.raises(ParameterError, match="the terms of"): check_release(["phantom", name], "mit")
             assert check_release(["phantom", name], "mit", permission="a letter")[0]["dataset"] == name
+
+
+def test_a_word_of_no_known_kind_in_a_header(tmp_path):
+    "Found by the fuzz: pydicom raises NotImplementedError where a tag's kind is none; size and pixels may not be read then."
+    path = write_dicom(tmp_path/"a.dcm", np.arange(4096, dtype=np.uint16).reshape(64, 64), PresentationIntentType="FOR PRESENTATION")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"\x08\x00\x68\x00CS", b"\x08\x00\x68\x00KS"))
+    assert path.read_bytes() != whole
+    for read in (read_image, read_header):
+        with pytest.raises(DataError, match="broken DICOM header"): read(path)

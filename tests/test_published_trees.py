@@ -1,4 +1,4 @@
-"CMMD and CDD-CESM as published: every name of the public lists of files is read, or left out with a reason. Needs ../shared/data/trees; pixels are made up."
+"CMMD, CDD-CESM and BMCD as published: every name of the public lists of files is read, or left out with a reason. Needs ../shared/data/trees; pixels are made up."
 import collections
 import re
 import time
@@ -10,6 +10,7 @@ from PIL import Image
 from pydicom.dataset import Dataset
 
 from mammo_nb.core import repo_root
+from mammo_nb.data.bmcd import read_bmcd
 from mammo_nb.data.cesm import cesm_name, read_cesm
 from mammo_nb.data.cmmd import read_cmmd
 from mammo_nb.data.lookalike import write_dicom
@@ -100,3 +101,31 @@ def test_cesm_name_by_name(cesm):
     assert data.images.groupby(["laterality", "view"]).size().to_dict() == {("L","CC"): 255, ("L","MLO"): 255, ("R","CC"): 245, ("R","MLO"): 248}
     assert seconds*1000/len(files) < SECONDS
     print(f"CDD-CESM: {len(data.images)} low-energy names read, {len(files)-len(low)} subtracted listed, of {len(files)}; {seconds*1000/len(files):.2f} CPU s for 1,000 files")
+
+
+@pytest.fixture(scope="module")
+def bmcd(tmp_path_factory):
+    "The published names; marks on every third view of a suspicious case, none on normal ones."
+    root, files = tmp_path_factory.mktemp("bmcd"), [n for n in names("bmcd_tree.txt", "") if re.search(r"_cases/\d+/", n)]
+    for k, name in enumerate(files):
+        (root/name).parent.mkdir(parents=True, exist_ok=True)
+        if name.lower().endswith(".dcm"): write_dicom(root/name, np.zeros((64, 48), np.uint8), ImageLaterality="L")
+        else:
+            marks = np.zeros((64, 48), np.uint8)
+            if "Suspicious" in name and k % 3 == 0: marks[20:28, 10:20] = 255
+            Image.fromarray(marks).save(root/name, format="JPEG", quality=95)
+    for case, rating in (("Normal_cases", 1), ("Suspicious_cases", 5)):
+        rows = [[""]*3]*2 + [["Folder #", "BI-RADS", "BI-RADS categories for breast density"]] + [[n, rating, "b"] for n in range(1, 51)]
+        pd.DataFrame(rows).to_csv(root/f"{case}.csv", index=False, header=False)
+    return root, files
+
+
+def test_bmcd_name_by_name(bmcd):
+    root, files = bmcd
+    data, seconds = timed(read_bmcd, root)
+    assert len(files) == 800 and len(data.images) == 400 and data.images.patient_id.nunique() == 100
+    assert counted(data, "misspelt name", "note") == 4 and not (data.skipped.kind == "skipped").any()
+    marked = [n for k, n in enumerate(files) if "Suspicious" in n and k % 3 == 0 and not n.lower().endswith(".dcm")]
+    assert len(data.lesions) == len(marked) and data.images.normal.sum() == 200
+    assert seconds*1000/len(files) < SECONDS
+    print(f"BMCD: {len(data.images)} views and as many pictures of marks read, of {len(files)} names; {seconds*1000/len(files):.2f} CPU s for 1,000 files")

@@ -375,7 +375,7 @@ def test_outlines_that_are_none(tmp_path, outline, words):
     assert len(data.lesions)==0 and data.skipped.reason.str.contains(words).any()
 
 
-NEWER = ("cmmd","cesm","rsna","embed","csaw")
+NEWER = ("cmmd","cesm","rsna","embed","csaw","bmcd")
 
 
 def number(patient_id): return int(re.search(r"(\d+)$", patient_id)[1])-9001
@@ -412,7 +412,7 @@ def flat(side, view, lesions):
     return SimpleNamespace(pixels=x, side=side, view=view, density=2, birads="5" if lesions else "1", spacing_mm=.3, bits=12, device="digital", lesions=lesions)
 
 
-@pytest.mark.parametrize("layout", ["vindr", *NEWER])
+@pytest.mark.parametrize("layout", ["vindr", *NEWER, "dmid"])
 def test_a_lost_or_garbled_row_makes_no_cancer_normal(layout, tmp_path):
     "Each row of each table is lost once, and each of its ids misspelt once: no image of the breast with the cancer becomes normal."
     mass = dict(box=(10,12,20,24), polygon=[(10,12),(19,12),(19,23),(10,23)], type="mass", label="malignant")

@@ -89,11 +89,17 @@ def _why_not(row, key, path, known):
     if not key or not word(row["patient_id"]): return f"row of {path.name} has no image_id or no patient_id"
     return f"image_id {key[:60]!r} occurs again" if key in known else ""
 
+def _licence(row):
+    "The licence that a row states, as `terms` of its image; nothing where it states none."
+    said = next((word(row[c]) for c in ("terms","licence","license") if word(row.get(c))), "")
+    return dict(terms=said) if said else {}
+
 def _image_row(r, key, head, name, path):
     "The image row of a row of images.csv; what the file's header knows fills in."
     spacing = number_of(r.get("spacing_mm"), 1e-4, 5)
     texts = {k: _text(r,c) for k,c in dict(subset="subset", study_id="study_id", official_split="split",
         device="device").items()}
+    texts |= _licence(r)
     texts["birads"] = _rated(r) or np.nan
     return dict(texts, image_id=f"{name}:{key}", patient_id=f"{name}:{word(r['patient_id'])}", path=str(path),
         laterality=side_of(r.get("laterality") or head["side"]), view=view_of(r.get("view") or head["view"]),
@@ -424,7 +430,7 @@ def _patch_row(r, name, patch, key, target, path, kind):
         image_id=f"{name}:{key or patch}", lesion_id=_text(r,"lesion_id"), target=target,
         lesion_type=kind if target else "healthy", label=label_of(r.get("label")) if target else "normal",
         density=number_of(r.get("density"),1,4), laterality=side_of(r.get("laterality")), view=view_of(r.get("view")),
-        birads=_text(r,"birads"), official_split=_text(r,"split"), label_raw=_text(r,"label"))
+        birads=_text(r,"birads"), official_split=_text(r,"split"), label_raw=_text(r,"label"), **_licence(r))
 
 def _patch_fault(r, k, target, patch, seen):
     "Why a row of patches.csv cannot be used, or an empty text."
@@ -489,7 +495,7 @@ def _cbis_patch(r, name, path):
         image_id=f"cbis:{r['full_series_tail']}", lesion_id=r["abnormality id"], label=label_of(r["pathology"]),
         density=number_of(r["breast_density"],1,4), dataset=name, path=str(path), birads=r["assessment"],
         laterality=side_of(r["left or right breast"]), view=view_of(r["image view"]),
-        official_split=r["official_split"], label_raw=r["pathology"])
+        official_split=r["official_split"], label_raw=r["pathology"], terms="cbis_patches")
 
 def read_cbis_patches(
     root:Path, # Folder with labels.csv and png/
@@ -532,6 +538,7 @@ def read_four_views(
             quirks=["mirrored"] if side=="R" else []))
     if not images: raise DataError(f"none of {', '.join(FOUR_VIEWS)} is readable", root, "check the download")
     published = hash_of([file_hash(im["path"]) for im in images])==_NYU_EXAM
+    if published: images = [im | dict(terms="four_views") for im in images]
     why = "" if published else "it is not the published exam; write images.csv with normal = 1 if it is"
     mark_normal(images, lambda im: why, ledger=led, file=root)
     return make_data(name, images, [], ledger=led, scaling=scaling)

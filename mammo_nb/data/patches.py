@@ -31,14 +31,14 @@ from .table import NO_BOX
 
 # %% ../../nbs/lib/28_data.patches.ipynb #279fa45c
 TEXT = ("patch_id","patient_id","image_id","lesion_id","lesion_type","label","dataset","subset","device","laterality",
-    "view","birads","official_split","rule","group","generator","generator_patients","pixel_hash")
+    "view","birads","official_split","rule","group","generator","generator_patients","pixel_hash","terms")
 WHOLE = ("target","x0","y0","x1","y1","side_px")
 REAL = ("density","age","spacing_mm","background","breast")
 FLAGS = ("synthetic","limited")
 COLUMNS = ("patch_id","patient_id","image_id","lesion_id","target","lesion_type","label","density","dataset","x0","y0",
     "x1","y1","side_px","background","breast","synthetic",
     "generator","generator_patients","pixel_hash","limited","rule","group",
-    "subset","device","laterality","view","birads","age","spacing_mm","official_split")
+    "subset","device","laterality","view","birads","age","spacing_mm","official_split","terms")
 
 def patch_table(
     rows, # Frame or list of dicts with any of the columns
@@ -228,7 +228,7 @@ def synthetic_patches(
 
 # %% ../../nbs/lib/28_data.patches.ipynb #4fa1f5fe
 META = ("patient_id","image_id","dataset","subset","device","laterality","view","birads","age","density","spacing_mm",
-    "official_split")
+    "official_split","terms")
 PLAN = ("patch_id","path","rows","cols","scaling","rule","options","box","polygon","avoid","slot","lesion_id","target",
     "lesion_type","label","group") + META
 

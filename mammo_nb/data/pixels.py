@@ -401,7 +401,9 @@ def read_image(
         x = _grey(path)
         return x if scaling=="none" else to_uint8(x, where=path)
     ds = read_dicom(path)
-    if _unshown(ds): raise DataError(_unshown(ds), path, _PRESENTED)
+    try: why = _unshown(ds)
+    except Exception as e: raise DataError(f"broken DICOM header ({_reason(e)})", path, AGAIN) from e
+    if why: raise DataError(why, path, _PRESENTED)
     raw = _decode(ds, path)
     try:
         if _is_raw(ds):
@@ -450,6 +452,11 @@ def _numbers(path):
             if im.mode=="P": return np.asarray(im)
     return read_image(path, scaling="none")
 
+def _values(x):
+    "The values of a mask, in order; a mask of two of them need not be sorted."
+    ends = np.unique([x.min(), x.max()])
+    return ends if np.count_nonzero(x==ends[0])+np.count_nonzero(x==ends[-1])==x.size else np.unique(x)
+
 def read_mask(
     path:Path, # Picture
     *,
@@ -461,13 +468,14 @@ def read_mask(
     if x.shape!=(rows,cols):
         raise DataError(f"mask is {x.shape[0]} x {x.shape[1]}, its image {rows} x {cols}", path,
             "give masks of the image's size")
-    values, lossy = np.unique(x), Path(path).suffix.lower() in (".jpg",".jpeg")
+    values, lossy = _values(x), Path(path).suffix.lower() in (".jpg",".jpeg")
     if len(values)<2:
         raise DataError(f"mask has one value only, {values[0]}", path,
             "mark the lesion with another value than the rest")
     if lossy or len(values)>17: x = (x > x.max()/2).astype(np.uint8)
     elif values[0]!=0: raise DataError("mask has no background of 0", path, "write 0 where no lesion is")
-    if (x>0).mean()>.5: raise DataError(f"mask marks {(x>0).mean():.0%} of its image", path,
+    share = np.count_nonzero(x)/x.size
+    if share>.5: raise DataError(f"mask marks {share:.0%} of its image", path,
         "turn it over if its lesion is 0; a mask of the breast is none of a lesion")
     return x
 
@@ -475,7 +483,7 @@ def mask_box(
     on:np.ndarray, # Bool, the lesion
 ) -> tuple: # (box around all real parts, how many there are)
     "One box for a lesion of several parts, such as a cluster of calcifications; specks do not count."
-    boxes = np.array(mask_boxes(on.astype(np.uint8)))
+    boxes = np.array(mask_boxes(on))
     return (*map(int, boxes[:,:2].min(0)), *map(int, boxes[:,2:].max(0))), len(boxes)
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #ce7a2886

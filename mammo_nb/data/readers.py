@@ -12,10 +12,12 @@ from pathlib import Path
 
 from ..core import DataError, ParameterError, nearest
 from .bcdr import read_bcdr
+from .bmcd import BMCD_CASES, read_bmcd
 from .cbis import read_cbis
 from .cesm import CESM_LABELS, CESM_REGIONS, read_cesm
 from .cmmd import CMMD_TABLE, read_cmmd
 from .csaw import CSAW_TABLE, read_csaw
+from .dmid import DMID_TABLE, read_dmid
 from .embed import EMBED_TABLE, read_embed
 from mammo_nb.data.folder import (CBIS_PATCH_COLUMNS, FOUR_VIEWS, _name_of, read_cbis_patches, read_folder,
     read_four_views)
@@ -31,7 +33,7 @@ from .vindr import read_vindr
 # %% ../../nbs/lib/22b_data.readers.ipynb #1ff6ffce
 READERS = dict(inbreast=read_inbreast, bcdr=read_bcdr, cbis=read_cbis, omidb=read_omidb, mias=read_mias,
     vindr=read_vindr, cmmd=read_cmmd, cesm=read_cesm, rsna=read_rsna, embed=read_embed, csaw=read_csaw,
-    cbis_patches=read_cbis_patches, four_views=read_four_views, folder=read_folder)
+    bmcd=read_bmcd, dmid=read_dmid, cbis_patches=read_cbis_patches, four_views=read_four_views, folder=read_folder)
 
 def _entries(folder):
     "What lies in a folder, by name; nothing, and a warning, where it cannot be entered."
@@ -80,6 +82,16 @@ def _has_embed(folder):
     below = [e.path for e in _folders(folder) if e.name.casefold()=="tables"]
     return any(re.fullmatch(EMBED_TABLE, plain_name(n)) for f in (folder,*below) for n in _below(f, 0))
 
+def _has_cases(folder):
+    "The two folders of BMCD here, or in a folder `Dataset`."
+    below = [e.path for e in _folders(folder) if e.name.casefold()=="dataset"]
+    return any(set(BMCD_CASES) & {e.name.casefold() for e in _folders(f)} for f in (folder,*below))
+
+def _has_dmid(names):
+    "The table of DMID beside its pictures; its name alone is anybody's."
+    plain = {plain_name(n) for n in names}
+    return bool({"dicom_images","tiff_images"} & plain) and any(re.fullmatch(DMID_TABLE, n) for n in plain)
+
 # %% ../../nbs/lib/22b_data.readers.ipynb #3b686f48
 _BCDR = r"bcdr_(f|d|dn)\d\d(_dataset)?|bcdr_(f|d|dn)\d\d_(img|outlines)\.csv"
 _BY_NAME = dict(folder=r"(images|patches)\.csv", inbreast=r"inbreast\.csv", vindr=r"finding_annotations\.csv",
@@ -95,6 +107,8 @@ def layout_of(
     if _has_embed(folder): return "embed"
     if "info.txt" in names and any(re.fullmatch(r"mdb\d{3}\.pgm", n) for n in _below(folder, 1)): return "mias"
     if _has_clients(folder): return "omidb"
+    if _has_cases(folder): return "bmcd"
+    if _has_dmid(names): return "dmid"
     for n,columns,layout in (("labels.csv",CBIS_PATCH_COLUMNS,"cbis_patches"), ("train.csv",RSNA_NEED,"rsna")):
         if n in names and _begins(Path(folder)/names[n], columns): return layout
     if {f.casefold() for f in FOUR_VIEWS} <= set(names): return "four_views"
@@ -158,7 +172,7 @@ def _check_rules(rules):
 # %% ../../nbs/lib/22b_data.readers.ipynb #42def0ee
 _EXPECTED = ("expected INbreast.csv, BCDR-…_dataset, CBIS-DDSM tables with images, OMI-DB's data/ and images/, "
     "Info.txt of mini-MIAS, finding_annotations.csv of VinDr-Mammo, the tables of CMMD, CDD-CESM, RSNA "
-    "(train.csv), EMBED or CSAW-CC under their own names, "
+    "(train.csv), EMBED, CSAW-CC, BMCD or DMID under their own names, "
     "or images.csv / patches.csv of the plain layout (nbs/lib/22a_data.folder.ipynb); "
     "`mammo_doctor` says more")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'patient_counts', 'balanced_groups', 'split_patients', 'balance_table', 'line_of', 'half', 'nested_subsets',
-           'folds', 'pooled_split', 'check_leaks', 'without_doubles', 'each_once', 'leak_table']
+           'folds', 'pooled_split', 'alike_across', 'check_leaks', 'without_doubles', 'each_once', 'leak_table']
 
 # %% ../../nbs/lib/29_data.splits.ipynb #99057c1b
 from itertools import combinations
@@ -14,6 +14,7 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from ..core import DataError, LeakError, ParameterError, nearest, rng, seed_of
+from .doubles import alike, look_of
 from .patches import in_scope
 
 # %% ../../nbs/lib/29_data.splits.ipynb #a4013be8
@@ -278,16 +279,58 @@ def _compared(a, b, sa, sb):
     yield a, b, _GENERATOR, seen_a, tb.patient_id.dropna(), unknown_a
     yield b, a, _GENERATOR, seen_b, ta.patient_id.dropna(), unknown_b
 
+def _by_look(x, y, sx, sy):
+    "The line of patches that look alike; none where the two sides have one data set, or tables without pixels."
+    if not (hasattr(sx,"pixels") and hasattr(sy,"pixels")): return []
+    hashes, left, right = alike_across(sx, sy)
+    return [(x, y, _ALIKE, left, right, len(hashes), 0)]*bool(left and right)
+
 _GENERATOR = "patient seen by a generator"
 
+# %% ../../nbs/lib/29_data.splits.ipynb #h18look01
+_LOOKS = {} # pixel hash -> look, for this process
+_ALIKE = "patch of another data set that looks alike"
+
+def _looks(s):
+    "(data set, look) of the real patches of a set that hold something, by pixel hash."
+    t = s.table.reset_index(drop=True)
+    real = t[~t.synthetic.astype(bool) & t.pixel_hash.notna() & t.dataset.notna()]
+    real = real[~real.pixel_hash.str.startswith("constant")].drop_duplicates("pixel_hash")
+    for k,h in real.pixel_hash.items():
+        if h not in _LOOKS: _LOOKS[h] = look_of(np.asarray(s.pixels[k]).reshape(s.pixels.shape[-2:]))
+    return {h: (d, _LOOKS[h]) for h,d in zip(real.pixel_hash, real.dataset)}
+
+def alike_across(
+    one, # PatchSet
+    other, # PatchSet
+    *,
+    at_once:int=1000, # Patches compared at the same time
+) -> tuple: # (hashes of `one` that have such a double in `other`, how many of each were compared)
+    "Real patches of two sets that look alike and come from different data sets."
+    a, b = _looks(one), _looks(other)
+    found, tried = set(), [0, 0]
+    for d in sorted({d for d,_ in a.values()}):
+        left, right = [h for h in a if a[h][0]==d], [h for h in b if b[h][0]!=d]
+        if not right: continue
+        tried = [tried[0]+len(left), max(tried[1], len(right))]
+        theirs = np.stack([b[h][1] for h in right])
+        for k in range(0, len(left), at_once):
+            own = left[k:k+at_once]
+            found |= {own[i] for i,_ in alike(np.stack([a[h][1] for h in own]), theirs)}
+    return sorted(found), *tried
+
+# %% ../../nbs/lib/29_data.splits.ipynb #h18look03
 def check_leaks(
     *,
     allow:tuple=(), # Patient ids known to be on both sides; why that is accepted must stand in the report
+    refuse_looks:bool=False, # Patches of two data sets that look alike stop as well; else they are counted
     **sets # Named PatchSets (or patch tables), e.g. train=..., val=..., test=...
 ) -> pd.DataFrame: # One row a pair and check: what was compared, how many were found (0) or could not be checked
     "Raise `LeakError` naming what two sets share; otherwise say what was compared."
     found, lines = [], []
     for (x,sx),(y,sy) in combinations(sets.items(),2):
+        lines += (looks := _by_look(x, y, sx, sy))
+        found += [f"{n} {_ALIKE}, in {x} and {y}" for *_,n,_ in looks if n and refuse_looks]
         for a,b,check,left,right,unknown in _compared(x, y, sx, sy):
             left, right = set(left), set(right)
             both = sorted(left & right, key=str)

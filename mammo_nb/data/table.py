@@ -21,10 +21,10 @@ from ..core import DataError
 
 # %% ../../nbs/lib/20_data.table.ipynb #f0902c0c
 TEXT_COLUMNS = ("dataset","subset","patient_id","study_id","image_id","path","laterality","view","birads",
-    "official_split","device")
+    "official_split","device","terms")
 NUMBER_COLUMNS = ("rows","cols","spacing_mm","bits","density","age")
 SHARED_COLUMNS = ("dataset","subset","patient_id","study_id","image_id","path","laterality","view","rows","cols",
-    "spacing_mm","bits","density","birads","age","official_split","device","quirks")
+    "spacing_mm","bits","density","birads","age","official_split","device","terms","quirks")
 IMAGE_COLUMNS = SHARED_COLUMNS + ("has_lesion","normal")
 BOX = ("x0","y0","x1","y1")
 LESION_COLUMNS = SHARED_COLUMNS + ("lesion_id",*BOX,"polygon","mask_path","lesion_type","label","label_source",
@@ -101,7 +101,7 @@ class Ledger:
 # %% ../../nbs/lib/20_data.table.ipynb #24c0a061
 PATCH_COLUMNS = ("patch_id","patient_id","image_id","lesion_id","target","lesion_type","label","density","dataset",*BOX,
     "side_px","background","synthetic","generator","generator_patients","pixel_hash")
-PATCH_EXTRAS = ("path","laterality","view","birads","official_split","label_raw")
+PATCH_EXTRAS = ("path","laterality","view","birads","official_split","label_raw","terms")
 
 @dataclass
 class MammoData:
@@ -144,7 +144,8 @@ def make_data(
 ) -> MammoData:
     "Tables of a reader's rows: shared columns filled in, types fixed, order fixed, invariants checked."
     ledger = ledger or Ledger(name)
-    rows = {r["image_id"]: {"dataset":name, "quirks":[], "has_lesion":False, "normal":False, **r} for r in images}
+    own = dict(dataset=name, terms=name, quirks=[], has_lesion=False, normal=False)
+    rows = {r["image_id"]: own | dict(quirks=[]) | r for r in images}
     twice = len(images)-len(rows)
     if twice: raise DataError(f"{twice} image ids occur twice", name, "the reader must make them unique")
     im = _typed(pd.DataFrame(list(rows.values())) if rows else empty_images(), IMAGE_COLUMNS)
@@ -154,6 +155,7 @@ def make_data(
     for c in ("polygon","mask_path"): le[c] = le[c].where(le[c].notna(), None)
     im = im.sort_values("image_id", kind="stable", ignore_index=True)
     le = le.sort_values(["image_id","lesion_id"], kind="stable", ignore_index=True)
+    if patches is not None: patches = patches.assign(terms=patches.get("terms", pd.Series(dtype=object)).fillna(name))
     data = MammoData(name, im, le, ledger.frame(), scaling, patches)
     check_data(data)
     return data

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from ..cache import cached, damaged, fault_of, seal, sweep
 from ..core import ParameterError, RunError, file_hash, hash_of, locked, nearest
-from . import lookalike, lookalike2, lookalike3, phantom
+from . import lookalike, lookalike2, lookalike3, lookalike4, phantom
 
 # %% ../../nbs/lib/21d_data.trees.ipynb #2e86a933
 LAYOUTS = dict(inbreast=lookalike.write_inbreast, bcdr=lookalike.write_bcdr_tree, folder=lookalike.write_folder,
     cbis=lookalike2.write_cbis,
     cbis_jpeg=partial(lookalike2.write_cbis, form="jpeg"), omidb=lookalike2.write_omidb, mias=lookalike2.write_mias,
     vindr=lookalike2.write_vindr, cmmd=lookalike3.write_cmmd, cesm=lookalike3.write_cesm, rsna=lookalike3.write_rsna,
-    embed=lookalike3.write_embed, csaw=lookalike3.write_csaw)
+    embed=lookalike3.write_embed, csaw=lookalike3.write_csaw, bmcd=lookalike4.write_bmcd, dmid=lookalike4.write_dmid)
 
 # %% ../../nbs/lib/21d_data.trees.ipynb #8c2f857b
 def build_once(
@@ -65,7 +65,7 @@ def phantom_tree(
 ) -> Path: # Folder of the tree, in the cache
     "A look-alike data set of phantom patients, built once per key."
     if layout not in LAYOUTS: raise ParameterError(f"'{layout}' is no layout", "layout", nearest(layout, list(LAYOUTS)))
-    code = [file_hash(m.__file__) for m in (phantom, lookalike, lookalike2, lookalike3)]
+    code = [file_hash(m.__file__) for m in (phantom, lookalike, lookalike2, lookalike3, lookalike4)]
     style = phantom.centre_style(centre)
     key = hash_of(layout, str(style), n_patients, seed, float(scale), quirks, code)
     def build(root):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'Short', 'Count', 'Side', 'Real', 'Pair', 'Several', 'WIDTHS', 'Bounds', 'plain_file', 'files_below',
-           'depth_of', 'json_of', 'Told', 'Training', 'Card', 'typed', 'Execution', 'Selection', 'Description',
+           'depth_of', 'json_of', 'Told', 'Training', 'Lent', 'Card', 'typed', 'Execution', 'Selection', 'Description',
            'MediganCard', 'meta_network', 'pyramid_cost', 'cost_of', 'check_cost', 'tensor_shapes', 'check_shapes',
            'admitted', 'admit_folder']
 
@@ -16,7 +16,7 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -129,6 +129,14 @@ class Training(Told):
     seed:int | None = None
     recipe:dict | None = None # Its settings
 
+# %% ../../nbs/lib/48d_gans.door.ipynb #h18lent00
+class Lent(Told):
+    "Under what terms a data set was lent."
+    dataset:Short
+    licence:Short
+    release:Literal["free","credit","non-commercial","permission"]
+    clause:Short
+
 # %% ../../nbs/lib/48d_gans.door.ipynb #531e8799
 class Card(Told):
     "Content of generator.json."
@@ -141,6 +149,7 @@ class Card(Told):
     card:dict | None = None # Older form: the same fields once more
     training:Training | None = None
     datasets:Annotated[list[Short], Field(max_length=1000)] | None = None # It was trained on
+    terms:Annotated[list[Lent], Field(max_length=1000)] | None = None # Under what terms they were lent
     members:Annotated[list[Short], Field(max_length=100_000)] | None = None # Hashes of the patients' ids
     patients_hash:Short | None = None
     classes:Annotated[list[Short], Field(max_length=1000)] | Count | None = None

@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..core import DataError, ParameterError, RunError, write_csv, write_json
 from ..data.patches import PatchSet, synthetic_patches
+from ..data.terms import table_terms
 from . import kinds  # noqa: F401 - recipes and generators of every kind come by here
 from .adopt import as_generator
 from .cgan import sample_classes
@@ -62,7 +63,8 @@ def card_of(
     lesions = dict(scope=fit.scope) if fit.scope else {}
     classes = dict(classes=list(fit.classes)) if fit.classes else {}
     datasets = sorted(set(patches.table.dataset.dropna()))
-    return patient_card(patches.table.patient_id, **{**lesions, **classes, "datasets": datasets, **fit.told})
+    told = {"datasets": datasets, "terms": table_terms(patches.table), **fit.told}
+    return patient_card(patches.table.patient_id, **{**lesions, **classes, **told})
 
 # %% ../../nbs/lib/49d_gans.fit.ipynb #ee0013f6
 def fit_generator(

@@ -113,7 +113,8 @@ def released_card(
     scope = f" ({told['scope']})" if told.get("scope") else ""
     title = release.title or told.get("title") or f"{TITLES.get(kind, kind)}: mammography patches{scope}"
     drawn = on_phantoms(told) and " + " not in told["source"]["data"]    # a plus joins several sets: not phantoms
-    terms = check_release(["phantom"] if drawn else told.get("datasets") or [], release.license, release.permission)
+    sets, stated = (["phantom"], ()) if drawn else (told.get("datasets") or [], told.get("terms") or ())
+    terms = check_release(sets, release.license, release.permission, stated=stated)
     stated = dict(permission=release.permission.strip()) if release.permission.strip() else {}
     return {**told, "license": release.license, "title": title, "terms": terms, **stated}
 

@@ -17,6 +17,7 @@ from ..core import hash_of, seed_of, write_whole
 from ..data.patches import synthetic_patches
 from ..data.pixels import area_resize
 from ..data.splits import check_leaks
+from ..data.terms import table_terms
 from ..gans.singan import SinGANRecipe, fit_singans
 from ..metrics.sifid import place_extractor, sifid, sifid_row
 from .shift_patches import joined, lesion_of, patient_key
@@ -33,7 +34,10 @@ class Sources:
     def cards(self) -> list: # One dict a SinGAN; no ids, for a folder may be shared
         "What stands beside the weights of each SinGAN."
         def known(r): return dict(patients=hash_of([r.patient_id]), zoom=r.zoom, source=int(r.source))
-        return [known(r) | dict(datasets=[str(r.dataset)], scope="lesions") for r in self.table.itertuples()]
+        more = [dict(datasets=[str(d)], terms=table_terms(t)) for d,t in self._sets()]
+        return [known(r) | k | dict(scope="lesions") for k,r in zip(more, self.table.itertuples())]
+
+    def _sets(self): return [(r.dataset, self.table.iloc[[k]]) for k,r in enumerate(self.table.itertuples())]
 
     def of(self, zoom:str): return [(x, r) for x,r in zip(self.images, self.table.itertuples()) if r.zoom == zoom]
 
@@ -51,6 +55,7 @@ def singan_sources(
             x = np.asarray(ps.pixels[at,0])
             images.append(area_resize(area_resize(x, 256), (380,572)) if stretched else x)
             who = dict(patch_id=ps.table.patch_id[at], patient_id=t.patient_id, dataset=t.dataset, row=at)
+            who |= dict(terms=t.terms)
             told.append(dict(source=k, zoom=zoom, device="film" if t.device=="film" else "digital", **who))
     return Sources(images, pd.DataFrame(told))
 
