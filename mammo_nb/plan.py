@@ -25,7 +25,7 @@ import yaml
 
 from .core import MammoError, ParameterError, nearest, repo_root
 from .data.doctor import _who
-from .data.readers import read_any
+from .data.readers import read_any, told_rules
 from .metrics.trainings import Spread, _planned, _power, auroc_variance, decidable
 from .paper import rules_of, settle
 from .params import Params, check_params, split_words
@@ -139,7 +139,7 @@ def counted_women(
     names = split_words(getattr(params, "dataset", "")) or None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")         # what is odd in the data is for mammo_doctor to say
-        who = _who(read_any(params.data_dir, names))
+        who = _who(read_any(params.data_dir, names, rules=told_rules(getattr(params, "label_rules", ""))))
     share = _setting(record["share"], setup)
     return {s: {c: round(share*len(who[kind])) for c,kind in kinds.items()} for s,kinds in record["classes"].items()}
 

@@ -37,6 +37,7 @@ CHANGES = { # Paper -> parameter -> another value
     "04": SEEDS | dict(protocol="clean", switches="crop_faults", scopes="lesions", models="swin", arms="none,copies", regimes="100", scaling="voi", margin=30, patients=30, gan_epochs=2,
                        clf_epochs=2, boots=30, replicates=2, dp_epsilon=8., references=2, mode="bf16")}
 FREE = dict(run_dir="where the run goes", only="which stages are done, not what they do", device="counts in every key as cpu, cuda or mps", show_real="what the page shows",
+            label_rules="of real sets only; what they change are labels, which count in every key",
             preset="the published sizes cost days; they reach the jobs as the sizes that stand here one by one")
 DATA = "data_dir: the data are changed in place below, file by file"
 REASONS = { # Paper -> parameter -> why it is not changed here

@@ -292,12 +292,12 @@ _LOOKS = {} # pixel hash -> look, for this process
 _ALIKE = "patch of another data set that looks alike"
 
 def _looks(s):
-    "(data set, look) of the real patches of a set that hold something, by pixel hash."
+    "(data set, look of the first view) of the real patches of a set that hold something, by pixel hash."
     t = s.table.reset_index(drop=True)
     real = t[~t.synthetic.astype(bool) & t.pixel_hash.notna() & t.dataset.notna()]
     real = real[~real.pixel_hash.str.startswith("constant")].drop_duplicates("pixel_hash")
     for k,h in real.pixel_hash.items():
-        if h not in _LOOKS: _LOOKS[h] = look_of(np.asarray(s.pixels[k]).reshape(s.pixels.shape[-2:]))
+        if h not in _LOOKS: _LOOKS[h] = look_of(np.asarray(s.pixels[k]).reshape(-1, *s.pixels.shape[-2:])[0])
     return {h: (d, _LOOKS[h]) for h,d in zip(real.pixel_hash, real.dataset)}
 
 def alike_across(

@@ -32,7 +32,7 @@ from ..gans.cgan import CGAN, RECIPES
 from ..gans.fit import Drawing, Fit, Measure, draw, drawn, fit_generator, measure
 from ..metrics.answers import Cell, Intervals, said, write_answers
 from ..metrics.features import make_extractor
-from ..paper import Paper, Settled
+from ..paper import Paper, Settled, label_rules
 from .cbis_controls import CONTROLS, DRAWN, control_images, swapped
 from .cbis_masses import (CLEAN, NAMES, PROTOCOLS, SWITCHES, Files, Protocol, check_masses, cut_masses,
                                          labels_of, make_splits, mass_rows, split_name)
@@ -261,7 +261,7 @@ def load(
                     conspicuity=3., diameter_mm=(18., .3))
     words = "phantom masses on film, more conspicuous than real ones, written in the layout of CBIS-DDSM and read back"
     like = Phantoms("cbis", style, setup.patients, run.seeds.phantom, setup.phantom_scale, words)
-    sets, _ = sets_for(run.params.data_dir, like, need="lesions")
+    sets, _ = sets_for(run.params.data_dir, like, need="lesions", rules=label_rules(run))
     parts, left = zip(*[mass_rows(data, image=setup.image) for data in sets])
     skipped = pd.concat([*left, *[d.skipped.drop(columns="kind", errors="ignore") for d in sets]], ignore_index=True)
     table = check_masses(pd.concat(parts, ignore_index=True), run.params.data_dir or "phantoms")

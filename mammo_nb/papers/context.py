@@ -24,7 +24,7 @@ from ..gans.context import READINGS, ContextGAN, context_labels
 from ..gans.fit import Fit, fit_generator
 from ..gans.train import RECIPES
 from ..metrics.answers import Answers, Cell
-from ..paper import Paper, Settled, replicate_name, replicates
+from ..paper import Paper, Settled, label_rules, replicate_name, replicates
 from .context_arms import augmented_arm
 from .context_decay import ARMS, CONTEXT, Decay, fit_arm, training_of
 from .context_edits import (Painting, draw_synthetic, edit_mammogram, edit_pairs, kept_of,
@@ -171,7 +171,8 @@ def load(
 ) -> tuple: # (list of MammoData, words on where they come from)
     "The data sets of this run, phantom or real: whole mammograms, for ready patches have no tissue around them."
     names = split_words(run.params.dataset) or None
-    sets, words = sets_for(run.params.data_dir, phantoms_of(run), names=names, scaling=run.params.scaling)
+    how = dict(names=names, scaling=run.params.scaling, rules=label_rules(run))
+    sets, words = sets_for(run.params.data_dir, phantoms_of(run), **how)
     run.note(source=words)
     return sets, words
 

@@ -31,7 +31,7 @@ from ..gans.train import RECIPES, Recipe
 from ..metrics.answers import Cell
 from ..metrics.features import make_extractor
 from ..metrics.probe import probe_auc
-from ..paper import Paper, Settled, replicate_seeds
+from ..paper import Paper, Settled, label_rules, replicate_seeds
 from .helps_rows import (ARMS, CONTROLS, GANS, TASKS, Asked, Training, control, evenly, fit_cell,
                                         labels_for, learns_from, make_patches, part, positives, recognise,
                                         train_singans)
@@ -156,7 +156,7 @@ def load(
     setup, params = run.setup, run.params
     def phantoms(style, n): return Phantoms("folder", style, n, run.seeds.phantom, scale=setup.scale)
     need = "lesions" if params.task == "lesions" else "classes"
-    sets, words = sets_for(params.data_dir, phantoms("a", setup.patients), need=need)
+    sets, words = sets_for(params.data_dir, phantoms("a", setup.patients), need=need, rules=label_rules(run))
     if run.phantom:
         far = "other" in set(run.grid.arm)
         there = sets_for("", phantoms("b", setup.elsewhere), need=need)[0][0] if far else None

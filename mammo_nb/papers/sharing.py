@@ -28,7 +28,7 @@ from ..gans.reference import deal_references, pool_of
 from ..gans.shipped import SHIPPED, named_or_path, shipped_generator
 from ..gans.train import RECIPES, Recipe
 from ..metrics.answers import Cell
-from ..paper import Paper, Settled, replicate_name, replicates
+from ..paper import Paper, Settled, label_rules, replicate_name, replicates
 from .sharing_centres import fresh_centre, kept_from, phantom_centres, real_centres
 from .sharing_patches import Cutting, cut_centre_a, cut_lesions
 from .sharing_rows import ADDED, ARMS, Counts, Halving, Training, fit_cell, who_trains
@@ -280,7 +280,7 @@ def load(
         women = {c: run.setup.patients[c] for c in need}
         centres, words = phantom_centres(women, **_like(run), mix=run.setup.mix), PHANTOMS
     else:
-        of = dict(seed=run.seeds.split, scaling=params.scaling, split_by=params.split_by)
+        of = dict(seed=run.seeds.split, scaling=params.scaling, split_by=params.split_by, rules=label_rules(run))
         centres, words = real_centres(params.data_dir, given=params.centres, need=need, **of)
     run.note(centres=words)
     kept = _kept(run, centres, trains=sorted({GENERATORS[g][0] for g,_ in plan_generators(run.grid)} - set(theirs)))

@@ -143,9 +143,10 @@ def real_centres(
     seed:int, # Of dealing out patients
     scaling:str, # How pixels become uint8
     split_by:str, # `patient` or `image`
+    rules:dict=None, # Choices of readers, as for `read_any`
 ) -> tuple: # (centre -> Centre, words on where they come from)
     "The centres of a folder of real data."
-    sets, note = read_any(data_dir, scaling=scaling), ""
+    sets, note = read_any(data_dir, scaling=scaling, rules=rules), ""
     if split_by == "image":
         sets = {name: images_as_patients(data) for name,data in sets.items()}
         note = "; images of lesion-free sets are split as if each were a patient of its own"

@@ -24,7 +24,7 @@ from ..data.trees import Phantoms
 from ..gans.singan import SinGANRecipe, singan_recipes
 from ..metrics.answers import Answers, Intervals
 from ..metrics.sifid import place_extractor
-from ..paper import Paper, Settled, replicate_name, replicates
+from ..paper import Paper, Settled, label_rules, replicate_name, replicates
 from .shift_heads import Network, compute_features, probabilities, tested, train_heads, train_whole
 from .shift_patches import (CLASSES, ZOOMS, Cutting, Folding, check_counts, check_folds, check_sets,
                                            cut_groups, fold_counts, labelled, make_folds, pick_sources, samples_needed)
@@ -191,7 +191,7 @@ def load(
     check_weights(run.setup.weights, params.sifid, run.only)
     made, names = phantoms(run.setup, run.seeds.phantom), split_words(params.dataset)
     found = read_any(made.tree() if run.phantom else params.data_dir, None if run.phantom else names or None,
-                     scaling=params.scaling)
+                     scaling=params.scaling, rules=label_rules(run))
     sets = list(found.values()) if run.phantom else real_sets(found, names, params.data_dir)
     run.note(data_how=run.words("data", made.words if run.phantom else " + ".join(s.name for s in sets)))
     return sets

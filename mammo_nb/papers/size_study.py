@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, rng
+from ..core import DataError, ParameterError, rng
 from ..data.omidb import OmiFilter, read_omidb
 from ..data.patches import (PatchSet, extract, healthy_patches, lesion_patches, ready_patches,
                                    tissue_patches)
@@ -22,19 +22,23 @@ from ..data.readers import find_datasets, layout_of, read_any
 from ..data.splits import check_leaks, folds, leak_table, line_of, nested_subsets, without_doubles
 from ..data.trees import Phantoms
 from ..metrics.probe import probe_auc
+from ..paper import label_rules
 from .size_setup import SIZES, Protocol, Setup
 
 # %% ../../nbs/papers/82c_papers.size_study.ipynb #ea3ee2ec
 def thesis_sets(
     root, # Folder with data sets
     scaling:str="minmax", # How pixels become uint8: `minmax` as the thesis, or `voi` as a viewer would
+    rules:dict=None, # Choices of readers, as for `read_any`; OMI-DB's is the filter of Table 2
 ) -> list: # of MammoData
     "Every data set below a folder, OMI-DB with the filter of Table 2; nothing passes a filter unseen."
+    if "omidb" in (rules or {}): raise ParameterError("of OMI-DB this paper takes what Table 2 takes", "label_rules")
     found = find_datasets(root)
     omidb = [n for n, folder in found.items() if layout_of(folder) == "omidb"]
     others = [n for n in found if n not in omidb]
     sets = [read_omidb(found[n], **vars(OmiFilter()), scaling=scaling) for n in omidb]
-    return sets + list(read_any(root, others, scaling=scaling).values()) if others or not omidb else sets
+    if omidb and not others: return sets
+    return sets + list(read_any(root, others, scaling=scaling, rules=rules).values())
 
 # %% ../../nbs/papers/82c_papers.size_study.ipynb #50e51d9c
 def phantom_style(
@@ -49,7 +53,7 @@ def load(
 ) -> tuple: # list of MammoData, words on where they come from
     "The data sets of this run, phantom or real."
     if not run.phantom:
-        sets = thesis_sets(run.params.data_dir, run.params.scaling)
+        sets = thesis_sets(run.params.data_dir, run.params.scaling, label_rules(run))
         return sets, "data sets below the given folder, all used; of OMI-DB only what the filter of Table 2 passes"
     setup, seed = run.setup, run.seeds.phantom
     tree = Phantoms("folder", phantom_style(setup), setup.patients, seed, setup.scale).tree()
