@@ -4,10 +4,12 @@
 
 Each paper's notebook is run by papermill (phantoms, seed 0, demo size, two at a time) into `reports/demo/evidence/`. The executed
 notebook, without progress lines, warnings, times and names of folders, becomes `reports/PAPER/notebook.ipynb`; its page becomes
-`reports/PAPER/report.html`, or `demo.html` where that is a page of several runs; the small tables that the page links to come with it. All are made of phantoms
-only. A tree with changes is refused: evidence is a commit's.
+`reports/PAPER/report.html`, or `demo.html` where that is a page of several runs; the small tables that the page links to come with it, and
+the picture of samples that the README shows (`reports/PAPER/samples.png`). All are made of phantoms only. A tree with changes is refused:
+evidence is a commit's.
 """
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,8 @@ from keep_outputs import PRIVATE, text_of, unnumbered      # noqa: E402 - the ru
 PAPERS = sorted(p.stem for p in (ROOT/"nbs").glob("0*.ipynb"))
 WORK = Path("reports/demo/evidence")
 LARGEST = 300_000     # characters of one output
+SAMPLES = {"00_annotation_shift": "samples", "01_contextual_gan": "fig1_pairs", "02_dcgan_size": "fig15_samples",
+           "03_cgan_augmentation": "fig5_samples", "04_sharing": "fig2_samples"}  # paper -> figure for the README
 LARGEST_TABLE = 60_000 # characters of one table; a demo's are some 100,000 together
 
 
@@ -79,6 +83,7 @@ def take(paper:str, executed:Path) -> None:
     page, folder = place/("demo.html" if several else "report.html"), "demo_tables" if several else "tables"
     text = (ROOT/WORK/paper/"report.html").read_text(encoding="utf-8")
     page.write_text(tables_kept(text, ROOT/WORK/paper, place, folder), encoding="utf-8")
+    if paper in SAMPLES: shutil.copyfile(ROOT/WORK/paper/"figures"/f"{SAMPLES[paper]}.png", place/"samples.png")
     print(f"{paper}: {(place/'notebook.ipynb').stat().st_size/1e6:.1f} MB, {page.name} {page.stat().st_size/1e6:.1f} MB")
 
 

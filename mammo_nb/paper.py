@@ -144,7 +144,8 @@ def label_rules(
     "The choices of readers that this run asks for."
     text = getattr(run.params, "label_rules", "")
     if text and run.phantom:
-        raise ParameterError("phantoms leave no label open", "label_rules", "only the data sets of a data_dir can be read by it")
+        fix = "only the data sets of a data_dir can be read by it"
+        raise ParameterError("phantoms leave no label open", "label_rules", fix)
     return told_rules(text)
 
 # %% ../nbs/lib/14_paper.ipynb #b82b9268

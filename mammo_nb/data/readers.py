@@ -186,7 +186,8 @@ def told_rules(
         name, _, value = word.partition("=")
         layout, _, choice = name.strip().partition(".")
         if not value.strip() or not choice:
-            raise ParameterError(f"'{word}' is no rule", "label_rules", "write layout.choice=value, e.g. vindr.malignant_from=5")
+            fix = "write layout.choice=value, e.g. vindr.malignant_from=5"
+            raise ParameterError(f"'{word}' is no rule", "label_rules", fix)
         _check_rules({layout: {choice: value}})
         out.setdefault(layout, {})[choice] = _as_kind(value.strip(), rules_of(layout)[choice])
     return out

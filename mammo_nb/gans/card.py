@@ -6,10 +6,9 @@
 __all__ = ['PUBLIC', 'MEMBERS', 'LICENSES', 'SPDX', 'NO_AUDIT', 'SHOWN', 'TITLES', 'USE', 'LIMITS', 'SINGLE', 'PHANTOMS', 'WHAT',
            'HASHES', 'OFFICER', 'SAMPLES', 'HOW_TO_USE', 'NOT_MEASURED', 'INPUTS', 'public_card', 'without_image',
            'licence_text', 'code_licence', 'metric_table', 'number', 'shown_metrics', 'measure', 'audit_dict',
-           'with_interval', 'shown_audit', 'privacy_of', 'kind_of', 'on_phantoms', 'data_names', 'hub_metric',
-           'front_matter', 'provenance', 'as_markdown', 'limits_of', 'terms_words', 'written_by', 'model_card', 'usage',
-           'medigan_id', 'medigan_execution', 'medigan_performance', 'medigan_selection', 'medigan_description',
-           'medigan_metadata']
+           'with_interval', 'shown_audit', 'privacy_of', 'kind_of', 'hub_metric', 'front_matter', 'provenance',
+           'as_markdown', 'limits_of', 'terms_words', 'written_by', 'model_card', 'usage', 'medigan_id',
+           'medigan_execution', 'medigan_performance', 'medigan_selection', 'medigan_description', 'medigan_metadata']
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #a2ea137b
 import importlib.metadata
@@ -26,6 +25,7 @@ import yaml
 import mammo_nb
 from ..core import DataError, ParameterError, nearest, read_json, repo_root
 from .dp import privacy_words
+from .officer import data_names, on_phantoms
 from .share import sample_generator
 from ..metrics.features import make_extractor
 from ..metrics.fid import generator_report
@@ -209,17 +209,6 @@ def kind_of(card:dict) -> str: # `dcgan`, `wgangp`, …
     "What trained a generator: WGAN-GP and DCGAN share their network."
     recipe = (card.get("training") or {}).get("recipe") or {}
     return "wgangp" if card["config"]["kind"] == "dcgan" and "penalty" in recipe else card["config"]["kind"]
-
-# %% ../../nbs/lib/49c_gans.card.ipynb #91d56588
-def on_phantoms(card:dict) -> bool:
-    "Was it trained on phantoms, whatever layout they were written in?"
-    return "phantom" in str((card.get("source") or {}).get("data", "")).lower()
-
-# %% ../../nbs/lib/49c_gans.card.ipynb #c20dd746
-def data_names(card:dict) -> list: # Names for cards
-    "What it was trained on; phantoms are not the data set whose layout they have."
-    names = [str(x) for x in card.get("datasets") or []]
-    return [f"phantoms in the layout of {x}" for x in names] or ["phantoms"] if on_phantoms(card) else names
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #f1619972
 def hub_metric(

@@ -26,9 +26,9 @@ from ..data.terms import check_release
 from .adopt import ARCHS, import_generator
 from .bundle import draw_alone, generate, generate_painted, package_code, png_bytes
 from .card import (LICENSES, TITLES, audit_dict, code_licence, kind_of, licence_text, measure,
-                                medigan_metadata, metric_table, model_card, on_phantoms, public_card,
+                                medigan_metadata, metric_table, model_card, public_card,
                                 without_image)
-from .officer import officer_facts, officer_page
+from .officer import officer_facts, officer_page, on_phantoms
 from .folder import find_generators, lost_stages, save_any, stages_of, whole_folder
 from .share import load_generator, sample_generator
 from .shipped import named_or_path

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core import ParameterError, nearest
 from .adopt import import_generator
-from .card import on_phantoms
+from .officer import on_phantoms
 from .share import load_generator
 
 # %% ../../nbs/lib/49f_gans.shipped.ipynb #b22ec541

@@ -147,7 +147,7 @@ def arm_gains(
     answers:Answers, # Of the run
 ) -> pd.DataFrame: # scope, model, regime, arm, value (arm - none), lo, hi, se, p, p_holm, published, n_patients, metric
     "Each arm against `none` on the same test patches, healthy positive; Holm over the rows of a metric."
-    def of(m): return gains(answers, PAPER.name, metric=m, positive="healthy").assign(metric=m)
+    def of(m): return gains(answers, PAPER.name, metric=m, positive="healthy").assign(metric=m, positive="healthy")
     return pd.concat([of(m) for m in METRICS], ignore_index=True)
 
 def data_words(

@@ -438,7 +438,9 @@ def why(
                "holds, negligible": f"there is an effect, of less than {m}",
                "opposite": f"the whole interval is on the other side, beyond {m}",
                "cannot tell": f"an effect of {decidable(e.se, e.df):.2g} or more would have been seen"}
-    said = reasons.get(verdict.removeprefix("provisional: "), f"any effect is smaller than {m}")
+    plain = verdict.removeprefix("provisional: ")
+    ruled_out = f"a {plain.removeprefix('no notable ')} of {m} or more is ruled out"
+    said = reasons.get(plain, ruled_out if plain in NULL.values() else f"any effect is smaller than {m}")
     return said + (", in the one training there is" if e.conditional else "")
 
 # %% ../../nbs/lib/62_report.claims.ipynb #b1ab7f68

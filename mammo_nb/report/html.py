@@ -243,7 +243,7 @@ border-bottom:1px solid var(--line)}.claims li:last-child{border:0}.claims .say{
 .claims small{display:block;color:var(--soft);font-size:.82rem;font-weight:400}.claims .nums{font-size:.88rem}
 .claims .control{grid-column:1/-1;font-size:.88rem}.claims .nums b{font-weight:650}
 .v{text-align:right}.v small{margin-top:.15rem}
-.badge{display:inline-block;padding:.12rem .6rem;border-radius:99px;font-size:.8rem;font-weight:700;white-space:nowrap}
+.badge{display:inline-block;padding:.12rem .6rem;border-radius:1rem;font-size:.8rem;font-weight:700}
 .holds{color:var(--ok);background:var(--okbg)}.refuted{color:var(--no);background:var(--nobg)}
 .cannot,.provisional{color:var(--dk);background:var(--dkbg)}
 """
