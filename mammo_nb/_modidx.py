@@ -3437,6 +3437,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'mammo_nb/papers/sharing_page.py'),
                                               'mammo_nb.papers.sharing_page.loss_figure': ( 'papers/papers.sharing_page.html#loss_figure',
                                                                                             'mammo_nb/papers/sharing_page.py'),
+                                              'mammo_nb.papers.sharing_page.mean_words': ( 'papers/papers.sharing_page.html#mean_words',
+                                                                                           'mammo_nb/papers/sharing_page.py'),
                                               'mammo_nb.papers.sharing_page.named': ( 'papers/papers.sharing_page.html#named',
                                                                                       'mammo_nb/papers/sharing_page.py'),
                                               'mammo_nb.papers.sharing_page.origin_words': ( 'papers/papers.sharing_page.html#origin_words',

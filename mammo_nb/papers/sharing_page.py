@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NAMED', 'METRICS', 'ASKED', 'PLANTED', 'NEXT', 'QUESTION', 'SECTIONS', 'LAST_LINES', 'named', 'picked',
            'sample_figure', 'overview_figure', 'real_figure', 'loss_figure', 'pairs_figure', 'audit_words',
-           'origin_words', 'arm_gains', 'data_words', 'learnt_words', 'gain_words', 'answer_words', 'in_short']
+           'origin_words', 'arm_gains', 'data_words', 'learnt_words', 'gain_words', 'answer_words', 'mean_words',
+           'in_short']
 
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #9bf7058b
 import numpy as np
@@ -18,11 +19,11 @@ from ..gans.fit import generator_folders
 from ..metrics.answers import FEWEST, Answers
 from .sharing import PAPER
 from ..report.checklists import ENDING
-from ..report.claims import gains
+from ..report.claims import Evidence, effect_words, gains
 from ..report.figures import loss_curves, patch_grid, sheet
 from ..report.page import (Shown, audit_section, beside_section, curves_section, data_section, gains_section,
                                   generators_section, labels, left_out_section, part, published_section,
-                                  verdicts_section, words)
+                                  verdicts_of, verdicts_section, words)
 from ..runs import Number
 
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #ef376dd0
@@ -212,13 +213,28 @@ def answer_words(
     added = f"What each source adds to that, with 95 % intervals over test patients:\n\n{gain_words(gained)}"
     return "\n\n".join([learnt_words(results), added, *([PLANTED] if phantom else []), NEXT])
 
+# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #a76df18e
+def mean_words(
+    verdicts:pd.DataFrame, # Of `report.page.verdicts_of`; None where nothing was judged
+) -> str: # A sentence; empty where no generator's row was tested
+    "The answer in one sentence: the mean gain, and what is left of it over copies."
+    known = verdicts is not None and "id" in verdicts and verdicts.id.eq("04.gain_auroc").any()
+    if not known or pd.isna(verdicts.set_index("id").ours["04.gain_auroc"]): return ""
+    r = verdicts.set_index("id").loc["04.gain_auroc"]
+    added = effect_words(Evidence(r.ours, r.lo, r.hi))
+    told = f"**On average, shared generators move the AUROC by {added} over nothing added**"
+    if pd.isna(r.control_ours): return f"{told}; no control was run."
+    left = effect_words(Evidence(r.control_ours, r.control_lo, r.control_hi))
+    return f"{told}, **and by {left} over as many jittered copies of the hospital's own lesions.**"
+
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #a08dd8e3
 QUESTION = ("May a hospital add what another hospital's *generator* draws to its training data, "
             "as it would add the other hospital's patients?")
 
 def in_short(runs:list) -> str: # runs: of RunFolder
     "What was not trained here, then question and answer, from the run's folder."
-    return f"{words('origin')(runs)}\n\n{QUESTION}\n\n{words('answer')(runs)}".strip()
+    parts = words("origin")(runs), QUESTION, mean_words(verdicts_of(runs)), words("answer")(runs)
+    return "\n\n".join(filter(None, parts))
 
 SECTIONS = [
     part("In short", text=in_short, figures=("overview",)),
