@@ -67,7 +67,7 @@ def test_published_files_and_index_agree():
         assert all("page" not in t["where"] for t in rec["tables"].values())          # the text at hand has no page numbers; none are made up
 
 def test_published_data_are_part_of_the_package():
-    assert 'mammo_nb = ["published/*", "published/example/*"]' in (ROOT/"pyproject.toml").read_text()
+    assert 'mammo_nb = ["published/*", "published/example/*", "shipped/*"]' in (ROOT/"pyproject.toml").read_text()
 
 def test_only_the_headline_row_is_at_odds_with_its_table():
     bad = prevalence_check("04_sharing", "table1"); bad = bad[~bad.fits]
