@@ -94,7 +94,8 @@ def main(wanted:list) -> None:
     if changes(): sys.exit(f"commit first: evidence is taken from a committed tree\n{changes()}")
     with ThreadPoolExecutor(2) as both:
         asked = wanted or PAPERS
-        for paper, executed in zip(asked, both.map(run, asked)): take(paper, executed)
+        done = list(both.map(run, asked))     # all before any is taken: a run would find a changed tree
+    for paper, executed in zip(asked, done): take(paper, executed)
 
 
 if __name__ == "__main__": main(sys.argv[1:])
