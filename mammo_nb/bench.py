@@ -137,7 +137,8 @@ def ceilings(
     big = torch.zeros(2**26 if dev.type == "cpu" else 2**30, dtype=torch.uint8, device=dev)
     copy = torch.empty_like(big)
     def product(mode):
-        with kernels(mode): torch.mm(a, b, out=out)
+        with kernels(mode):
+            torch.mm(a, b, out=out)
     jobs = {"float32": partial(product, "exact"), "copy": lambda: copy.copy_(big)}
     if dev.type == "cuda": jobs["TF32"] = partial(product, "fast")
     if has_bfloat16(dev): jobs["bfloat16"] = lambda: torch.mm(*half)
@@ -343,7 +344,8 @@ def time_shares(
     fn, # Function without arguments, on a CPU
 ) -> dict: # Group -> share of the time; `the rest` included
     "Shares of the time of a call."
-    with profile(activities=[ProfilerActivity.CPU]) as seen: fn()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        fn()
     events = [(e.key, e.self_cpu_time_total) for e in seen.key_averages()]
     total, out = sum(t for _,t in events), dict.fromkeys([*GROUPS, "the rest"], 0.)
     for name,t in events: out[next((g for g,p in GROUPS.items() if re.search(p, name)), "the rest")] += t/total
@@ -442,7 +444,8 @@ def convolutions_of(
     device, # Where it runs
 ): # Function without arguments
     "The convolutions of a call and nothing else, on maps of noise: what no loop of the same arithmetic can undercut."
-    with Convolutions() as seen: fn()
+    with Convolutions() as seen:
+        fn()
     todo = [(func, [seen.made(a, device) for a in args], n) for (func,args),n in seen.calls.items()]
     @torch.no_grad()
     def run():
@@ -460,7 +463,8 @@ def singan_jobs(ours:SinGANFit, plain:SinGANFit, steps:int) -> tuple: # (name ->
     steps, B = min(steps, ours.block_steps()), ours.live["block"]
     def run():
         ours.step = 0                      # stays in the block that was drawn
-        with ours.engine.ready(): [ours.advance() for _ in range(steps)]
+        with ours.engine.ready():
+            [ours.advance() for _ in range(steps)]
     alone = convolutions_of(lambda: ours.step_once(B["noise"][:1], B["prev"][0], B["mix"][0]), ours.device)
     return {"ours": run, "block": lambda: ours.draw_block(0),
             "published loop": lambda: [published_iteration(plain) for _ in range(steps)],
@@ -515,7 +519,8 @@ def sun_xu(
         z, t, i = x[order], np.zeros(len(x)), 0
         while i < n:
             j = i
-            while j < n and z[j] == z[i]: j += 1
+            while j < n and z[j] == z[i]:
+                j += 1
             t[i:j] = .5*(i + j - 1) + 1
             i = j
         out = np.empty(n)
@@ -590,7 +595,8 @@ def textbook_fit(
     dls = DataLoaders(load(None, shuffle=True), load(2), device=torch.device(device))
     learn = Learner(dls, model.to(device), loss_func=class_loss, lr=lr)
     def epoch():
-        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1)
     return epoch
 
 # %% ../nbs/lib/70_bench.ipynb #fe978700

@@ -168,7 +168,8 @@ def _disk_error(e, path):
 # %% ../nbs/lib/10_core.ipynb #09da09f2
 def write_text(path:Path, text:str) -> Path:
     "Write text whole."
-    with write_whole(path) as tmp: tmp.write_text(text, encoding="utf-8")
+    with write_whole(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
     return Path(path)
 
 # %% ../nbs/lib/10_core.ipynb #3213a2aa
@@ -185,7 +186,8 @@ def write_json(path:Path, obj) -> Path:
 # %% ../nbs/lib/10_core.ipynb #1dfc77a6
 def write_csv(path:Path, df, index:bool=False) -> Path: # A pandas frame, six significant digits
     "Write a table whole; floats with nine significant digits, so that equal numbers mean equal bytes."
-    with write_whole(path) as tmp: df.to_csv(tmp, index=index, float_format="%.9g", lineterminator="\n")
+    with write_whole(path) as tmp:
+        df.to_csv(tmp, index=index, float_format="%.9g", lineterminator="\n")
     return Path(path)
 
 # %% ../nbs/lib/10_core.ipynb #72c2c822

@@ -140,5 +140,6 @@ def main(
         print(shipped_table().round(2).to_string(index=False))
         return 0
     run = longer_run(Path(asked.make)/"run")
-    for package in export_examples(learnt(run, material(run)), Path(asked.make)): print(f"zip     {package.zip}")
+    for package in export_examples(learnt(run, material(run)), Path(asked.make)):
+        print(f"zip     {package.zip}")
     return 0

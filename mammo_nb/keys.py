@@ -156,7 +156,8 @@ def _known_module(module):
         digest, imports = read_json(memo)
         return digest, imports
     digest, imports = _read_module(module)
-    with contextlib.suppress(RunError, OSError): write_json(memo, [digest, imports])
+    with contextlib.suppress(RunError, OSError):
+        write_json(memo, [digest, imports])
     return digest, imports
 
 # %% ../nbs/lib/12_keys.ipynb #09e9f528

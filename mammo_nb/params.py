@@ -68,7 +68,8 @@ def writable_folder(folder:str) -> str:
     "Rule: empty, or a folder that exists or can be made."
     if _too_long(folder): raise ValueError(f"{folder[:40]!r}… is no name for a folder: longer than 255 bytes")
     p = Path(folder).expanduser() if folder else None
-    while p is not None and not p.exists(): p = p.parent
+    while p is not None and not p.exists():
+        p = p.parent
     if p is not None and not (p.is_dir() and os.access(p, os.W_OK)):
         raise ValueError(f"cannot write to {folder!r} – choose another folder")
     return folder

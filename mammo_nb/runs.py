@@ -137,7 +137,8 @@ def _refuse_foreign(self:Run): # Same folder, other question: stop before anythi
 def _mend_log(self:Run): # A killed run can leave half a line
     file = self.dir/"steps.jsonl"
     if not file.exists() or not (raw := file.read_bytes()) or raw.endswith(b"\n"): return
-    with open(file, "r+b") as f: f.truncate(raw.rfind(b"\n")+1)
+    with open(file, "r+b") as f:
+        f.truncate(raw.rfind(b"\n")+1)
 
 @patch
 def save(self:Run):
@@ -155,7 +156,8 @@ def note(self:Run, **fields):
 def log(self:Run, **fields):
     "Append one line to steps.jsonl."
     line = json.dumps({"t": round(time.time()-self.started, 3), **fields}, default=str)
-    with open(self.dir/"steps.jsonl", "a", encoding="utf-8") as f: f.write(line+"\n")
+    with open(self.dir/"steps.jsonl", "a", encoding="utf-8") as f:
+        f.write(line+"\n")
 
 @patch
 def finish(self:Run):
@@ -219,7 +221,8 @@ def figure(self:Run,
 ): # The figure
     "Write figures/<name>.png and its words into figures/words.json."
     if fig is None: return None
-    with write_whole(self.dir/"figures"/f"{name}.png") as part: part.write_bytes(figure_bytes(fig))
+    with write_whole(self.dir/"figures"/f"{name}.png") as part:
+        part.write_bytes(figure_bytes(fig))
     self._add("figures/words.json", name, dict(alt=alt, caption=caption, real=bool(real and not self.phantom)))
     return fig
 
@@ -350,9 +353,11 @@ def _work(ready, folder, mode): # Seconds, with those of earlier calls that were
     note = folder/".seconds.json"
     before, start = _seconds(note), time.time()
     try:
-        with kernels(mode): ready(folder)
+        with kernels(mode):
+            ready(folder)
     except BaseException:
-        with contextlib.suppress(OSError): write_json(note, before + time.time()-start)
+        with contextlib.suppress(OSError):
+            write_json(note, before + time.time()-start)
         raise
     return before + time.time()-start
 
@@ -438,7 +443,8 @@ def end_with(
 ) -> None:
     "End this worker when its parent is gone, so that `kill -9` of a run leaves no worker and no lock behind."
     def watch():
-        while os.getppid() == parent: time.sleep(.5)
+        while os.getppid() == parent:
+            time.sleep(.5)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 

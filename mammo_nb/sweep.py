@@ -566,7 +566,8 @@ def executor_of(
     else:
         make = dask_executor if sweep.backend == "dask" else Submitit
         ex = make(sweep.cluster, workers=sweep.workers or min(n, cores()), folder=sweep.folder)
-    with ex as opened: yield opened
+    with ex as opened:
+        yield opened
 
 # %% ../nbs/lib/67_sweep.ipynb #9595dd16
 def _alike(parameters): # What two rows that cost the same have in common

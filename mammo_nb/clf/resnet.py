@@ -99,7 +99,8 @@ def resnet_file(
 def _published_body(path):
     "ResNet-50 with the weights of a file, whose last layer may be absent or another."
     state = {k: v for k,v in read_published(path).items() if not k.startswith("fc.")}
-    with global_seed(0, "overwritten"): body = resnet50(weights=None)
+    with global_seed(0, "overwritten"):
+        body = resnet50(weights=None)
     own = {k: v for k,v in body.state_dict().items() if not k.startswith("fc.")}
     for k,v in own.items():
         if k.endswith("num_batches_tracked"): state.setdefault(k, v)

@@ -334,7 +334,8 @@ def save_weights(
 ) -> str: # SHA-256 of its bytes
     "Write a network's weights whole."
     data = save_bytes({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()})
-    with write_whole(path) as tmp: tmp.write_bytes(data)
+    with write_whole(path) as tmp:
+        tmp.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
 
 # %% ../../nbs/lib/56_clf.train.ipynb #233c5b3a

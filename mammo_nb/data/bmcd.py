@@ -42,8 +42,10 @@ def _files(root, ledger):
         else: found.setdefault((case, int(number), *said), []).append(path)
     for (_,_,view,exam,_),paths in found.items():
         odd = [p for p in paths if f"{view}_{exam}".casefold() not in p.stem.casefold()]
-        for p in odd: ledger.note(p, f"misspelt name, read as {view}_{exam}")
-        for p in paths if len(paths)>1 else (): ledger.skip(p, "another file has the same name")
+        for p in odd:
+            ledger.note(p, f"misspelt name, read as {view}_{exam}")
+        for p in paths if len(paths)>1 else ():
+            ledger.skip(p, "another file has the same name")
     return {key: paths[0] for key,paths in found.items() if len(paths)==1}
 
 # %% ../../nbs/lib/26i_data.bmcd.ipynb #h18db49b8c
@@ -163,7 +165,8 @@ def _views(root, ledger):
         if head: yield key, files[key], head, files.get((*key[:-1], True)), own or {}, table
     there = {k[:2] for k in files}
     for case,numbers in said.items():
-        for n in sorted(set(numbers)-{k for c,k in there if c==case}): ledger.skip(table, f"{case}: no folder {n}")
+        for n in sorted(set(numbers)-{k for c,k in there if c==case}):
+            ledger.skip(table, f"{case}: no folder {n}")
 
 # %% ../../nbs/lib/26i_data.bmcd.ipynb #h18dec75ee
 def read_bmcd(

@@ -69,7 +69,8 @@ def _test_origin(images, masks, origin, table):
     own, other, n = 0, 0, 0
     having = [im for im in images if im["_key"] in masks and any(number_of(r["radius"])>0 for r in im["_rows"])]
     for im in having[::max(1, len(having)//_TRIED)]:
-        try: mask = read_image(masks[im["_key"]], scaling="none")>127
+        try:
+            mask = read_image(masks[im["_key"]], scaling="none")>127
         except DataError: continue                                   # listed by nobody: it only serves to test
         if mask.shape!=(im["rows"], im["cols"]): continue
         for r in im["_rows"]:

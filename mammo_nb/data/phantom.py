@@ -791,7 +791,8 @@ def ahead(
             for item in items:
                 jobs.append(pool.submit(fn, item))
                 if len(jobs) > 2*threads: yield jobs.popleft().result()
-            while jobs: yield jobs.popleft().result()
+            while jobs:
+                yield jobs.popleft().result()
         finally: [j.cancel() for j in jobs]
 
 # %% ../../nbs/lib/21_data.phantom.ipynb #68908527

@@ -68,7 +68,8 @@ def is_dicom(
     if path.suffix.lower() in RASTER: return False
     if path.suffix.lower() in (".dcm",".dicom"): return True
     try:
-        with open(path, "rb") as f: return f.read(132)[128:]==b"DICM"
+        with open(path, "rb") as f:
+            return f.read(132)[128:]==b"DICM"
     except OSError: return False
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #8f05282b

@@ -140,7 +140,8 @@ def _found(root):
     out = {}
     for kind,p in find_layouts(root):
         name = _name_of(p) if kind in _NAMED else kind
-        while name in out: name += "_2"
+        while name in out:
+            name += "_2"
         out[name] = (kind, p)
     return out
 
@@ -173,8 +174,10 @@ def _check_rules(rules):
 def _as_kind(text, usual): # Text as the kind of value that a choice has; one that is None or a list takes words
     if isinstance(usual, tuple): return tuple(w.strip() for w in text.split("+"))
     kind = str if usual is None else type(usual)
-    try: return kind(text)
-    except ValueError: raise ParameterError(f"'{text}' is no {kind.__name__}", "label_rules", f"as {usual!r}") from None
+    try:
+        return kind(text)
+    except ValueError:
+        raise ParameterError(f"'{text}' is no {kind.__name__}", "label_rules", f"as {usual!r}") from None
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #e7bfffd2
 def told_rules(

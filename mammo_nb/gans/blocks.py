@@ -43,7 +43,8 @@ def blank(
     std:float = .02, # Standard deviation of the weights
 ) -> nn.Module:
     "Build a module without touching the global generator, with the initial weights of both papers."
-    with torch.device("meta"): net = make()
+    with torch.device("meta"):
+        net = make()
     if torch.get_default_device().type == "meta": return net # only its shapes are asked for
     return init_normal(net.to_empty(device="cpu"), rng or torch_rng(0, "init"), std=std)
 

@@ -47,7 +47,8 @@ def from_keras(
     rng:torch.Generator = None, # Source of the weights; None: torch's own generator
 ) -> nn.Module:
     "Build a module with Keras's initial weights, without drawing torch's first."
-    with torch.device("meta"): net = make()
+    with torch.device("meta"):
+        net = make()
     if torch.get_default_device().type == "meta": return net # only its shapes are asked for
     return keras_init(net.to_empty(device="cpu"), rng)
 
@@ -290,7 +291,8 @@ def of_updates(self:CGAN,
 def fakes_for_d(self:CGAN, game:Game, y:Tensor) -> Tensor: # Labels `(b,)` -> `(b,channels,s,s)`
     "Generated patches of these labels for the discriminator to learn from."
     G = game.G.train(self.fakes == "train")
-    with torch.no_grad(): fake = G.colour(game.z(len(y)), y)
+    with torch.no_grad():
+        fake = G.colour(game.z(len(y)), y)
     G.train()
     return fake
 
@@ -317,7 +319,8 @@ def step_g(self:CGAN, game:Game, real:Tensor) -> dict: # loss_g
     "The generator learns from new noise and random labels to be called real."
     y = torch.randint(self.classes, (self.batch_g,), generator=game.rng["label"], device=game.device)
     fake = game.G.colour(game.z(self.batch_g), y)
-    with frozen(game.D): loss = bce_g(game.D(fake, y, game.rng["drop"]), target=real.new_ones(()))
+    with frozen(game.D):
+        loss = bce_g(game.D(fake, y, game.rng["drop"]), target=real.new_ones(()))
     game.descend("g", loss)
     return {"loss_g": loss.detach()}
 

@@ -124,7 +124,8 @@ def save(self:Checkpoint,
     begun = time.monotonic()
     skeleton, tensors = pack(dict(state))
     data = save_bytes(tensors)
-    with write_whole(self._json(step).with_suffix(".safetensors")) as tmp: tmp.write_bytes(data)
+    with write_whole(self._json(step).with_suffix(".safetensors")) as tmp:
+        tmp.write_bytes(data)
     info = {"step": step, "identity": self.identity, "meta": meta or {}, "state": skeleton,
             "sha256": hashlib.sha256(data).hexdigest()}
     info = json.loads(json.dumps(info, default=str))

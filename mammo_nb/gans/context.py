@@ -235,7 +235,8 @@ class ContextGenerator(Generator):
         shape, self.size = UNet(size, **shape), size
         self.config = dict(kind=self.kind, **asdict(shape))
         self.stage, meta = "fade" if shape.progressive else "full", on_meta()
-        with torch.device("meta"): self.build(shape)
+        with torch.device("meta"):
+            self.build(shape)
         if not meta: made(self, rng or torch_rng(0, "init"), slope=shape.slope, heads=("to_full", "to_half"))
 
     def latents(self, n:int, rng:np.random.Generator) -> tuple: # `(n, blocks)`
@@ -563,7 +564,8 @@ def penalty_on(self:ContextGAN, game:Game, target:Tensor) -> Tensor: # Real patc
     def score(x):
         if self.d_channels == 3: x = stacked(x, torch.zeros_like(x), 3)
         return game.D(x)[:, column]
-    with game.precise(): return noise_penalty(score, target, game.rng["mix"], delta=self.delta, k=self.k)
+    with game.precise():
+        return noise_penalty(score, target, game.rng["mix"], delta=self.delta, k=self.k)
 
 # %% ../../nbs/lib/46_gans.context.ipynb #375ef67f
 @patch
@@ -573,7 +575,8 @@ def step_d(self:ContextGAN, game:Game, real:Tensor) -> dict: # loss_d, penalty, 
     iterate(game.D)
     kinds = 3 if self.benign else 2
     target, *others = (self.seen(game, x) for x in real[:kinds*self.batch].split(self.batch))
-    with torch.no_grad(): fake, _ = self.edited(game, real[-self.batch:])
+    with torch.no_grad():
+        fake, _ = self.edited(game, real[-self.batch:])
     with held(game.D):
         on_target, on_fake, *on_others = game.D(torch.cat([target, fake, *others])).split(self.batch)
         rest = sum(called(logits, answer) for logits,answer in zip(on_others, ("other", "benign")))

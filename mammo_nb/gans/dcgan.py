@@ -85,7 +85,8 @@ def target(self:DCGAN, game:Game, n:int) -> Tensor: # `(n,)`
 @patch
 def step_d(self:DCGAN, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake
     "One step of the discriminator, Goodfellow 2014 algorithm 1."
-    with torch.set_grad_enabled(game.g_turn): game.fake = game.G(game.z(len(real)))
+    with torch.set_grad_enabled(game.g_turn):
+        game.fake = game.G(game.z(len(real)))
     on_real, on_fake = game.D(real), game.D(game.fake.detach())
     loss = bce_d(on_real, on_fake, target=self.target(game, len(real)))
     game.descend("d", loss)
@@ -97,7 +98,8 @@ def step_d(self:DCGAN, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake
 def step_g(self:DCGAN, game:Game, real:Tensor) -> dict: # loss_g
     "One step of the generator with the non-saturating loss, on the patches D has just seen."
     target = game.label if self.labels_g else game.fake.new_ones(())
-    with frozen(game.D): loss = bce_g(game.D(game.fake), target=target)
+    with frozen(game.D):
+        loss = bce_g(game.D(game.fake), target=target)
     game.descend("g", loss)
     game.fake = None
     return {"loss_g": loss.detach()}

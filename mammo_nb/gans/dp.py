@@ -180,7 +180,8 @@ def descend_private(self:Game,
 @patch
 def step_d(self:PrivateDCGAN, game:Game, real:Tensor) -> dict:
     "Goodfellow 2014 algorithm 1, patient by patient: each real patch with one generated."
-    with torch.set_grad_enabled(game.g_turn): game.fake = game.G(game.z(self.batch))
+    with torch.set_grad_enabled(game.g_turn):
+        game.fake = game.G(game.z(self.batch))
     fake = game.fake.detach()[torch.arange(len(real), device=game.device) % self.batch]
     def loss(p, x, g, t): return bce(score(game.D, p, x), t) + softplus(score(game.D, p, g))
     return game.descend_private(loss, real, fake, self.target(game, len(real)))
@@ -189,7 +190,8 @@ def step_d(self:PrivateDCGAN, game:Game, real:Tensor) -> dict:
 @patch
 def step_d(self:PrivateWGANGP, game:Game, real:Tensor) -> dict:
     "Szafranowska 2022 eq. 2, patient by patient, the penalty inside."
-    with torch.no_grad(): fake = game.G(game.z(max(1, len(real))))[:len(real)]
+    with torch.no_grad():
+        fake = game.G(game.z(max(1, len(real))))[:len(real)]
     mix = torch.rand(len(real), 1, 1, 1, generator=game.rng["mix"], device=game.device)
     def loss(p, x, g, e):
         slope = grad(lambda v: score(game.D, p, v))(e*x + (1-e)*g)
@@ -201,7 +203,8 @@ def step_d(self:PrivateWGANGP, game:Game, real:Tensor) -> dict:
 @patch
 def step_g(self:PrivateWGANGP, game:Game, real:Tensor) -> dict:
     "WGAN-GP's step on as many latents as a batch has on average."
-    with frozen(game.D): loss = -game.D(game.G(game.z(self.batch))).mean()
+    with frozen(game.D):
+        loss = -game.D(game.G(game.z(self.batch))).mean()
     game.descend("g", loss)
     return {"loss_g": loss.detach()}
 

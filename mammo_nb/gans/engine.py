@@ -38,7 +38,8 @@ def narrow(
     forward = net.forward
     def run(*args, **kw):
         if wide(): return forward(*args, **kw)
-        with torch.autocast(device, dtype=torch.bfloat16): out = forward(*args, **kw)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            out = forward(*args, **kw)
         return tuple(o.float() for o in out) if isinstance(out, tuple) else out.float()
     net.forward = run
     return net
@@ -108,7 +109,8 @@ def cuda_capture(
     "Record all kernels of a call as one CUDA graph; nothing is run."
     graph = torch.cuda.CUDAGraph()
     for g in generators: graph.register_generator_state(g)
-    with torch.cuda.graph(graph, stream=stream): fn()
+    with torch.cuda.graph(graph, stream=stream):
+        fn()
     return graph
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #5eb88160
@@ -264,5 +266,6 @@ def waits(
     fn, # Function without arguments
 ) -> list: # Names of operators, in order
     "What a call does that no CUDA graph can hold."
-    with Watch() as watch: fn()
+    with Watch() as watch:
+        fn()
     return watch.found

@@ -41,7 +41,8 @@ def tpr_at(
     y, order_starts = np.asarray(y).astype(bool), _steps(np.asarray(score, float))
     w = np.ones((1, len(y))) if weights is None else np.atleast_2d(np.asarray(weights, float))
     pos, neg = (np.cumsum(v, 1) for v in _walk(w, y, *order_starts))
-    with np.errstate(invalid="ignore"): tpr, false = pos/pos[:,-1:], neg/neg[:,-1:]
+    with np.errstate(invalid="ignore"):
+        tpr, false = pos/pos[:,-1:], neg/neg[:,-1:]
     k = (false <= fpr + 1e-12).sum(1) - 1
     at = lambda v: np.where(k < 0, 0., np.take_along_axis(v, np.maximum(k, 0)[:,None], 1)[:,0])
     return np.stack([at(tpr), at(false)], 1)

@@ -68,7 +68,8 @@ def save_generator(
     if bad:
         raise WeightsError(f"{bad[0]} holds values that are not finite", folder,
                            "this training broke down; use an earlier snapshot")
-    with write_whole(folder/"G.safetensors") as tmp: tmp.write_bytes(save_bytes(state))
+    with write_whole(folder/"G.safetensors") as tmp:
+        tmp.write_bytes(save_bytes(state))
     info = {"value_range": [-1., 1.], **(card or {}), "format": FORMAT, "config": G.config, "size": G.size,
             "parameters": n_params(G),
             "sha256": file_hash(folder/"G.safetensors")}

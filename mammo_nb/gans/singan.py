@@ -631,7 +631,8 @@ def save(self:SinGAN,
     "Write `G.safetensors` and `generator.json` whole; no code in either."
     folder = Path(folder)
     weights = {k: v.detach().cpu().contiguous() for k,v in self.state_dict().items()}
-    with write_whole(folder/"G.safetensors") as tmp: save_file(weights, tmp)
+    with write_whole(folder/"G.safetensors") as tmp:
+        save_file(weights, tmp)
     write_json(folder/"generator.json", {"config": self.config, "value_range": [-1,1], "card": card or {}})
     return folder
 

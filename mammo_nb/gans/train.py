@@ -399,7 +399,8 @@ def grid(
     cols:int = 8, # Patches in a row
 ) -> Path:
     "Write patches as one picture."
-    with write_whole(path) as tmp: Image.fromarray(tile(x, cols=cols)).save(tmp, format="PNG")
+    with write_whole(path) as tmp:
+        Image.fromarray(tile(x, cols=cols)).save(tmp, format="PNG")
     return Path(path)
 
 # %% ../../nbs/lib/42_gans.train.ipynb #f23fe413

@@ -88,9 +88,11 @@ def fakes(self:WGANGP, game:Game, n:int) -> Tensor: # `(n,1,s,s)`
 @patch
 def step_d(self:WGANGP, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fake, penalty
     "One step of the critic, Szafranowska 2022 eq. 2."
-    with torch.no_grad(): fake = self.fakes(game, len(real))
+    with torch.no_grad():
+        fake = self.fakes(game, len(real))
     on_real, on_fake = game.D(real), game.D(fake)
-    with game.precise(): gp = penalty_of(game.D, real, fake, game.rng["mix"])
+    with game.precise():
+        gp = penalty_of(game.D, real, fake, game.rng["mix"])
     loss = wasserstein_d(on_real, on_fake) + self.penalty*gp
     game.descend("d", loss)
     told = dict(loss_d=loss, d_real=on_real.detach().mean(), d_fake=on_fake.detach().mean(), penalty=gp)
@@ -100,7 +102,8 @@ def step_d(self:WGANGP, game:Game, real:Tensor) -> dict: # loss_d, d_real, d_fak
 @patch
 def step_g(self:WGANGP, game:Game, real:Tensor) -> dict: # loss_g
     "One step of the generator on new latents."
-    with frozen(game.D): loss = wasserstein_g(game.D(game.G(game.z(len(real)))))
+    with frozen(game.D):
+        loss = wasserstein_g(game.D(game.G(game.z(len(real)))))
     game.descend("g", loss)
     return {"loss_g": loss.detach()}
 

@@ -218,7 +218,8 @@ def save(self:Answers, path:Path) -> Path: # e.g. `answers.csv.gz`
     "Write the table, packed, without a time and with every digit."
     text = StringIO()
     self.frame.to_csv(text, index=False, lineterminator="\n")
-    with write_whole(path) as tmp: Path(tmp).write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    with write_whole(path) as tmp:
+        Path(tmp).write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
     return Path(path)
 
 # %% ../../nbs/lib/39_metrics.answers.ipynb #4a80ec00

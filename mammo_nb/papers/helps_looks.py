@@ -123,7 +123,8 @@ def until_decided(
         look = look_at(Answers.of(done.fits), len(looks["look"].unique()) + 1, many, done.hours)
         looks = look if not len(looks) else pd.concat([looks, look], ignore_index=True)
         stop = reason_to_stop(looks, run.params.hours, run.params.most)
-        open_arms = len(look) - sum((a, str(r)) in settled_by(looks) for a,r in zip(look.arm, look.regime))
+        known = settled_by(looks)
+        open_arms = len(look) - sum((a, str(r)) in known for a,r in zip(look.arm, look.regime))
         run.log(stage="looks", event=stop or "go on", generators=many, open=open_arms)
         if stop: break
         many += 1

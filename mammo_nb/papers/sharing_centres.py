@@ -61,7 +61,8 @@ def phantom_centres(
     "Centres as phantoms with known truth, each in a layout of its own."
     styles = phantom.CENTRES | dict(a=replace(phantom.CENTRES["a"], **(mix or {})))
     def tree(c): return phantom_tree(LAYOUT[c], centre=styles[c], n_patients=patients[c], seed=seed, scale=scale)
-    with ThreadPoolExecutor(3) as pool: trees = dict(zip(patients, pool.map(tree, patients))) # drawn side by side
+    with ThreadPoolExecutor(3) as pool:
+        trees = dict(zip(patients, pool.map(tree, patients))) # drawn side by side
     return {c: Centre(c, list(read_any(t, scaling=scaling).values())) for c,t in trees.items()}
 
 # %% ../../nbs/papers/84c_papers.sharing_centres.ipynb #faeb2d32

@@ -72,7 +72,8 @@ def fixed_samples(
     "What one snapshot makes of the same n latents that all snapshots get."
     G = load_generator(generator, device=device)
     latents = [z.to(device) for z in G.latents(n, rng(seed, "fixed latents"))]
-    with torch.no_grad(): return output_to_uint8(G(*latents)[:, 0])
+    with torch.no_grad():
+        return output_to_uint8(G(*latents)[:, 0])
 
 def drop_snapshots(
     folder:Path, # Of a training

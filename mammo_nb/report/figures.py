@@ -97,7 +97,8 @@ def save_figure(
     "Write a figure whole as PNG (and SVG), the same bytes every time."
     path = Path(path).with_suffix(".png")
     for fmt in ("png",*(["svg"] if svg else [])):
-        with write_whole(path.with_suffix(f".{fmt}")) as tmp: Path(tmp).write_bytes(figure_bytes(fig, fmt=fmt, dpi=dpi))
+        with write_whole(path.with_suffix(f".{fmt}")) as tmp:
+            Path(tmp).write_bytes(figure_bytes(fig, fmt=fmt, dpi=dpi))
     return path
 
 # %% ../../nbs/lib/61_report.figures.ipynb #41787a69

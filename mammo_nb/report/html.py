@@ -460,7 +460,8 @@ def _slug(heading, taken):
     "An id for a heading that no other has."
     slug = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") or "part"
     slug = slug if not slug[0].isdigit() else f"s-{slug}"
-    while slug in taken: slug += "-x"
+    while slug in taken:
+        slug += "-x"
     taken.add(slug)
     return slug
 
