@@ -466,10 +466,15 @@ def _each(self:Run, jobs, folders, todo, workers): # Yields (key, seconds) as jo
     except BrokenProcessPool as e:
         self._stop("failed")
         fix = "give the same command again; finished stages are kept"
-        raise RunError("a worker process was killed, perhaps for want of memory", self.dir, fix) from e
+        raise RunError(f"a worker process ended{_why_perhaps()}", self.dir, fix) from e
     except MammoError:
         self._stop("failed")
         raise
+
+def _why_perhaps(): # A script is read anew by each worker; a notebook is not
+    script = Path(getattr(sys.modules["__main__"], "__file__", ""))
+    unguarded = f'{script.name} starts its run outside `if __name__ == "__main__":`'
+    return f", perhaps for want of memory{', or ' + unguarded if script.suffix == '.py' else ''}"
 
 # %% ../nbs/lib/13_runs.ipynb #eb27b4ee
 _POOL:dict = {} # Its surroundings -> the pool of worker processes; one at most

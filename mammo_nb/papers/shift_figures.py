@@ -64,8 +64,8 @@ def sifid_figure(
     ax.plot(t.noise_mean, y, "x", color=colour("chance"), label="bound: noise")
     ax.set_xscale("log")
     ax.set_yticks(y, [f"{r.zoom} {r.device} {r.source+1}" for r in t.itertuples()], fontsize=8)
-    dress(ax, x=f"SiFID ({t.extractor.iloc[0]} features)", legend="upper center")
-    ax.set_ylim(-.6, len(t)+1.4)
+    dress(ax, x=f"SiFID ({t.extractor.iloc[0]} features)", legend="below")
+    ax.set_ylim(-.6, len(t)-.4)
     theirs = published("00_annotation_shift", "sifid").set_index("arm").value
     caption = (f"The paper: {theirs['lowest']} to {theirs['highest']}, noise {theirs['noise']} (ImageNet features at "
                "224 px).")
