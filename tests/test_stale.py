@@ -28,9 +28,9 @@ TINY = {
 CHANGES = { # Paper -> parameter -> another value
     "00": SEEDS | dict(protocol="clean", switches="lr_constant", scaling="voi", healthy="matched", test_sets="rotating", singan="official", singan_steps=2, patients=36,
                        size=24, crops=0, clf_epochs=2, departures=True, boots=30, replicates=2, mode="bf16"),
-    "01": SEEDS | dict(protocol="clean", switches="subtractive_decay", tasks="mass", arms="baseline", scaling="voi", min_tissue=.8, patients=30, train_share=.5, d_mult=3, gan_updates=3,
+    "01": SEEDS | dict(protocol="clean", switches="subtractive_decay", tasks="mass", arms="baseline", scaling="voi", side_mm=60., min_tissue=.8, patients=30, train_share=.5, d_mult=3, gan_updates=3,
                        synthetic=6, clf_samples=60, boots=30, replicates=2, mode="bf16"),
-    "02": SEEDS | dict(protocol="clean", switches="beta2_999", sizes="250", modes="org", folds=2, replicates=2, scaling="voi", extractor="pixels", patients=20, imbalance=3,
+    "02": SEEDS | dict(protocol="clean", switches="beta2_999", sizes="250", modes="org", folds=2, replicates=2, scaling="voi", side_mm=6., extractor="pixels", patients=20, imbalance=3,
                        tissue_per_image=6, gan_epochs=2, simulation_epochs=2, fid_n=14, clf_epochs=2, boots=30, mode="bf16"),
     "03": SEEDS | dict(protocol="clean", protocols="paper", models="cnn_tuned", cgan_models="cnn_tuned", image="full", scaling="voi", size=96, patients=48, updates=3, synthetic=9, trials=2, replicates=2,
                        arms="noise", search_trials=2, clf_epochs=2, lr=.01, augment=False, leak_test=False, boots=30, mode="bf16"),
@@ -40,12 +40,13 @@ FREE = dict(run_dir="where the run goes", only="which stages are done, not what 
             label_rules="of real sets only; what they change are labels, which count in every key",
             preset="the published sizes cost days; they reach the jobs as the sizes that stand here one by one")
 DATA = "data_dir: the data are changed in place below, file by file"
+MM = "refused here, where the size of a pixel is not known (lesson 84d); what it changes are pixels, which count in every key"
 REASONS = { # Paper -> parameter -> why it is not changed here
-    "00": FREE | dict(data_dir=DATA, dataset="which sets are read", weights="test_replaced_weights_are_others", sifid="`inception` needs weights; computed anew in every run"),
+    "00": FREE | dict(data_dir=DATA, side_mm=MM, dataset="which sets are read", weights="test_replaced_weights_are_others", sifid="`inception` needs weights; computed anew in every run"),
     "01": FREE | dict(data_dir=DATA, dataset="which sets are read", weights="read by the same function as paper 00's"),
     "02": FREE | dict(data_dir=DATA, weights="of the measure only; by content as paper 00's", k_shrink="of real data only, where it is a size like the others"),
     "03": FREE | dict(data_dir=DATA, weights="by content as paper 00's", frozen="needs ImageNet's weights"),
-    "04": FREE | dict(data_dir=DATA, centres="of several real sets only", split_by="of real sets only", holdout="of real sets only", dp_key="test_the_secret_of_private_training_counts_by_content",
+    "04": FREE | dict(data_dir=DATA, margin_mm=MM, side_mm=MM, centres="of several real sets only", split_by="of real sets only", holdout="of real sets only", dp_key="test_the_secret_of_private_training_counts_by_content",
                       generator_b="test_a_replaced_generator_is_another", generator_c="as generator_b",
                       generators="test_shipped_generators_are_imported_and_said")}
 

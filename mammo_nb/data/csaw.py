@@ -7,6 +7,7 @@ __all__ = ['CSAW_RULES', 'CSAW_TABLE', 'CSAW_NEED', 'csaw_state', 'csaw_against'
 
 # %% ../../nbs/lib/26h_data.csaw.ipynb #r18w2e81dc
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..core import DataError, ParameterError, nearest
@@ -63,15 +64,19 @@ def _csaw_image(rows, path, head, mask, **rule):
         has_lesion=mask is not None or state=="malignant",
         quirks=[f"cancer found later (timing {r['rad_timing']})"]*(state=="later"))
 
-def _csaw_lesion(im, mask, ledger):
+def _csaw_box(im, mask):
+    "The box of a mask, why there is none, or None where there is no mask."
+    if not mask or not im["has_lesion"]: return None
+    try: return mask_box(read_mask(mask, rows=im["rows"], cols=im["cols"])>0)[0]
+    except DataError as e: return e.what
+
+def _csaw_lesion(im, mask, box, ledger):
     "The lesion of a mask as a list; a cancer without a usable mask marks its image."
     label = "malignant" if im["_state"]=="malignant" else "unknown"
     row = dict(image_id=im["image_id"], lesion_id="1", lesion_type="other", label=label, label_source="outcome",
         label_raw=f"timing {im['_row']['rad_timing']}", quirks=im["quirks"])
-    try: on = read_mask(mask, rows=im["rows"], cols=im["cols"])>0 if mask else None
-    except DataError as e: ledger.skip(mask, e.what)
-    else:
-        if on is not None: return [row | dict(zip(BOX, mask_box(on)[0]), mask_path=str(mask.resolve()))]
+    if isinstance(box, tuple): return [row | dict(zip(BOX, box), mask_path=str(mask.resolve()))]
+    if box: ledger.skip(mask, box)
     im["quirks"].append(NO_BOX)
     return []
 
@@ -102,12 +107,15 @@ def read_csaw(
     strict:bool=False, # Stop at the first fault instead of listing it
 ):
     "CSAW-CC as `MammoData`: one row an image, one row a masked cancer."
-    root, led, images, lesions = Path(root), Ledger("csaw", strict), [], []
+    root, led, lesions = Path(root), Ledger("csaw", strict), []
     table = table_named(root, CSAW_TABLE, "CSAW-CC_breast_cancer_screening_data.csv")
     csaw_against(dict(rad_recall="0"), "control", normal_by)          # a wrong rule is refused before any file is read
-    for own,path,head,mask in _matched(root, table, led):
-        images.append(_csaw_image(own, path, head, mask, timing_upto=timing_upto))
-        if images[-1]["has_lesion"]: lesions += _csaw_lesion(images[-1], mask, led)
+    found = list(_matched(root, table, led))
+    images, masks = [_csaw_image(*own, timing_upto=timing_upto) for own in found], [mask for *_,mask in found]
+    with ThreadPoolExecutor(4) as pool:
+        boxes = list(pool.map(_csaw_box, images, masks))
+    for im,mask,box in zip(images, masks, boxes):
+        if im["has_lesion"]: lesions += _csaw_lesion(im, mask, box, led)
     sick = sick_breasts((im["patient_id"], im["laterality"]) for im in images if im["has_lesion"])
     words = {"both":"outcome and reading", "outcome":"outcome alone"}[normal_by]
     rule = f"malignant: timing {'1 and 2' if timing_upto==2 else '1'}; normal by {words}"

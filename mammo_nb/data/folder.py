@@ -8,13 +8,14 @@ __all__ = ['IMAGES_NEED', 'LESIONS_NEED', 'PATCHES_NEED', 'CBIS_PATCH_COLUMNS', 
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #ac1fad48
 import os, re, unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core import DataError, file_hash, hash_of
-from .pixels import RASTER, header_or_skip, mask_box, read_mask
+from .pixels import RASTER, header_or_skip, mask_box, mask_values, read_mask
 from mammo_nb.data.table import (BOX, LESION_TYPES, NO_BOX, PATCH_COLUMNS, PATCH_EXTRAS, Ledger, box_iou, find_files,
     fractions, inside, label_of, make_data, mark_normal, no_box_words, number_of, outline_box, read_table, side_of,
     view_of, word)
@@ -185,9 +186,9 @@ def _region(path, r, im):
     "Where the lesion of a row is in one mask file."
     if path==Path(im["path"]): raise DataError("mask is the picture itself", path, "give the file of the mask")
     x = read_mask(path, rows=im["rows"], cols=im["cols"])
-    values = sorted(set(np.unique(x).tolist())-{0})
+    values = [v for v in mask_values(x).tolist() if v]
     wanted = [v for v in (number_of(r.get("mask_value")), number_of(r.get("lesion_id"))) if v in values]
-    if len(values)==1: return x>0
+    if len(values)==1: return x!=0
     if wanted: return x==wanted[0]
     said = ", ".join(f"{v:g}" for v in values)
     raise DataError(f"mask holds the values {said}, and mask_value does not say which is meant", path, "add the column")
@@ -291,20 +292,27 @@ def _unplaced(r, image, images, lost, shared):
     other = who and _plain_id(who)!=_plain_id(images[image]["patient_id"].split(":",1)[1])
     return f"whose patient is not {who[:40]!r} in images.csv" if other else ""
 
+def _looked_up(r, images, lost, shared, root):
+    "(id of the image of a row, why it has none, what `_placed` says)"
+    image = _key(r, shared)
+    why = _unplaced(r, image, images, lost, shared)
+    return image, why, None if why else _placed(r, images[image], root)
+
 def _folder_lesions(root, images, lost, shared, ledger):
     "Lesion rows, how many rows the table has, and how many of them found no image."
     table, out, seen, unmatched = root/"lesions.csv", [], set(), 0
     rows = _joined_masks(read_table(table, need=LESIONS_NEED, fold=True))
-    for k,r in rows.iterrows():
-        image = _key(r, shared)
-        why, im = _unplaced(r, image, images, lost, shared), images.get(image, lost.get(image))
+    with ThreadPoolExecutor(4) as pool:                                          # masks are read side by side
+        looked = list(pool.map(lambda row: _looked_up(row[1], images, lost, shared, root), rows.iterrows()))
+    for (k,r),(image,why,placed) in zip(rows.iterrows(), looked):
+        im = images.get(image, lost.get(image))
         if im: im["has_lesion"] = True
         if why:
             unmatched += image not in lost
             if image in images: im["quirks"].append(NO_BOX)
             ledger.skip(table, f"lesion on image {image[:60]!r}, {why}")
             continue
-        box, polygon, mask, odd = _placed(r, im, root)
+        box, polygon, mask, odd = placed
         if box is None:
             ledger.skip(table, f"lesion in line {k+2} has no box inside its image: {odd}")
             im["quirks"].append(NO_BOX)

@@ -6,8 +6,9 @@
 __all__ = ['TEXT', 'WHOLE', 'REAL', 'FLAGS', 'COLUMNS', 'META', 'PLAN', 'SCOPES', 'SQUARE', 'RULES', 'MIN_EXTENT', 'VERSION',
            'patch_table', 'pixel_hash', 'no_skips', 'little_breast', 'PatchSet', 'save', 'load', 'synthetic_patches',
            'Plan', 'in_scope', 'Picture', 'rule_square', 'rule_zoom', 'rule_context', 'rule_row', 'rule_thesis',
-           'rule_grid', 'rule_whole', 'rule_options', 'lesion_patches', 'healthy_patches', 'tissue_patches', 'in_mm',
-           'spacing_words', 'ready_patches', 'cut_image', 'source_hashes', 'plan_key', 'extract']
+           'rule_grid', 'rule_whole', 'rule_options', 'lesion_patches', 'healthy_patches', 'tissue_patches',
+           'known_spacing', 'in_mm', 'spacing_words', 'ready_patches', 'cut_image', 'source_hashes', 'plan_key',
+           'extract']
 
 # %% ../../nbs/lib/28_data.patches.ipynb #1b8f8b86
 import contextlib, errno, hashlib, json, os, shutil, time, warnings
@@ -237,12 +238,13 @@ class Plan:
     "Patches to cut: one row each, tables only."
     rows:pd.DataFrame # Columns `PLAN`
     skipped:pd.DataFrame = field(default_factory=no_skips) # What the tables did not allow: file, reason, count
+    mm:bool = False # Are its lengths millimetres, see `in_mm`?
 
     def __len__(self): return len(self.rows)
     def __add__(self, other:"Plan") -> "Plan":
         frames, skipped = [p.rows for p in (self,other) if len(p)], [self.skipped,other.skipped]
         rows = pd.concat(frames, ignore_index=True) if frames else self.rows
-        return Plan(rows, pd.concat(skipped, ignore_index=True))
+        return Plan(rows, pd.concat(skipped, ignore_index=True), self.mm or other.mm)
 
 def _plan(rows, skipped=()):
     df = pd.DataFrame(rows, columns=list(PLAN)) if rows else pd.DataFrame(columns=list(PLAN))
@@ -298,12 +300,16 @@ def _beside(pic, o):
     if not o["min_breast"]: return pic.air, o["max_background"]
     return pic.beside, min(o["max_background"], 1-o["min_breast"])
 
+def _healthy_size(o):
+    "Width and height of a healthy box; without them the least side of a window."
+    return o["size"] or (round(o["min_side"]*o["scale"]),)*2
+
 def _virtual(r, pic, seed):
     "A healthy place for a row without a box, or None."
     o = r["options"]
     crop = (lambda b: b) if o["crop_rule"]=="reference" else lambda b: _window(b, o, pic, None)
     beside, most = _beside(pic, o)
-    b = place_box(beside, o["size"], rng=rng(seed,"healthy place",r["patch_id"]), crop=crop,
+    b = place_box(beside, _healthy_size(o), rng=rng(seed,"healthy place",r["patch_id"]), crop=crop,
         max_background=most, max_inside=o["max_inside"], avoid=[tuple(a) for a in r["avoid"] or ()])
     return swap_axes(b, rows=pic.rows, cols=pic.cols) if b is not None and o["swap"] else b
 
@@ -517,12 +523,12 @@ def healthy_patches(
     if n and side=="lesions" and not len(like):
         raise DataError(f"no lesion of scope '{scope}' to take sizes from", data.name,
         "give like=<lesion table> or side='fixed'")
-    fixed, sizes, rows = (round(o["min_side"]*o["scale"]),)*2, _Sizes(like, seed), []
+    sizes, rows = _Sizes(like, seed), []
     order = sorted(im.itertuples(index=False), key=lambda r: seed_of(seed,"healthy image",r.image_id))
     for i in range(n):
         r, k = order[i%len(order)], i//len(order)
         patch = f"{r.image_id}:healthy{k}"
-        size = fixed if side=="fixed" else sizes(r, patch)
+        size = None if side=="fixed" else sizes(r, patch)
         rows.append(_row(r, data, patch_id=patch, rule="square", options={**o,"size":size}, slot=k, target=0,
             avoid=avoid(r.image_id) if images=="all" else None, lesion_type="healthy", label="normal"))
     return _plan(rows)
@@ -553,32 +559,50 @@ def _pixels(options, mm, spacing_mm):
     "Settings of a rule with lengths of so many mm, on an image of this spacing."
     scaled = spacing_mm*options.get("scale", 1.)
     changed = {c: v/scaled for kind,v in mm.items() for c in _LENGTHS[kind] if c in options}
-    if len(changed)<len(mm): raise ParameterError("the rule has no such length", "in_mm", "give margin_mm or side_mm")
-    if "side" in mm and options.get("size") == (round(options.get("min_side", 0)*options["scale"]),)*2:
-        changed["size"] = (round(mm["side"]/spacing_mm),)*2                      # a healthy box of fixed side
+    if len(changed)<len(mm):
+        what = f"patches that come ready, or as a lesion's box, have no {' and '.join(mm)} to set"
+        raise ParameterError(what, "margin_mm, side_mm", "give whole images, or leave the millimetres out")
+    if "side" in mm and options.get("of_width"): changed["of_width"] = None         # no share of the width any more
     return options | changed
 
+def _fixed(r): return r["rule"]=="square" and r["target"]==0 and r["options"]["size"] is None
+
+def known_spacing(
+    rows:pd.DataFrame, # Images or a plan: spacing_mm, dataset, path
+) -> pd.Series: # mm
+    "The size of a pixel of each row, or a `ParameterError` that names the sets without."
+    mm = pd.to_numeric(rows.spacing_mm)
+    blind = rows[~(mm>0)].groupby("dataset", dropna=False).path.nunique()
+    if not len(blind): return mm
+    where = ", ".join(f"{name}: {n}" for name,n in blind.items())
+    raise ParameterError(f"the size of a pixel is not known in {blind.sum()} of {rows.path.nunique()} images ({where})",
+        "margin_mm, side_mm", "write spacing_mm into images.csv of a plain folder, leave the set out, or use pixels")
+
+
+# %% ../../nbs/lib/28_data.patches.ipynb #9bf7cfcb
 def in_mm(
     plan:Plan, # What to cut
     *,
     margin_mm:float=0., # Margin around a lesion, mm; 0: as the plan says
     side_mm:float=0., # Side of a window, or its least side, mm; 0: as the plan says
 ) -> Plan:
-    "The same plan with lengths in millimetres on each image."
+    "The same plan with lengths in millimetres on each image; a `ParameterError` where a pixel has no known size."
     mm = {kind: v for kind,v in (("margin",margin_mm), ("side",side_mm)) if v}
-    spacing = pd.to_numeric(plan.rows.spacing_mm)
-    known, blind = plan.rows[spacing>0], plan.rows[~(spacing>0)].groupby("path").size()
-    rows = [dict(r, options=_pixels(r["options"], mm, r["spacing_mm"])) for r in known.to_dict("records")]
-    why = "its pixel size is not known, so millimetres cannot be kept"
-    return _plan(rows, [*plan.skipped.itertuples(index=False), *((path, why, n) for path,n in blind.items())])
+    if not mm: return plan
+    without = {kind: v for kind,v in mm.items() if kind!="margin"}
+    rows = plan.rows.assign(spacing_mm=known_spacing(plan.rows)).to_dict("records")
+    changed = [_pixels(r["options"], without if _fixed(r) else mm, r["spacing_mm"]) for r in rows]
+    return Plan(plan.rows.assign(options=changed), plan.skipped, mm=True)
+
 
 # %% ../../nbs/lib/28_data.patches.ipynb #66e2eecb
 def spacing_words(
     spacing_mm, # Pixel of each image, mm; unknown ones are NaN
+    ratio:float=1.5, # Of the largest pixel to the smallest, from which it matters
 ) -> str: # Empty when pixels are alike or unknown
-    "A warning when a pixel is half as large again, or more, in one image as in another."
+    "A warning when pixels of several sizes meet."
     mm = pd.to_numeric(pd.Series(spacing_mm, dtype=object)).dropna()
-    if not len(mm) or mm.max()<1.5*mm.min(): return ""
+    if not len(mm) or mm.max()<ratio*mm.min(): return ""
     low, high = mm.min(), mm.max()
     return f"pixels are {low:.2g} to {high:.2g} mm: a window of 128 pixels shows {128*low:.0f} to {128*high:.0f} mm"
 
@@ -629,7 +653,7 @@ def _facts(pic, r, c):
     "Box, share of background, whether the image was too small for the wanted square, share of breast in tissue."
     o, limited = r["options"], False
     if r["rule"]=="square":
-        want = wanted_side(r["box"] or (0,0,*o["size"]), margin=o["margin"]*o["scale"],
+        want = wanted_side(r["box"] or (0,0,*_healthy_size(o)), margin=o["margin"]*o["scale"],
             min_side=o["min_side"]*o["scale"])
         limited = min(c.w,c.h)<want and min(c.w,c.h)>=min(pic.rows,pic.cols)
     air = float((pic.img[c.y0:c.y1,c.x0:c.x1]<=10).mean())
@@ -823,7 +847,8 @@ def extract(
     if not len(plan):
         left = "".join(f"; {r.reason} ({r.count})" for r in plan.skipped.itertuples())
         raise DataError("nothing to cut", "plan", "the tables hold no row of this scope"+left)
-    if said := spacing_words(plan.rows.spacing_mm): warnings.warn(f"{said}; `in_mm` cuts by millimetres", stacklevel=2)
+    if not plan.mm and (said := spacing_words(plan.rows.spacing_mm)):
+        warnings.warn(f"{said}; margin_mm and side_mm cut by millimetres", stacklevel=2)
     cut, hashes = _Cut(sizes, views, seed), source_hashes(plan.rows.path)
     key = plan_key(plan, hashes, **vars(cut))
     out = Path(folder)/key if folder else cached("patches", key, whole=lambda there: not _fault(there))

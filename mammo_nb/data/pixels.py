@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'RASTER', 'SCALINGS', 'AGAIN', 'BROKEN', 'HEADER_WORDS', 'is_dicom', 'read_dicom',
-           'read_header', 'header_or_skip', 'window', 'to_uint8', 'read_image', 'mask_boxes', 'read_mask', 'mask_box',
-           'area_matrix', 'area_resize', 'torch_area_resize', 'low_threshold', 'breast_mask', 'breast_side',
-           'pectoral_cut']
+           'read_header', 'header_or_skip', 'window', 'to_uint8', 'read_image', 'mask_boxes', 'mask_values',
+           'read_mask', 'mask_box', 'area_matrix', 'area_resize', 'torch_area_resize', 'low_threshold', 'breast_mask',
+           'breast_side', 'pectoral_cut']
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #55119ca0
 import io, warnings
@@ -270,11 +270,16 @@ def _spills(ds):
     values = np.frombuffer(ds.PixelData, kind, count=len(ds.PixelData)*8//allocated)
     return bool((values>>stored).any())
 
-def _grey_of(x, path):
-    "The mean of three channels that say the same; a picture with colours is refused."
-    few = x[::4,::4].astype(float)
-    if (np.ptp(few, axis=-1) > .1*max(few.max(), 1)).mean() > .02:
+def _refuse_colours(x, path):
+    "Stop where the three channels of a picture say different things."
+    few = np.moveaxis(x[::4,::4].astype(float), -1, 0)
+    apart = np.maximum.reduce(few) - np.minimum.reduce(few)
+    if (apart > .1*max(few.max(), 1)).mean() > .02:
         raise DataError("is a colour picture", path, "leave it out, or convert it to grey if it is an X-ray")
+
+def _grey_of(x, path):
+    "The mean of three channels that say the same."
+    _refuse_colours(x, path)
     return x.mean(-1)
 
 def _decode(ds, path):
@@ -368,7 +373,7 @@ def _grey(path):
     im, turn, negative = _raster(path)
     try:
         if turn>1: im = ImageOps.exif_transpose(im)
-        if im.mode in ("RGB","RGBA","P","CMYK","YCbCr"): _grey_of(np.asarray(im.convert("RGB")), path)
+        if im.mode in ("RGB","RGBA","P","CMYK","YCbCr"): _refuse_colours(np.asarray(im if im.mode=="RGB" else im.convert("RGB")), path)
         if im.mode in ("RGB","RGBA","P","LA","CMYK","YCbCr","1"): im = im.convert("L")
         x = np.asarray(im)
     except DataError: raise
@@ -429,6 +434,8 @@ def _coarse_parts(on):
     part, n = ndimage.label(closed, np.ones((3,3)))
     return np.where(on, part[np.ix_(rows,cols)], 0), n
 
+def _half(x): return x.max()/2 if x.dtype.kind=="f" else x.max()//2       # whole numbers are compared as such
+
 def mask_boxes(
     mask:np.ndarray, # Grey or binary mask
     *,
@@ -436,13 +443,27 @@ def mask_boxes(
 ) -> list: # Boxes `(x0,y0,x1,y1)` in mask pixels, largest part first
     "Boxes of the parts of a mask, after closing gaps."
     top = mask.max()
-    on = mask > (0 if top<=1 else 127 if top<=255 else top/2)
+    on = mask if mask.dtype==bool else mask > (0 if top<=1 else 127 if top<=255 else _half(mask))
     if not on.any(): return []
     (y0,y1), (x0,x1) = (np.flatnonzero(on.any(axis))[[0,-1]]+(0,1) for axis in (1,0))
     whole, n = _coarse_parts(on[y0:y1,x0:x1])
     area, at = np.bincount(whole.ravel(), minlength=n+1)[1:], ndimage.find_objects(whole, max_label=n)
     keep = [k for k in np.argsort(-area, kind="stable") if area[k]>=smallest*area.max() and area[k]>0]
     return [(int(x0+sx.start), int(y0+sy.start), int(x0+sx.stop), int(y0+sy.stop)) for sy,sx in (at[k] for k in keep)]
+
+# %% ../../nbs/lib/22_data.pixels.ipynb #5a656138
+def mask_values(
+    x:np.ndarray, # `(rows,cols)`
+) -> np.ndarray: # In order
+    "The values of a mask. Only the rectangle of what is not 0 is looked at: most of a mask is empty."
+    lines = [np.flatnonzero(x.any(axis)) for axis in (1,0)]
+    if not len(lines[0]): return np.zeros(1, x.dtype)
+    part = x[tuple(slice(found[0], found[-1]+1) for found in lines)]
+    ends = np.unique([part.min(), part.max()])
+    two = len(ends)==1 or np.count_nonzero(part==ends[0])+np.count_nonzero(part==ends[1])==part.size
+    values = ends if two else np.unique(part)                                # two values need not be sorted
+    return values if part.size==x.size else np.union1d(values, np.zeros(1, x.dtype))
+
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #1c4de574
 def _numbers(path):
@@ -452,11 +473,6 @@ def _numbers(path):
         with Image.open(path) as im:
             if im.mode=="P": return np.asarray(im)
     return read_image(path, scaling="none")
-
-def _values(x):
-    "The values of a mask, in order; a mask of two of them need not be sorted."
-    ends = np.unique([x.min(), x.max()])
-    return ends if np.count_nonzero(x==ends[0])+np.count_nonzero(x==ends[-1])==x.size else np.unique(x)
 
 def read_mask(
     path:Path, # Picture
@@ -469,11 +485,11 @@ def read_mask(
     if x.shape!=(rows,cols):
         raise DataError(f"mask is {x.shape[0]} x {x.shape[1]}, its image {rows} x {cols}", path,
             "give masks of the image's size")
-    values, lossy = _values(x), Path(path).suffix.lower() in (".jpg",".jpeg")
+    values, lossy = mask_values(x), Path(path).suffix.lower() in (".jpg",".jpeg")
     if len(values)<2:
         raise DataError(f"mask has one value only, {values[0]}", path,
             "mark the lesion with another value than the rest")
-    if lossy or len(values)>17: x = (x > x.max()/2).astype(np.uint8)
+    if lossy or len(values)>17: x = (x > _half(x)).astype(np.uint8)
     elif values[0]!=0: raise DataError("mask has no background of 0", path, "write 0 where no lesion is")
     share = np.count_nonzero(x)/x.size
     if share>.5: raise DataError(f"mask marks {share:.0%} of its image", path,

@@ -24,7 +24,7 @@ from ..gans.context import READINGS, ContextGAN, context_labels
 from ..gans.fit import Fit, fit_generator
 from ..gans.train import RECIPES
 from ..metrics.answers import Answers, Cell
-from ..paper import Paper, Settled, label_rules, replicate_name, replicates
+from ..paper import Paper, Settled, label_rules, lengths_mm, note_windows, replicate_name, replicates
 from .context_arms import augmented_arm
 from .context_decay import ARMS, CONTEXT, Decay, fit_arm, training_of
 from .context_edits import (Painting, draw_synthetic, edit_mammogram, edit_pairs, kept_of,
@@ -184,7 +184,7 @@ def cutting_of(
     return Cutting(wanted_kinds(s.train, s.tasks), wanted_kinds(s.held, s.tasks), s.size, run.seeds.split,
                    scale=s.phantom_scale if run.phantom else 1., side=s.side, min_tissue=s.min_tissue,
                    resize=s.resize, resize_test=protocol.resize_test, drop_doubles=protocol.drop_doubles,
-                   min_breast=protocol.min_breast)
+                   min_breast=protocol.min_breast, **lengths_mm(run))
 
 def cut(
     run, # Run
@@ -195,6 +195,7 @@ def cut(
     run.table("skipped", found.skipped)
     run.table("leak_check", found.leaks)
     run.note(data_hash=hash_of([ps.key() for ps in found.sets.values()]))
+    note_windows(run, found.sets.values())
     return found
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #c1b3f2e5

@@ -162,6 +162,7 @@ class RowImage:
     image_id:str
     path:Path # Its file; a job counts it by content
     scaling:str # Grey values to 8 bit
+    spacing_mm:float = 0. # Its pixel; 0: not known
 
 def row_images(
     sets:list, # MammoData
@@ -170,7 +171,8 @@ def row_images(
 ) -> list: # At most 60 `RowImage`s
     "Normal mammograms of these patients, in an order of chance; none is read."
     def normal(data): return data.images[data.images.normal.astype(bool) & data.images.patient_id.isin(who)]
-    found = [RowImage(r.image_id, Path(r.path), data.scaling) for data in sets for r in normal(data).itertuples()]
+    found = [RowImage(r.image_id, Path(r.path), data.scaling, r.spacing_mm if r.spacing_mm > 0 else 0.)
+             for data in sets for r in normal(data).itertuples()]
     return sorted(found, key=lambda r: seed_of(seed, "row image", r.image_id))[:60]
 
 def find_row(
@@ -181,8 +183,9 @@ def find_row(
     n:int=5, # Patches in a row
 ) -> Row: # None where no image has a row
     "The first mammogram with `n` touching patches on tissue, or the one with most."
-    f, best = cutting.size/(cutting.side*cutting.scale), None
+    best = None
     for r in images:
+        f = cutting.size/cutting.pixels(r.spacing_mm)
         img = read_image(r.path, scaling=r.scaling)
         if f != 1: img = area_resize(img, (round(img.shape[0]*f), round(img.shape[1]*f)))
         find = partial(_row_at, seed=seed, image=r.image_id, size=cutting.size, min_tissue=cutting.min_tissue)

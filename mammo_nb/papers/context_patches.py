@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, rng
-from ..data.patches import PatchSet, Plan, extract, lesion_patches, tissue_patches
+from ..data.patches import PatchSet, Plan, extract, in_mm, known_spacing, lesion_patches, tissue_patches
 from ..data.phantom import CENTRES, CentreStyle
 from ..data.splits import check_leaks, line_of, split_patients, without_doubles
 from ..metrics.probe import probe_auc
@@ -75,9 +75,10 @@ class Cutting:
     resize_test:bool = True # Are validation and test patches resized too?
     drop_doubles:bool = False # Leave out patches whose pixels occur twice
     min_breast:float = 0. # Above 0: muscle does not count as breast in normal patches
+    side_mm:float = 0. # Patch side, mm on each image; 0: in pixels
 
-    @property
-    def pixels(self) -> int: return round(self.side*self.scale) # Side of a patch in the images at hand
+    def pixels(self, spacing_mm): # Side of a patch in images whose pixels have this size
+        return self.side_mm/spacing_mm if self.side_mm else self.side*self.scale
     def wanted(self, side:str) -> dict: return self.train if side == "train" else self.held
     def resizes(self, side:str) -> bool: return side == "train" or self.resize_test
 
@@ -120,21 +121,23 @@ def kind_plan(
     else:
         have = data.lesions[(kind_of(data.lesions) == kind) & data.lesions.patient_id.isin(set(patients))]
         where = lambda: lesion_patches(replace(data, lesions=have), slots=-(-n//len(have)), **options)
-    plan = where() if len(have) and n else None
+    plan = in_mm(where(), side_mm=cutting.side_mm) if len(have) and n else None
     if plan is None or not len(plan) or not resize: return plan
     return resize_rows(plan, limits=cutting.resize, seed=cutting.seed)
 
 # %% ../../nbs/papers/81_papers.context_patches.ipynb #e8de224e
 def large_enough(
     data, # MammoData
-    side:int, # Pixels
+    cutting:Cutting, # Its side of a patch is used
 ) -> tuple: # (MammoData, table of what was left out: file, reason, count)
     "The images that hold a patch; none is an error."
-    ok = (data.images[["rows", "cols"]].min(axis=1) >= side).to_numpy(bool)
+    side = cutting.pixels(known_spacing(data.images) if cutting.side_mm else 0)
+    ok = (data.images[["rows", "cols"]].min(axis=1) >= np.rint(side)).to_numpy(bool)
+    said = f"{cutting.side_mm:g} mm" if cutting.side_mm else f"{side:.0f} pixels"
     if not ok.any():
-        fix = f"a patch shows {side} x {side} pixels: give whole mammograms at full size"
-        raise DataError(f"no image of {data.name} has {side} pixels on each side", "patches", fix)
-    reason = f"smaller than a patch of {side} pixels"
+        fix = f"a patch shows a square of {said}: give whole mammograms at full size"
+        raise DataError(f"no image of {data.name} has {said} on each side", "patches", fix)
+    reason = f"smaller than a patch of {said}"
     return data.select(pd.Series(ok)), pd.DataFrame(dict(file=data.images[~ok].path, reason=reason, count=1))
 
 NEEDED = dict(normal="normal tissue", malignant_mass="malignant mass", malignant_calc="malignant calcification")
@@ -227,7 +230,7 @@ def cut_patches(
     cutting:Cutting, # How patches are cut
 ) -> Cut:
     "Split, cut and check all patches of a run."
-    checked = [large_enough(data, cutting.pixels) for data in sets]
+    checked = [large_enough(data, cutting) for data in sets]
     sets, small = [data for data,_ in checked], [t for _,t in checked]
     split = split_sets(sets, cutting)
     out = {k: cut_side(sets, set(split.index[split == k]), k, cutting) for k in ("train", "val", "test")}

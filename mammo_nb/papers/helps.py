@@ -20,7 +20,7 @@ import pandas as pd
 from ..clf.augment import KerasAugment
 from ..clf.train import SHARING, change
 from ..core import DataError, ParameterError, hash_of, read_json
-from ..data.patches import PatchSet, extract, healthy_patches, lesion_patches, ready_patches
+from ..data.patches import PatchSet, extract, healthy_patches, in_mm, lesion_patches, ready_patches
 from ..data.readers import sets_for
 from ..data.splits import check_leaks, each_once, split_patients, without_doubles
 from ..data.trees import Phantoms
@@ -31,7 +31,7 @@ from ..gans.train import RECIPES, Recipe
 from ..metrics.answers import Cell
 from ..metrics.features import make_extractor
 from ..metrics.probe import probe_auc
-from ..paper import Paper, Settled, label_rules, replicate_seeds
+from ..paper import Paper, Settled, label_rules, lengths_mm, note_windows, replicate_seeds
 from .helps_rows import (ARMS, CONTROLS, GANS, TASKS, Asked, Training, control, evenly, fit_cell,
                                         labels_for, learns_from, make_patches, part, positives, recognise,
                                         train_singans)
@@ -123,7 +123,7 @@ def settle(
 PAPER = Paper(
     "05_which_helps", title="Which of them helps?", settle=settle, presets=dict(demo=DEMO, paper=PUBLISHED),
     protocol=Protocol, plan=plan, clean=dict(seed_all=True), lists=LISTS,
-    choices=dict(task=tuple(TASKS), until=("", "decided")),
+    choices=dict(task=tuple(TASKS), until=("", "decided"), scaling=("minmax", "voi")),
     rules=dict(dose=between(.25, 8.), gan_share=between(.001, 100.), generators=between(0, 100),
                trainings=between(0, 100), hours=between(.001, 100_000.), most=between(2, 1000)),
     knobs=dict(patients="patients", generators="generators", trainings="trainings", clf_epochs="epochs", size="size"),
@@ -156,10 +156,11 @@ def load(
     setup, params = run.setup, run.params
     def phantoms(style, n): return Phantoms("folder", style, n, run.seeds.phantom, scale=setup.scale)
     need = "lesions" if params.task == "lesions" else "classes"
-    sets, words = sets_for(params.data_dir, phantoms("a", setup.patients), need=need, rules=label_rules(run))
+    how = dict(need=need, scaling=params.scaling)
+    sets, words = sets_for(params.data_dir, phantoms("a", setup.patients), rules=label_rules(run), **how)
     if run.phantom:
         far = "other" in set(run.grid.arm)
-        there = sets_for("", phantoms("b", setup.elsewhere), need=need)[0][0] if far else None
+        there = sets_for("", phantoms("b", setup.elsewhere), **how)[0][0] if far else None
         return Places(sets[0], there, words)
     found = {data.name: data for data in sets}
     home = named(found, params.home)
@@ -198,13 +199,14 @@ class Cutting:
     scale:float # Of the pictures against full size
     healthy:int # Healthy patches for each lesion
     seed:int # Of the healthy places
+    mm:dict = field(default_factory=dict) # Lengths in millimetres in place of pixels, see `in_mm`
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #d85539cd
 def cutting_of(run) -> Cutting: # run: Run
     "How this run cuts; so many healthy patches that every arm finds spare ones."
     spare = 1 + int(np.ceil(max(run.params.dose, 1)))
     setup, scale = run.setup, run.setup.scale if run.phantom else 1.
-    return Cutting(run.params.task, setup.size, setup.margin, scale, spare, run.seeds.split)
+    return Cutting(run.params.task, setup.size, setup.margin, scale, spare, run.seeds.split, lengths_mm(run))
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #0eaf2ba4
 def cut_side(
@@ -221,7 +223,7 @@ def cut_side(
     if cutting.task == "lesions" and not ready:
         many = len(found)*(cutting.healthy if healthy is None else healthy)
         found = found + healthy_patches(data, many, seed=cutting.seed, max_inside=0., **options)
-    return without_doubles(labelled(extract(found, size=cutting.size, seed=cutting.seed), cutting.task))
+    return without_doubles(labelled(extract(in_mm(found, **cutting.mm), size=cutting.size, seed=cutting.seed), cutting.task))
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #ccba2672
 @dataclass(frozen=True)
@@ -267,6 +269,7 @@ def cut(
     parts = {share: part(sides["train"], share, run.seeds.split) for share in dict.fromkeys(run.grid.regime)}
     leaks = check_leaks(**sides, **({} if other is None else dict(other=other)))
     run.note(data_hash=hash_of([ps.key() for ps in sides.values()]))
+    note_windows(run, [*sides.values(), *([] if other is None else [other])])
     return Study(sides, other, parts, leaks)
 
 def _far(data, cutting, sides): # Positives of another centre; None where there is none

@@ -28,7 +28,7 @@ from ..gans.reference import deal_references, pool_of
 from ..gans.shipped import SHIPPED, named_or_path, shipped_generator
 from ..gans.train import RECIPES, Recipe
 from ..metrics.answers import Cell
-from ..paper import Paper, Settled, label_rules, replicate_name, replicates
+from ..paper import Paper, Settled, label_rules, lengths_mm, note_windows, replicate_name, replicates
 from .sharing_centres import fresh_centre, kept_from, phantom_centres, real_centres
 from .sharing_patches import Cutting, cut_centre_a, cut_lesions
 from .sharing_rows import ADDED, ARMS, Counts, Halving, Training, fit_cell, who_trains
@@ -311,7 +311,7 @@ def cutting_of(
         return Cutting(sizes=setup.sizes, seed=run.seeds.split, options=bare)
     options = dict(scale=scale, margin=setup.margin, crop_rule=rule)
     return Cutting(sizes=setup.sizes, views=setup.views, seed=run.seeds.split, options=options,
-                   healthy=dict(swap=protocol.swap_axes, max_inside=protocol.max_inside,
+                   mm=lengths_mm(run), healthy=dict(swap=protocol.swap_axes, max_inside=protocol.max_inside,
                                 min_breast=protocol.min_breast),
                    test_jitter=protocol.test_jitter, healthy_side=protocol.healthy_side,
                    drop_duplicates=protocol.drop_duplicates)
@@ -345,6 +345,7 @@ def cut(
 
 def _tell(run, cuts): # What was left out, what was compared, how many train
     sets = cuts.whole(run.setup.size)
+    note_windows(run, sets)
     skipped = run.table("skipped", pd.concat([ps.skipped for ps in sets]).drop_duplicates())
     run.table("leak_check", pd.concat([c.leaks.assign(scope=s) for s,c in cuts.a.items()]))
     run.note(data_hash=hash_of([ps.key() for ps in sets]), files_skipped=int(skipped["count"].sum()),

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError
-from ..data.patches import Plan, extract, healthy_patches, in_scope, lesion_patches, ready_patches
+from ..data.patches import Plan, extract, healthy_patches, in_mm, in_scope, lesion_patches, ready_patches
 from ..data.splits import SPLITS, balance_table, check_leaks, each_once, split_patients
 from ..metrics.probe import probe_auc
 from .sharing_centres import Centre
@@ -33,6 +33,7 @@ class Cutting:
     healthy_side:str = "matched" # Side of healthy boxes: `matched` to the lesions', or `fixed`
     healthy:dict = field(default_factory=dict) # More settings of healthy boxes: `swap`, `max_inside`
     drop_duplicates:bool = False # Leave out patches whose pixels occur twice
+    mm:dict = field(default_factory=dict) # Lengths in millimetres in place of pixels, see `in_mm`
 
     def options_of(self, side:str) -> dict: # side: `train`, `val`, `test`
         "Settings of the rule on one side of the split."
@@ -124,7 +125,7 @@ def cut_centre_a(
         if side == "train":
             counts = counts.fit(len(lesions), at_b)
             n = counts.real + max(counts.synthetic, counts.bcdr_real)
-        plan = lesions + healthy_plan(centre, n, scope, cutting, patients=who, side=side)
+        plan = in_mm(lesions + healthy_plan(centre, n, scope, cutting, patients=who, side=side), **cutting.mm)
         views = cutting.views if side == "train" else 1
         by_side[side] = extract(plan, size=cutting.sizes, views=views, seed=cutting.seed)
     sets = {s: {side: by_side[side][s] for side in SPLITS} for s in cutting.sizes}
@@ -138,7 +139,7 @@ def cut_lesions(
     cutting:Cutting, # How patches are cut
 ) -> dict: # size -> PatchSet
     "All lesion patches of another centre, for its generators and for the `bcdr_real` arm."
-    plan = lesion_plan(centre, scope, cutting.options)
+    plan = in_mm(lesion_plan(centre, scope, cutting.options), **cutting.mm)
     return extract(plan, size=cutting.sizes, views=cutting.views, seed=cutting.seed)
 
 # %% ../../nbs/papers/84d_papers.sharing_patches.ipynb #275156db

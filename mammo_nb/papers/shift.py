@@ -17,14 +17,14 @@ import numpy as np
 import pandas as pd
 
 from ..clf.resnet import HeadRecipe, resnet_file
-from ..core import DataError, WeightsError, hash_of
+from ..core import DataError, ParameterError, WeightsError, hash_of
 from ..data.phantom import centre_style
 from ..data.readers import read_any
 from ..data.trees import Phantoms
 from ..gans.singan import SinGANRecipe, singan_recipes
 from ..metrics.answers import Answers, Intervals
 from ..metrics.sifid import place_extractor
-from ..paper import Paper, Settled, label_rules, replicate_name, replicates
+from ..paper import Paper, Settled, label_rules, lengths_mm, note_windows, replicate_name, replicates
 from .shift_heads import Network, compute_features, probabilities, tested, train_heads, train_whole
 from .shift_patches import (CLASSES, ZOOMS, Cutting, Folding, check_counts, check_folds, check_sets,
                                            cut_groups, fold_counts, labelled, make_folds, pick_sources, samples_needed)
@@ -127,6 +127,8 @@ def settle(
     "Decisions given one by one, steps of the SinGANs, epochs of the last layer."
     asked = {k: getattr(params, k) for k in ("test_sets", "healthy") if getattr(params, k)}
     setup, protocol = settled.setup, replace(settled.protocol, **asked)
+    if protocol.healthy == "matched" and getattr(params, "side_mm", 0.):
+        raise ParameterError("each healthy window is as large as a lesion", "side_mm", "use healthy text")
     setup = replace(setup, singan=singan_of(setup.singan, protocol, params))
     if protocol.one_crop: setup = replace(setup, crops=min(setup.crops, 1))
     if params.crops >= 0: setup = replace(setup, crops=params.crops)
@@ -216,15 +218,16 @@ def cut(
 ) -> Cuts:
     "Cut, choose, deal out and check; tables say what was left out, how many are where, and that nothing leaks."
     setup, protocol, seed, apart = run.setup, run.protocol, run.seeds.split, run.protocol.subset_patients
-    shares = dict(film_healthy=setup.film_healthy, digital_healthy=setup.digital_healthy)
+    how = dict(film_healthy=setup.film_healthy, digital_healthy=setup.digital_healthy, **lengths_mm(run))
     scale = setup.phantom_scale if run.phantom else 1.
-    groups = cut_groups(sets, Cutting(setup.size, scale, seed=seed, min_breast=protocol.min_breast, **shares))
+    groups = cut_groups(sets, Cutting(setup.size, scale, seed=seed, min_breast=protocol.min_breast, **how))
     sources, passed = pick_sources(groups["G1"], setup.singan, seed=seed)
     how = Folding(setup.test, setup.val, not protocol.fixed, protocol.loose_sources, apart, seed)
     cuts = Cuts(groups, sources, make_folds(groups, sources, how))
     skipped = pd.concat([ps.skipped for ps in groups.values() if ps is not None]).drop_duplicates()
     tables = dict(skipped=skipped, sources_passed_over=passed, leak_check=check_folds(groups, cuts.folds, apart))
     for name,t in (tables | dict(folds=cuts.folds.reset_index())).items(): run.table(name, t)
+    note_windows(run, [ps for ps in groups.values() if ps is not None])
     run.note(data_hash=hash_of([ps.key() for ps in groups.values() if ps is not None]),
              files_skipped=int(skipped["count"].sum()))
     counts = run.table("fold_counts", check_counts(fold_counts(groups, cuts.folds, apart)))

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, LeakError, seed_of
-from ..data.patches import PatchSet, Plan, extract, healthy_patches, lesion_patches, tissue_patches
+from ..data.patches import PatchSet, Plan, extract, healthy_patches, in_mm, lesion_patches, tissue_patches
 from ..data.splits import check_leaks, folds, line_of
 from ..data.table import MammoData
 from ..gans.singan import SinGANRecipe, check_singan_image
@@ -79,6 +79,7 @@ def text_healthy(
     n:int, # Windows wanted
     *,
     scale:float, # Size of the images against full size
+    side_mm:float=0., # Side of the windows, mm on each image; 0: in pixels and shares of the width
 ) -> Plan: # None where there are no such images
     "Windows of one size on healthy tissue (section 3.1 and the published code)."
     def of_device(t): return t[t.device.eq("film") == film]
@@ -88,8 +89,9 @@ def text_healthy(
     if not len(images) or not n: return None
     rule = dict(side=224, min_tissue=.5) if film else dict(of_width=.2, min_tissue=.6)
     mine = replace(data, images=images, lesions=of_device(data.lesions), patches=None)
-    return tissue_patches(mine, rule="grid", slots=max(1, -(-2*n//len(images))), images="all", scale=scale, step=.8,
-                          **rule)
+    slots = max(1, -(-2*n//len(images)))
+    plan = tissue_patches(mine, rule="grid", slots=slots, images="all", scale=scale, step=.8, **rule)
+    return in_mm(plan, side_mm=side_mm)
 
 # %% ../../nbs/papers/80c_papers.shift_patches.ipynb #a27d70c7
 def matched_healthy(
@@ -118,6 +120,7 @@ class Cutting:
     digital_healthy:float # Healthy digital windows for each digital lesion
     seed:int = 0 # Of places and choices
     min_breast:float = 0. # Least share of breast without muscle in healthy windows of matched size
+    side_mm:float = 0. # Side of the text's windows, mm on each image; 0: in pixels
 
     def patches(self, plan:Plan): # plan: None where there is nothing to cut
         "Its patches in one view."
@@ -174,7 +177,7 @@ def cut_healthy(
     on_film, found = lesions.table.device.eq("film"), []
     for film in (True, False):
         n = round(cutting.share(film)*int((on_film == film).sum()))
-        ps = joined([cutting.patches(text_healthy(s, film, n, scale=cutting.scale)) for s in sets])
+        ps = joined([cutting.patches(text_healthy(s, film, n, scale=cutting.scale, side_mm=cutting.side_mm)) for s in sets])
         if ps is not None and n: found.append(some(ps, n, cutting.seed, f"healthy film={film}"))
     if not found:
         where = " + ".join(s.name for s in sets)

@@ -119,6 +119,7 @@ class Setup:
     tissue_per_image:int = 10 # Algorithm 1
     max_extent:int = 750    # Larger lesions are left out, px at full size (published code)
     side:int = 128          # Of a tissue window, px at full size
+    side_mm:float = 0.      # Or mm on each image; 0: in pixels
 
     def k(self, size:int) -> int:
         "Real lesions behind a size of the thesis."
@@ -152,13 +153,15 @@ def settled(
     wanted = params.folds or what.setup.trained
     if wanted > what.setup.folds:
         raise ParameterError(f"{wanted} folds, there are {what.setup.folds}", "folds", "ask for at most so many")
+    if what.setup.side_mm and what.protocol.matched:
+        raise ParameterError("under clean each tissue window is as large as a mass", "side_mm", "use protocol paper")
     setup = replace(what.setup, weights=params.weights, trained=wanted, replicates=params.replicates, **real)
     make_extractor(setup.extractor, weights=setup.weights)
     return replace(what, setup=setup)
 
 # %% ../../nbs/papers/82_papers.size_setup.ipynb #317540eb
 KNOBS = ("patients", "gan_epochs", "simulation_epochs", "clf_epochs", "boots", "imbalance", "tissue_per_image",
-         "fid_n", "extractor")
+         "fid_n", "extractor", "side_mm")
 STAGES = ("data", "patches", "generators", "quality", "classifiers", "report")
 
 PAPER = Paper("02_dcgan_size", presets=PRESETS, protocol=Protocol, plan=plan, switches=SWITCHES, authors=AUTHORS,

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core import DataError, ParameterError, rng
 from ..data.omidb import OmiFilter, read_omidb
-from ..data.patches import (PatchSet, extract, healthy_patches, lesion_patches, ready_patches,
+from ..data.patches import (PatchSet, extract, healthy_patches, in_mm, lesion_patches, ready_patches,
                                    tissue_patches)
 from ..data.phantom import centre_style
 from ..data.readers import find_datasets, layout_of, read_any
@@ -106,7 +106,7 @@ def tissue_plan(
         return healthy_patches(data, setup.tissue_per_image*len(data.images), seed=seed, like=like, **how)
     greys = dict(min_grey=protocol.min_grey, same_seed=protocol.same_seed)
     windows = dict(slots=setup.tissue_per_image, side=setup.side, scale=setup.scale)
-    return tissue_patches(data, rule="thesis", **windows, **greys)
+    return in_mm(tissue_patches(data, rule="thesis", **windows, **greys), side_mm=setup.side_mm)
 
 # %% ../../nbs/papers/82c_papers.size_study.ipynb #bc5436c9
 TYPES = ("mass", "calcification")

@@ -72,8 +72,9 @@ def passed_over(
     return Fact(f"Files passed over: {why}.", name)
 
 # %% ../../nbs/lib/65b_report.facts.ipynb #b6500010
-PREPARED = dict(scaling="grey values to 8 bit", margin="margin around a lesion's box (px)", size="side of a patch (px)",
-                side="side of a cut window (px)", min_tissue="least share of tissue",
+PREPARED = dict(scaling="grey values to 8 bit", margin="margin around a lesion's box (px)",
+                margin_mm="margin around a lesion's box (mm on each image)", size="side of a patch (px)",
+                side="side of a cut window (px)", side_mm="side of a cut window (mm on each image)", min_tissue="least share of tissue",
                 min_breast="least share of breast", image="picture", norm="normalisation",
                 crop_rule="rule of the cut") # Name in run.json -> words
 DEALT = dict(split_by="split by", unit="split by", by_patient="split by patient", folds="folds", half_by="halved by",
@@ -98,7 +99,8 @@ def settings(
     resolved = run.info.get("resolved", {})
     known = [*inside({k: resolved.get(k, {}) for k in ("setup", "protocol")}), *run.info["parameters"].items()]
     told = [(name, f"{words[name]}: {v}") for name,v in known if name in words and v not in ("", 0, -1)]
-    order = list(words)
+    order, given = list(words), {name for name,_ in told}
+    told = [t for t in told if f"{t[0]}_mm" not in given]                        # millimetres take the place of pixels
     return "; ".join(dict.fromkeys(t for _,t in sorted(told, key=lambda t: order.index(t[0]))))
 
 # %% ../../nbs/lib/65b_report.facts.ipynb #b6500013
@@ -106,7 +108,8 @@ def preparation(
     runs:list, # Of RunFolder
 ) -> Fact:
     "How pictures became patches."
-    return Fact(settings(runs[0], PREPARED), "run.json")
+    told = settings(runs[0], PREPARED), runs[0].info.get("windows", "")
+    return Fact("; ".join(filter(None, told)), "run.json")
 
 # %% ../../nbs/lib/65b_report.facts.ipynb #21142ec7
 def training(
