@@ -77,7 +77,8 @@ SWITCHES = dict( # Reading -> fields
     joint_types=dict(joint=True),
     subtractive_decay=dict(decay_rule="subtractive"), normals_only=dict(benign_negative=False),
     test_as_is=dict(resize_test=False))
-PARTS = ("no_growing", "no_border", "two_way", "joint_types", "three_channels", "spectral_both") # Of the generators alone
+# Switches of the generators alone
+PARTS = ("no_growing", "no_border", "two_way", "joint_types", "three_channels", "spectral_both")
 CLEAN = dict(resize_test=False, drop_doubles=True, seed_all=True, min_breast=.5)
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #a6465ccd
@@ -404,8 +405,8 @@ def reader(
     edits = {task: f for task,f in shown.items() if f is not None}
     baseline = next((f for cell,f in folders.items() if cell.arm == "baseline" and f is not None), None)
     if not edits or baseline is None: return {}
-    return dict(reader=run.job(read_edits, name=f"reader{_end(part)}", group="classifiers", reader=baseline, pairs=edits,
-                               patches=cut.sets["val"]))
+    given = dict(reader=baseline, pairs=edits, patches=cut.sets["val"])
+    return dict(reader=run.job(read_edits, name=f"reader{_end(part)}", group="classifiers", **given))
 
 # %% ../../nbs/papers/81e_papers.context.ipynb #4ea90868
 def embedding(

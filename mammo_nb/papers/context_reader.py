@@ -77,7 +77,7 @@ def parts_table(
 ) -> pd.DataFrame: # `without`, then as `reader_table`
     "Edits of generators that were trained without a part, beside those of the run."
     tables = [reader_table(f).assign(without=part) for part,f in folders.items() if f is not None]
-    if not tables: return pd.DataFrame(columns=["without", "task", "tried", "kept", "before", "after", "lo", "hi", "real"])
+    if not tables: return pd.DataFrame(columns=["without", "task", "tried", "kept"])
     t = pd.concat(tables, ignore_index=True)
     return t[["without", *t.columns.drop("without")]].sort_values("task", kind="stable").reset_index(drop=True)
 

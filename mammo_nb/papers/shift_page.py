@@ -52,8 +52,8 @@ def intro(
         if setup["weights"] == "none" else f", weights {setup['weights']}"
     loud = [k for k,v in protocol.items() if v != getattr(Protocol(), k) and k != "seed_all"]
     departs = f" Departures from the text: {', '.join(loud)}." if loud else ""
-    return (f"Three folds, {protocol['test_sets']} test set; {net}. {singan_words(runs[0])} (the paper's text says 30; the published "
-            f"SinGAN 2000, the authors' code 6000).{departs}")
+    return (f"Three folds, {protocol['test_sets']} test set; {net}. {singan_words(runs[0])} (the paper's text says 30; "
+            f"the published SinGAN 2000, the authors' code 6000).{departs}")
 
 # %% ../../nbs/papers/80a_papers.shift_page.ipynb #6c8b8f32
 def matched_table(
@@ -139,7 +139,7 @@ FOLDS = """The published split sizes (344, 2167, 929) are exact percentages of 3
 give; these are counted. The women behind the SinGANs always train. *synthetic*: patches that SinGANs or oversampling
 add (benign minus malignant)."""
 SCALE = """A probe that knows the mean, deviation, background and sharpness of a patch, nothing else. Where it tells
-healthy from lesion, an AUROC of *healthy* says little; matched windows are as wide and high as lesion boxes at that zoom.
+healthy from lesion, an AUROC of *healthy* says little; matched windows are as wide and high as lesion boxes there.
 *form alone*: how far the box was from a square, before it became one. The second table repeats classifiers of the paper
 on matched windows."""
 SIFID = """Figures 5 (at the head of this page) and 6. SiFID is 0 for a copy: low values can mean that a SinGAN repeats
