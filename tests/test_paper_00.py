@@ -244,12 +244,13 @@ def what_is_done(tmp_path, monkeypatch, **changes):
     run, jobs = jobs_of(tmp_path, **changes)
     paper.load(run)
     keys = {name: job_key(j, "cpu", run.params.mode) for name,j in jobs.items()}
-    return str((run.setup, run.protocol, paper.replicates(run), keys, asked))
+    lesions = paper.source_sets([0, 1, 2, 3], run.params.sources, run.params.replicates)
+    return str((run.setup, run.protocol, paper.replicates(run), lesions, keys, asked))
 
 def test_every_parameter_has_an_effect(tmp_path, monkeypatch):
     (tmp_path/"weights.pth").write_bytes(b"weights")
     real = dict(data_dir=str(tmp_path))
-    tried = {k: ({}, v) for k,v in OTHER.items()} | dict(data_dir=({}, str(tmp_path)), dataset=(real, "mine"), label_rules=(real, "vindr.malignant_from=5"), weights=({}, str(tmp_path/"weights.pth")))
+    tried = {k: ({}, v) for k,v in OTHER.items()} | dict(data_dir=({}, str(tmp_path)), dataset=(real, "mine"), label_rules=(real, "vindr.malignant_from=5"), sources=(dict(replicates=2), "rotated"), weights=({}, str(tmp_path/"weights.pth")))
     for name,(base,value) in tried.items():
         assert what_is_done(tmp_path, monkeypatch, **base) != what_is_done(tmp_path, monkeypatch, **base, **{name: value}), f"{name} does nothing"
 

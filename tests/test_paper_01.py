@@ -24,7 +24,7 @@ from mammo_nb.runs import RESULT_COLUMNS, Run, job_key
 def parameters(**more):
     usual = dict(seed=0, preset="demo", mode="exact", protocol="paper", switches="", data_dir="", run_dir="", only="", device="cpu", arms="", tasks="", patients=0, train_share=1.,
                  gan_updates=0, d_mult=0, synthetic=0, clf_samples=0, boots=0, weights="", min_tissue=.9, scaling="minmax", dataset="", split_seed=-1, gan_seed=-1, phantom_seed=0,
-                 show_real=False)
+                 ablations="", normal="images", show_real=False)
     return Params(**usual | more)
 
 
@@ -122,6 +122,31 @@ def test_keys_count_labels_views_and_seeds(tmp_path):
     for edit in (relabel, retype, last_view): assert {"mass", "remove", "baseline", "baseline_again"} <= changed(edit), edit.__name__
     other = keys(a_run(tmp_path/"other", arms="baseline,baseline_again", tasks="mass,calc,remove", gan_seed=5), cut)
     assert {k for k in before if other[k] != before[k]} == {"mass", "calc", "remove"}
+
+
+def used(folder, cut, **more):
+    "All that a run does with its switches: how patches are cut, and the keys of all jobs."
+    run = a_run(folder/("run" + more.get("switches", "")), tasks="mass,calc,remove", arms="baseline,decay50", **more)
+    made = {task: folder/"made" for task in run.setup.tasks}
+    jobs = paper.generators(run, cut) | paper.classifiers(run, cut, made)
+    return dict(cutting=str(paper.cutting_of(run)), **{str(getattr(k, "arm", k)): job_key(j, "cpu", "exact") for k, j in jobs.items()})
+
+
+GANS, CLASSIFIERS, CUT = {"mass", "calc", "remove"}, {"baseline", "decay50"}, {"cutting"}
+USED = {"subtractive_decay": CLASSIFIERS, "normals_only": CLASSIFIERS, "test_as_is": CUT, "joint_types": {"mass", "calc"}}     # every other: all generators
+
+
+@pytest.mark.parametrize("switch", paper.SWITCHES)
+def test_what_a_switch_lists_is_used(tmp_path, switch):
+    "The page lists what differs from the text; here the same is seen in what is cut and trained, and nothing else moves."
+    (tmp_path/"made").mkdir()
+    (tmp_path/"made"/"counts.json").write_text('{"kept": 3}')
+    (tmp_path/"made"/"done.json").write_text("{}")
+    cut = toy_cut()
+    before, after = (used(tmp_path, cut, **more) for more in ({}, dict(switches=switch)))
+    assert {k for k in before if after[k] != before[k]} == USED.get(switch, GANS)
+    protocol = settled(switches=switch).protocol
+    assert {k: v for k, v in vars(protocol).items() if v != getattr(paper.Protocol(), k)} == paper.SWITCHES[switch]
 
 
 @pytest.fixture(scope="module")

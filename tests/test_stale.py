@@ -27,9 +27,9 @@ TINY = {
     "04": dict(patients=24, scopes="masses", models="cnn", arms="none,bcdr_dcgan", regimes="50", gan_epochs=1, clf_epochs=1, boots=20)}
 CHANGES = { # Paper -> parameter -> another value
     "00": SEEDS | dict(protocol="clean", switches="lr_constant", scaling="voi", healthy="matched", test_sets="rotating", singan="official", singan_steps=2, patients=36,
-                       size=24, crops=0, clf_epochs=2, departures=True, boots=30, replicates=2, mode="bf16"),
+                       size=24, crops=0, clf_epochs=2, departures=True, boots=30, replicates=2, sources="rotated", mode="bf16"),
     "01": SEEDS | dict(protocol="clean", switches="subtractive_decay", tasks="mass", arms="baseline", scaling="voi", side_mm=60., min_tissue=.8, patients=30, train_share=.5, d_mult=3, gan_updates=3,
-                       synthetic=6, clf_samples=60, boots=30, replicates=2, mode="bf16"),
+                       synthetic=6, clf_samples=60, boots=30, replicates=2, ablations="no_border", normal="beside", mode="bf16"),
     "02": SEEDS | dict(protocol="clean", switches="beta2_999", sizes="250", modes="org", folds=2, replicates=2, scaling="voi", side_mm=6., extractor="pixels", patients=20, imbalance=3,
                        tissue_per_image=6, gan_epochs=2, simulation_epochs=2, fid_n=14, clf_epochs=2, boots=30, mode="bf16"),
     "03": SEEDS | dict(protocol="clean", protocols="paper", models="cnn_tuned", cgan_models="cnn_tuned", image="full", scaling="voi", size=96, patients=48, updates=3, synthetic=9, trials=2, replicates=2,
@@ -64,7 +64,7 @@ def test_every_parameter_is_changed_or_has_a_reason(notebook):
     assert changed | free == declared and not changed & free
 
 PAPERS = {"00": shift.PAPER, "01": context.PAPER, "02": size_setup.PAPER, "03": cbis.PAPER, "04": sharing.PAPER}
-LATER = {"scaling": "heard when pictures are read", "mode": "counts in every key", "departures": "which rows are asked for",
+LATER = {"scaling": "heard when pictures are read", "ablations": "generators beside those of the run", "normal": "which images are cut", "sources": "which lesions come first, where SinGANs are trained more than once", "mode": "counts in every key", "departures": "which rows are asked for",
          "replicates": "of papers 00, 01, 04: how often jobs are asked for", "dp_epsilon": "counts in the jobs of generators, test_paper_04.py", "references": "are jobs of their own, lesson 84"}
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=number)

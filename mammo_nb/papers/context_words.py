@@ -56,6 +56,8 @@ OF_THE_TEXT = [
     ("three channels", "lesion, input and combined image as one output",
      "a real patch has no lesion channel; the first channel would give fakes away",
      "the discriminator sees the combined picture"),
+    ("spectral norm", "“self-attention modules in both … as well as spectral normalization”",
+     "Figure 2 and the losses name it nowhere", "in the discriminator; in both: -p switches spectral_both"),
     ("size rule and calcifications", "objects under 10 % of the patch are dropped",
      "5,000 calcification patches were made; single calcifications are far smaller",
      "closing before the rule, drops counted")]
