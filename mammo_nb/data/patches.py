@@ -6,16 +6,16 @@
 __all__ = ['TEXT', 'WHOLE', 'REAL', 'FLAGS', 'COLUMNS', 'META', 'PLAN', 'SCOPES', 'SQUARE', 'RULES', 'MIN_EXTENT', 'VERSION',
            'patch_table', 'pixel_hash', 'no_skips', 'little_breast', 'PatchSet', 'save', 'load', 'synthetic_patches',
            'Plan', 'in_scope', 'Picture', 'rule_square', 'rule_zoom', 'rule_context', 'rule_row', 'rule_thesis',
-           'rule_grid', 'rule_whole', 'rule_options', 'lesion_patches', 'healthy_patches', 'tissue_patches',
-           'known_spacing', 'in_mm', 'spacing_words', 'ready_patches', 'cut_image', 'source_hashes', 'plan_key',
-           'extract']
+           'rule_grid', 'rule_whole', 'rule_options', 'rule_form', 'lesion_patches', 'healthy_patches', 'form_patches',
+           'tissue_patches', 'known_spacing', 'in_mm', 'spacing_words', 'ready_patches', 'cut_image', 'source_hashes',
+           'plan_key', 'extract']
 
 # %% ../../nbs/lib/28_data.patches.ipynb #1b8f8b86
 import contextlib, errno, hashlib, json, os, shutil, time, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -426,6 +426,20 @@ def rule_options(
         raise ParameterError(f"'{o['crop_rule']}' is no crop rule", "crop_rule", nearest(o["crop_rule"], crops))
     return o
 
+# %% ../../nbs/lib/28_data.patches.ipynb #89ca8b49
+def rule_form(pic, rows, *, seed, views):
+    "A healthy window of the form of a lesion's box, enlarged and clipped like one (a control of paper 00)."
+    border, out = dict(rows=pic.rows, cols=pic.cols), []
+    for r in rows:
+        o, (beside, most) = r["options"], _beside(pic, r["options"])
+        crop = partial(zoomed_box, **border, zoom=o["zoom"])
+        b = place_box(beside, o["size"], rng=rng(seed,"healthy place",r["patch_id"]), crop=crop,
+            max_background=most, avoid=[tuple(a) for a in r["avoid"] or ()])
+        out.append(f"no place with at most {most:.0%} background for this form" if b is None else [crop(b)]*views)
+    return out
+
+RULES["form"] = (rule_form, dict(zoom=1, size=None, max_background=.4, min_breast=0.))
+
 # %% ../../nbs/lib/28_data.patches.ipynb #fc1f8c00
 MIN_EXTENT = 3 # Pixels; smaller lesions are points
 
@@ -530,6 +544,30 @@ def healthy_patches(
         patch = f"{r.image_id}:healthy{k}"
         size = None if side=="fixed" else sizes(r, patch)
         rows.append(_row(r, data, patch_id=patch, rule="square", options={**o,"size":size}, slot=k, target=0,
+            avoid=avoid(r.image_id) if images=="all" else None, lesion_type="healthy", label="normal"))
+    return _plan(rows)
+
+# %% ../../nbs/lib/28_data.patches.ipynb #4741b0d7
+def form_patches(
+    data, # MammoData
+    n:int, # Patches wanted
+    *,
+    seed:int, # Of image order and forms
+    like:pd.DataFrame, # Lesion table to take widths and heights from
+    images:str="normal", # As for `healthy_patches`
+    **options # Settings of the rule `form`
+) -> Plan:
+    "A plan of n healthy windows that are as wide and high as lesion boxes."
+    o, im, avoid = rule_options("form", **options), _images(data, None, images), _lesion_boxes(data)
+    like = like[_extent(like)>=MIN_EXTENT].sort_values(["image_id","lesion_id"])
+    if n and not (len(im) and len(like)):
+        raise DataError("needs images known to be without lesion, and lesions to take forms from", data.name,
+            "images='all' cuts beside the lesions")
+    sizes, rows = _Sizes(like, seed), []
+    order = sorted(im.itertuples(index=False), key=lambda r: seed_of(seed,"healthy image",r.image_id))
+    for r,k in ((order[i%len(order)], i//len(order)) for i in range(n)):
+        patch = f"{r.image_id}:healthy{k}"
+        rows.append(_row(r, data, patch_id=patch, rule="form", options={**o,"size":sizes(r, patch)}, slot=k, target=0,
             avoid=avoid(r.image_id) if images=="all" else None, lesion_type="healthy", label="normal"))
     return _plan(rows)
 

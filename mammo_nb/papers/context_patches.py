@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TYPES', 'PUBLISHED', 'NEEDED', 'context_style', 'kind_of', 'count_sets', 'Cutting', 'wanted_kinds',
-           'resize_rows', 'kind_plan', 'large_enough', 'check_kinds', 'split_sets', 'available', 'trim', 'cut_side',
-           'Cut', 'cut_patches', 'count_patches', 'probe']
+           'healthy_images', 'resize_rows', 'kind_plan', 'large_enough', 'check_kinds', 'split_sets', 'available',
+           'trim', 'cut_side', 'Cut', 'cut_patches', 'count_patches', 'probe']
 
 # %% ../../nbs/papers/81_papers.context_patches.ipynb #e9c1dc6c
 from dataclasses import dataclass, replace
@@ -76,6 +76,7 @@ class Cutting:
     drop_doubles:bool = False # Leave out patches whose pixels occur twice
     min_breast:float = 0. # Above 0: muscle does not count as breast in normal patches
     side_mm:float = 0. # Patch side, mm on each image; 0: in pixels
+    beside:bool = False # Normal patches also lie beside the lesions of images that have some
 
     def pixels(self, spacing_mm): # Side of a patch in images whose pixels have this size
         return self.side_mm/spacing_mm if self.side_mm else self.side*self.scale
@@ -89,6 +90,15 @@ def wanted_kinds(
     "The kinds that the tasks need: lesions of the types that are painted, of both where none is."
     lesions = [t for t in TYPES if t in tasks] or list(TYPES)
     return {k: n for k,n in counts.items() if k == "normal" or k.split("_")[1] in lesions}
+
+# %% ../../nbs/papers/81_papers.context_patches.ipynb #835c77d2
+def healthy_images(
+    data, # MammoData
+    beside:bool, # Also images with outlined lesions?
+) -> pd.Series: # Boolean, one an image
+    "Images that normal patches come from."
+    normal, outlined = data.images.normal.astype(bool), data.images.image_id.isin(data.lesions.image_id)
+    return normal | outlined if beside else normal
 
 # %% ../../nbs/papers/81_papers.context_patches.ipynb #2330aea7
 def resize_rows(
@@ -115,9 +125,9 @@ def kind_plan(
     options = dict(rule="context", side=cutting.side, scale=cutting.scale, min_tissue=cutting.min_tissue,
                    min_breast=cutting.min_breast)
     if kind == "normal":
-        have = data.images[data.images.normal.astype(bool) & data.images.patient_id.isin(set(patients))]
-        where = lambda: tissue_patches(replace(data, images=have), slots=-(-round(1.2*n)//len(have)), images="normal",
-                                       **options)
+        have = data.images[healthy_images(data, cutting.beside) & data.images.patient_id.isin(set(patients))]
+        where = lambda: tissue_patches(replace(data, images=have), slots=-(-round(1.2*n)//len(have)),
+                                       images="all" if cutting.beside else "normal", **options)
     else:
         have = data.lesions[(kind_of(data.lesions) == kind) & data.lesions.patient_id.isin(set(patients))]
         where = lambda: lesion_patches(replace(data, lesions=have), slots=-(-n//len(have)), **options)
@@ -152,7 +162,8 @@ def check_kinds(
     for kind in wanted:
         if kind not in NEEDED or found.get(kind): continue
         other = "calc" if kind.endswith("mass") else "mass"
-        leave = "" if kind == "normal" else f", or leave this lesion out: -p tasks {other},remove"
+        leave = f", or leave this lesion out: -p tasks {other},remove"
+        if kind == "normal": leave = ", or take healthy tissue beside lesions: -p normal beside"
         fix = "lower min_tissue, or give larger images" if why else f"give data that has it{leave}"
         raise DataError(f"no patch of {NEEDED[kind]} in {side}" + (f" ({why})" if why else ""), "patches", fix)
 
@@ -177,9 +188,10 @@ def available(
     data, # MammoData
     kind:str, # Of `KINDS`
     who:set, # Patients
+    beside:bool=False, # See `healthy_images`
 ) -> int: # Images or lesions
     "Where patches of a kind could come from."
-    if kind == "normal": return int(data.images.normal[data.images.patient_id.isin(who)].sum())
+    if kind == "normal": return int(healthy_images(data, beside)[data.images.patient_id.isin(who)].sum())
     return int((kind_of(data.lesions) == kind)[data.lesions.patient_id.isin(who)].sum())
 
 def trim(
@@ -202,7 +214,7 @@ def cut_side(
 ) -> PatchSet:
     "All patches of one side, each kind trimmed to what is wanted."
     wanted, plans = cutting.wanted(side), []
-    have = {kind: [available(data, kind, who) for data in sets] for kind in wanted}
+    have = {kind: [available(data, kind, who, cutting.beside) for data in sets] for kind in wanted}
     check_kinds({kind: sum(n) for kind,n in have.items()}, wanted, side)
     for kind,n in wanted.items():
         shares = [-(-n*h//max(1, sum(have[kind]))) for h in have[kind]]

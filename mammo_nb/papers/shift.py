@@ -26,8 +26,9 @@ from ..metrics.answers import Answers, Intervals
 from ..metrics.sifid import place_extractor
 from ..paper import Paper, Settled, label_rules, lengths_mm, note_windows, replicate_name, replicates
 from .shift_heads import Network, compute_features, probabilities, tested, train_heads, train_whole
-from .shift_patches import (CLASSES, ZOOMS, Cutting, Folding, check_counts, check_folds, check_sets,
-                                           cut_groups, fold_counts, labelled, make_folds, pick_sources, samples_needed)
+from .shift_patches import (CLASSES, SOURCES, ZOOMS, Cutting, Folding, check_counts, check_folds,
+                                           check_sets, cut_groups, fold_counts, labelled, make_folds, pick_sources,
+                                           samples_needed, source_sets)
 from .shift_rows import (SCOPES, Choice, Rows, control_patches, gather_rows, healthy_groups, plan_cells,
                                         plan_jobs)
 from .shift_singans import (Learning, Sources, Wanted, check_sources, draw_singans, load_samples,
@@ -148,7 +149,8 @@ PAPER = Paper(
     "00_annotation_shift", title="Annotation shift and single-image GANs", presets=dict(demo=DEMO, paper=PUBLISHED),
     protocol=Protocol, plan=plan, switches=SWITCHES, clean=CLEAN, settle=settle,
     choices=dict(scaling=("minmax", "voi"), healthy=("", "text", "matched"), test_sets=("", "fixed", "rotating"),
-                 singan=("", "paper", "official", "authors"), sifid=("auto", "torchvision", "inception", "embedded")),
+                 singan=("", "paper", "official", "authors"), sources=SOURCES,
+                 sifid=("auto", "torchvision", "inception", "embedded")),
     rules=dict(singan_steps=between(0, 100_000), patients=between(0, 100_000), size=between(0, 1024),
                crops=between(-1, 100), clf_epochs=between(0, 10_000), boots=between(0, 100_000)),
     knobs=dict(patients="patients", size="size", boots="boots", weights="weights"),
@@ -205,6 +207,11 @@ class Cuts:
     groups:dict # `G1` … -> PatchSet, see `shift_patches.cut_groups`
     sources:list # Rows of `G1`
     folds:pd.DataFrame # patient -> side of each fold
+    later:tuple = () # Sources of the second and further replicates; empty: the same
+
+    def of(self, replicate:int) -> "Cuts": # replicate: number, from 0
+        "The same patches, with the sources of this replicate."
+        return replace(self, sources=self.later[replicate-1]) if replicate and self.later else self
 
     @property
     def source_ids(self) -> tuple: return tuple(self.groups["G1"].table.patch_id.iloc[self.sources])
@@ -221,9 +228,12 @@ def cut(
     how = dict(film_healthy=setup.film_healthy, digital_healthy=setup.digital_healthy, **lengths_mm(run))
     scale = setup.phantom_scale if run.phantom else 1.
     groups = cut_groups(sets, Cutting(setup.size, scale, seed=seed, min_breast=protocol.min_breast, **how))
-    sources, passed = pick_sources(groups["G1"], setup.singan, seed=seed)
+    params = run.params
+    n = 4*params.replicates if params.sources == "anew" else 4
+    chosen, passed = pick_sources(groups["G1"], setup.singan, seed=seed, n=n)
     how = Folding(setup.test, setup.val, not protocol.fixed, protocol.loose_sources, apart, seed)
-    cuts = Cuts(groups, sources, make_folds(groups, sources, how))
+    first, *later = source_sets(chosen, params.sources, params.replicates)
+    cuts = Cuts(groups, first, make_folds(groups, chosen, how), tuple(later))
     skipped = pd.concat([ps.skipped for ps in groups.values() if ps is not None]).drop_duplicates()
     tables = dict(skipped=skipped, sources_passed_over=passed, leak_check=check_folds(groups, cuts.folds, apart))
     for name,t in (tables | dict(folds=cuts.folds.reset_index())).items(): run.table(name, t)
