@@ -216,6 +216,28 @@ def test_switches_reach_what_they_name(tmp_path):
     differ(switched("bn_train"), switched("bn_train,keep_last"), "heads")
     differ(switched("bn_train"), switched("bn_train,sampled_valid"), "heads")
 
+OF_FOLDS = dict(loose_sources="loose_sources", subset_patients="apart")
+OF_JOBS = {"lr_constant", "keep_last", "sampled_valid", "duplicate_samples", "double_norm", "stretched_singan", "bn_train"}       # above
+OF_SIZES = {"long_singan", "one_crop"}                                                  # test_what_a_switch_lists_is_used
+
+class Dealt(Exception): "Stands for all that comes after the folds."
+
+@pytest.mark.parametrize("switch", OF_FOLDS)
+def test_switches_of_the_folds_reach_them(tmp_path, monkeypatch, switch):
+    dealt = []
+    def stop(groups, sources, how):
+        dealt.append(vars(how))
+        raise Dealt
+    monkeypatch.setattr(paper, "cut_groups", lambda *given: toy_groups())
+    monkeypatch.setattr(paper, "pick_sources", lambda *given, **more: ([2,5,2,5], None))
+    monkeypatch.setattr(paper, "make_folds", stop)
+    for asked in ("", switch):
+        with pytest.raises(Dealt): paper.cut(new_run(tmp_path, switches=asked), [])
+    assert {k for k in dealt[0] if dealt[0][k] != dealt[1][k]} == {OF_FOLDS[switch]}
+
+def test_no_switch_is_left_out_here():
+    assert set(paper.SWITCHES) == {*OF_FOLDS, *OF_JOBS, *OF_SIZES}
+
 def test_replaced_weights_are_others(tmp_path):
     file = tmp_path/"resnet50-11ad3fa6.pth"
     file.write_bytes(b"old")
