@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Cutting', 'lesion_plan', 'healthy_plan', 'scope_table', 'Cut', 'cut_centre_a', 'cut_lesions', 'balance',
-           'count_table', 'probe']
+           'count_table', 'short_words', 'beside_paper', 'probe']
 
 # %% ../../nbs/papers/84d_papers.sharing_patches.ipynb #351fe17a
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,7 @@ from ..data.splits import SPLITS, balance_table, check_leaks, each_once, split_p
 from ..metrics.probe import probe_auc
 from .sharing_centres import Centre
 from .sharing_rows import Counts
+from ..report.tables import beside_counts, published_counts
 
 # %% ../../nbs/papers/84d_papers.sharing_patches.ipynb #47bd2bee
 @dataclass(frozen=True)
@@ -161,15 +162,36 @@ def count_table(
     cuts:dict, # scope -> Cut
 ) -> pd.DataFrame: # One row a scope
     "How many patches train, and what share of the test patches is healthy; the published counts beside them."
-    published = dict(lesions=(1374, 1200, 1148), masses=(70, 1200, 500))
-    rows = []
+    stated, rows = published_counts("04_sharing").set_index("ours").published, []
     for scope,cut in cuts.items():
         test = cut.sets[min(cut.sets)]["test"]
         ours = vars(cut.counts)
-        theirs = {f"{k}_published": n for k,n in zip(ours, published[scope])}
+        theirs = {f"{k}_published": stated[f"{scope} {k}"] for k in ours}
         tested = dict(test_patches=len(test), test_women=test.table.patient_id.nunique())
         rows.append(dict(scope=scope) | ours | theirs | tested | dict(test_healthy_share=float((test.y==0).mean())))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/papers/84d_papers.sharing_patches.ipynb #0fa79c7c
+def short_words(
+    counts:pd.DataFrame, # From `count_table`
+) -> list: # `lesions real 126 of 1374`
+    "Training counts that are not the published ones."
+    kinds = [c.removesuffix("_published") for c in counts if c.endswith("_published")]
+    rows = [(r, k) for _,r in counts.iterrows() for k in kinds]
+    return [f"{r['scope']} {k} {r[k]} of {r[f'{k}_published']}" for r,k in rows if r[k] != r[f"{k}_published"]]
+
+# %% ../../nbs/papers/84d_papers.sharing_patches.ipynb #b2c56972
+def beside_paper(
+    hospitals:list, # Of Centre
+    cuts:dict, # scope -> Cut of centre A
+) -> pd.DataFrame: # what, where, published, ours; empty where this run does not count it
+    "Every count that the paper states, beside those of this run."
+    keep = ("patients", "images", "lesions", "masses")
+    ours = {f"{scope} {k}": n for scope,cut in cuts.items() for k,n in vars(cut.counts).items()}
+    for centre in hospitals:
+        found = centre.count()
+        ours |= {f"{centre.name} {k}": found[k] for k in keep}
+    return beside_counts("04_sharing", ours)
 
 # %% ../../nbs/papers/84d_papers.sharing_patches.ipynb #a5a80fd1
 def probe(
