@@ -171,7 +171,7 @@ def _check_rules(rules):
                 others = nearest(choice, list(known) or ["none"])
                 raise ParameterError(f"'{choice}' is no choice of {layout}", "rules", others)
 
-def _as_kind(text, layout, choice): # Text as the kind of value that a choice has; one of no kind, or a list, takes words
+def _as_kind(text, layout, choice): # Text as the kind of value that a choice has; a list, or one of no kind: words
     own = inspect.signature(READERS[layout]).parameters[choice]
     usual, kind = own.default, own.annotation if own.default is None else type(own.default)
     if kind in (tuple, inspect.Parameter.empty): return tuple(w.strip() for w in text.split("+"))

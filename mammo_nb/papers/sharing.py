@@ -386,7 +386,9 @@ def elsewhere(
     found = external_patches(who, cuts.a, cutting_of(run))
     trains = [c.sets[size]["train"] for c in cuts.a.values()] + [v[size] for v in cuts.lesions.values()]
     for ps in found.values():
-        for one in trains: check_leaks(train=one, external=ps)
+        own = ps.table.image_id + " of a held woman"        # phantoms are drawn under the same names again
+        table = ps.table.assign(image_id=own) if run.phantom else ps.table
+        for one in trains: check_leaks(train=one.table, external=table)
     return found
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #9e4a4b41
@@ -518,7 +520,8 @@ def classifiers(
 ) -> dict: # Cell -> Job
     "One training for each row of Tables 1 and 2."
     seeds, jobs, size = seeds or run.seeds, {}, run.setup.size
-    away = external or {}
+    def sides(scope): return cuts.a[scope].sets[size] | ({"external": external[scope]} if external else {})
+    sets = {scope: sides(scope) for scope in cuts.a}            # one object for all cells: its content is read once
     end = replicate_name(run, seeds)
     halving = Halving(seeds.split, 42 if run.protocol.half_fixed else seeds.seed, run.protocol.half_by)
     for row in run.grid.itertuples(index=False):
@@ -527,9 +530,8 @@ def classifiers(
         added = None if None in found.values() else {g: v[size] for g,v in found.items()}
         team = who_trains(cell, of_a.sets[size]["train"], of_a.counts, halving)
         how, called = training_of(run, row.model, seeds), f"clf-{row.scope}-{row.model}-{row.regime}-{row.arm}{end}"
-        sets = of_a.sets[size] | ({"external": away[row.scope]} if row.scope in away else {})
-        jobs[cell] = run.job(fit_cell, name=called, group="classifiers", cell=cell, sets=sets, team=team, added=added,
-                             how=how)
+        jobs[cell] = run.job(fit_cell, name=called, group="classifiers", cell=cell, sets=sets[row.scope], team=team,
+                             added=added, how=how)
     return jobs
 
 # %% ../../nbs/papers/84_papers.sharing.ipynb #a4936ce7

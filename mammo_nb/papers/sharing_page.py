@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NAMED', 'METRICS', 'ASKED', 'SHARES', 'PLANTED', 'NEXT', 'QUESTION', 'SECTIONS', 'LAST_LINES', 'named', 'picked',
            'sample_figure', 'overview_figure', 'real_figure', 'loss_figure', 'pairs_figure', 'audit_words',
-           'origin_words', 'arm_gains', 'data_words', 'learnt_words', 'gain_words', 'answer_words', 'mean_words',
-           'in_short']
+           'origin_words', 'arm_gains', 'data_words', 'beside_paper', 'learnt_words', 'gain_words', 'answer_words',
+           'mean_words', 'in_short']
 
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #9bf7058b
 import numpy as np
@@ -24,7 +24,7 @@ from ..report.figures import loss_curves, patch_grid, sheet
 from ..report.page import (Shown, audit_section, beside_section, curves_section, data_section, gains_section,
                                   generators_section, labels, left_out_section, part, published_section,
                                   verdicts_of, verdicts_section, words)
-from ..report.tables import paper_record
+from ..report.tables import beside_counts, paper_record
 from ..runs import Number
 
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #ef376dd0
@@ -172,6 +172,19 @@ def data_words(
 
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #7dc381e1
 SHARES = paper_record(PAPER.name)["shares"] # Healthy patches in the paper's test sets, see the page's note
+
+# %% ../../nbs/papers/84a_papers.sharing_page.ipynb #d19150f9
+def beside_paper(
+    hospitals:list, # Of Centre
+    cuts:dict, # scope -> Cut of centre A
+) -> pd.DataFrame: # what, where, published, ours; empty where this run does not count it
+    "Every count that the paper states, beside those of this run."
+    keep = ("patients", "images", "lesions", "masses")
+    ours = {f"{scope} {k}": n for scope,cut in cuts.items() for k,n in vars(cut.counts).items()}
+    for centre in hospitals:
+        found = centre.count()
+        ours |= {f"{centre.name} {k}": found[k] for k in keep}
+    return beside_counts("04_sharing", ours)
 
 # %% ../../nbs/papers/84a_papers.sharing_page.ipynb #5997e87d
 PLANTED = (

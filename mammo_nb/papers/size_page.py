@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COUNT', 'FOLDS', 'SAID_OF_CODE', 'READINGS', 'FIXED', 'GAIN_NAMES', 'QUESTION', 'NEXT', 'CUES', 'QUALITY_HEADS',
            'HEADS', 'VERDICTS', 'PROBE', 'QUALITY', 'MAP', 'SPLITS', 'GLANCE', 'AT_A_GLANCE', 'OTHER_DATA', 'BOTH',
-           'SECTIONS', 'LAST_LINES', 'conflicts', 'readings', 'gains_wide', 'said_of_size', 'answer_words', 'left_out',
-           'named']
+           'SECTIONS', 'LAST_LINES', 'conflicts', 'readings', 'beside_thesis', 'gains_wide', 'said_of_size',
+           'answer_words', 'left_out', 'named']
 
 # %% ../../nbs/papers/82f_papers.size_page.ipynb #d5e10a87
 import pandas as pd
@@ -14,7 +14,7 @@ import pandas as pd
 from .size_setup import MODES, PRESETS, SIZES, Protocol
 from ..report.checklists import ENDING
 from ..report.page import (Shown, beside_section, data_section, left_out_section, part, verdicts_section, words)
-from ..report.tables import published
+from ..report.tables import beside_counts, published
 from ..runs import Number
 
 # %% ../../nbs/papers/82f_papers.size_page.ipynb #e84447c9
@@ -77,6 +77,16 @@ def readings(protocol:Protocol) -> pd.DataFrame: # decision, text, published cod
     "Where text and code of the thesis part, and what this run does; the last rows are the same in every protocol."
     heads = ("decision", "text", "published code", "this run")
     return pd.DataFrame([dict(zip(heads, (a, b, c, of(protocol)))) for a, b, c, of in READINGS])
+
+# %% ../../nbs/papers/82f_papers.size_page.ipynb #39d4cd26
+def beside_thesis(
+    counts:pd.DataFrame, # From `count_sets`
+    more:dict, # Further names in the column `ours` of published/counts.csv -> what this run has
+) -> pd.DataFrame: # what, where, thesis, this run
+    "Every count the thesis states, beside ours; empty where a run cannot know it."
+    ours = counts.select_dtypes("number").sum().to_dict() | more
+    t = beside_counts("02_dcgan_size", ours)
+    return t.rename(columns=dict(published="thesis", ours="this run"))
 
 # %% ../../nbs/papers/82f_papers.size_page.ipynb #d0c34f9b
 GAIN_NAMES = {"gan-org": "GAN − ORG", "aug_org-org": "Aug ORG − ORG", "aug_gan-org": "Aug GAN − ORG",

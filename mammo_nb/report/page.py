@@ -33,8 +33,8 @@ from .claims import (BASELINES, CONTROLS, Evidence, against_controls, claims, co
 from .rules import fixed_rules, tally_of, unit_of
 from .figures import forest, ours_vs_published, pr_curves, roc_curves, sheet
 from .html import Picture, Section, Table, banner_for, beside_html, write_report
-from .tables import (beside, bounds, coverage, paper_record, prevalence_check, read_results, seed_interval,
-                                    summarise)
+from .tables import (beside, bounds, coverage, paper_record, prevalence_check, read_results,
+                                    seed_interval, summarise)
 from ..runs import LAYOUT, facts_of
 
 # %% ../../nbs/lib/65_report.page.ipynb #f55a232d
@@ -766,7 +766,7 @@ def coverage_section(
         if not len(t): return None
         n = t.status.value_counts()
         told = (f"Of {len(t)} points of the paper {n.get('yes', 0)} are followed, {n.get('partly', 0)} in part, "
-                f"{n.get('no', 0)} not. This is the program at its published size; above stands what this run left out.")
+                f"{n.get('no', 0)} not. This speaks of the program; what this run left out stands above.")
         table = Table(t.rename(columns=_COVERAGE_HEADS), index=False, prose=True, file="tables/coverage.csv", numbers=t,
                       made=True)
         return Section(heading, told, tables=[table])
