@@ -139,6 +139,7 @@ def start(
     resolved = {k: asdict(getattr(settled, k)) for k in ("setup", "protocol", "seeds")} | dict(cells=len(parts["grid"]))
     run = Run(params, paper=paper.name, resolved=resolved, **parts)
     if paper.title: run.note(title=paper.title)
+    run.note(turned=[f"{k} {getattr(params, k)}" for k in paper.knobs if getattr(params, k)])
     what = f"{params.preset} size, protocol {params.protocol}, seed {params.seed}, {resolved['cells']} cells"
     print(f"{paper.name}: {what}, {run.device}, into {run.dir}")
     return run

@@ -154,8 +154,9 @@ def jobs_of(tmp_path, *, a=A, b=B, **changes):
     drawn = {k: at(toy(f"drawn {k}", 12, 0, 1)) for k in stages}
     held = {k: HELD for k in stages if paper.GENERATORS[k[0]][0] not in paper.handed_over(params)}
     found = [*paper.audits(run, cuts, {k: stages[k] for k in held}, held).values(), *paper.references(run, cuts, held).values()]
+    away = dict.fromkeys(paper.SCOPES, HELD) if run.params.external else {}
     for s in paper.replicates(run):
-        found += [*paper.generators(run, cuts, s).values(), *paper.draws(run, cuts, stages, s).values(), *paper.classifiers(run, cuts, drawn, s).values()]
+        found += [*paper.generators(run, cuts, s).values(), *paper.draws(run, cuts, stages, s).values(), *paper.classifiers(run, cuts, drawn, s, external=away).values()]
     return run, {j.name: j for j in found}
 
 def keys_of(tmp_path, **changes):

@@ -1,5 +1,5 @@
 "Published numbers, gathered runs, claims and the HTML report: contracts that no single notebook can hold."
-import base64, hashlib, html as htmllib, re, shutil, subprocess
+import base64, hashlib, html as htmllib, importlib, re, shutil, subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from mammo_nb.metrics.answers import Answers
 from mammo_nb.report.claims import CELL, Evidence, as_answers, claim, claims, contrasts, evidence, judge, published_value, verdict_table, why
 from mammo_nb.report.figures import patch_grid, save_figure, sheet
 from mammo_nb.report.html import Picture, Section, Table, banner_for, beside_html, render_report, write_report
-from mammo_nb.report.tables import (KEYS, PUBLISHED, RESULT_COLUMNS, beside, beside_table, gather, paper_record, papers, prevalence_check, published,
+from mammo_nb.report.tables import (COVERED, KEYS, PUBLISHED, RESULT_COLUMNS, beside, beside_table, coverage, gather, paper_record, papers, prevalence_check, published,
                                     published_table, read_results, summarise, to_markdown)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ def test_single_run_papers_equal_the_text():
     t = published("01_contextual_gan", "table1"); assert t[t.metric=="auroc"].value.tolist() == [float(v) for v in re.findall(r"\t(0\.8\d\d|0\.79\d)\t", text)]
 
 def test_published_files_and_index_agree():
-    assert {p.stem for p in PUBLISHED.glob("*.csv")} == set(papers())
+    assert {p.stem for p in PUBLISHED.glob("*.csv")} == set(papers()) | {"counts", "coverage"}
     for p, rec in papers().items():
         df = published(p); assert set(df.table) == set(rec["tables"]); assert not df.duplicated(["table",*KEYS]).any() and df.value.notna().all()
         share = df[df.metric.isin(["accuracy","f1","auroc","auprc","train_accuracy"]) & ~df.table.isin(["f1_gains","statements"])]; assert share.value.between(0, 1).all()
@@ -65,6 +65,19 @@ def test_published_files_and_index_agree():
             t = published_table(p, k); assert t.size >= len(published(p, k)); assert {"title","where","units","sd"} <= set(published(p, k).attrs)
             assert "|" in to_markdown(t)
         assert all("page" not in t["where"] for t in rec["tables"].values())          # the text at hand has no page numbers; none are made up
+
+def test_counts_and_coverage_are_of_known_papers_and_things():
+    for name in ("counts", "coverage"): assert set(pd.read_csv(PUBLISHED/f"{name}.csv").paper) <= set(papers())
+    def there(name):
+        module, _, thing = name.rpartition(".")
+        return hasattr(importlib.import_module(module), thing)
+    for p in papers():
+        t = coverage(p)
+        if not len(t): continue
+        assert set(t.status) <= set(COVERED) and not t["item"].duplicated().any() and (t.reason[t.status != "yes"] != "").all()
+        named = [w for where in t["where"] for w in where.split("; ") if w.startswith("mammo_nb.")]
+        assert not [w for w in named if not there(w)], p                              # a renamed function is noticed
+        assert (t["where"][t.status == "yes"] != "").all()                             # and a `yes` says where
 
 def test_published_data_are_part_of_the_package():
     assert 'mammo_nb = ["published/*", "published/example/*", "shipped/*"]' in (ROOT/"pyproject.toml").read_text()

@@ -30,12 +30,12 @@ CHANGES = { # Paper -> parameter -> another value
                        size=24, crops=0, clf_epochs=2, departures=True, boots=30, replicates=2, sources="rotated", mode="bf16"),
     "01": SEEDS | dict(protocol="clean", switches="subtractive_decay", tasks="mass", arms="baseline", scaling="voi", side_mm=60., min_tissue=.8, patients=30, train_share=.5, d_mult=3, gan_updates=3,
                        synthetic=6, clf_samples=60, boots=30, replicates=2, ablations="no_border", normal="beside", mode="bf16"),
-    "02": SEEDS | dict(protocol="clean", switches="beta2_999", sizes="250", modes="org", folds=2, replicates=2, scaling="voi", side_mm=6., extractor="pixels", patients=20, imbalance=3,
+    "02": SEEDS | dict(protocol="clean", switches="beta2_999", sizes="250", modes="org", folds=2, replicates=2, scaling="voi", side_mm=6., extractor="pixels", patients=20, imbalance=3, factor=2.,
                        tissue_per_image=6, gan_epochs=2, simulation_epochs=2, fid_n=14, clf_epochs=2, boots=30, mode="bf16"),
     "03": SEEDS | dict(protocol="clean", protocols="paper", models="cnn_tuned", cgan_models="cnn_tuned", image="full", scaling="voi", size=96, patients=48, updates=3, synthetic=9, trials=2, replicates=2,
                        arms="noise", search_trials=2, clf_epochs=2, lr=.01, augment=False, leak_test=False, boots=30, mode="bf16"),
     "04": SEEDS | dict(protocol="clean", switches="crop_faults", scopes="lesions", models="swin", arms="none,copies", regimes="100", scaling="voi", margin=30, patients=30, gan_epochs=2,
-                       clf_epochs=2, boots=30, replicates=2, dp_epsilon=8., references=2, mode="bf16")}
+                       clf_epochs=2, boots=30, replicates=2, dp_epsilon=8., references=2, external="b", mode="bf16")}
 FREE = dict(run_dir="where the run goes", only="which stages are done, not what they do", device="counts in every key as cpu, cuda or mps", show_real="what the page shows",
             label_rules="of real sets only; what they change are labels, which count in every key",
             preset="the published sizes cost days; they reach the jobs as the sizes that stand here one by one")

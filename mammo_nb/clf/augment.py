@@ -104,16 +104,19 @@ def join(
     if len(sizes := {p.size for p in parts}) > 1:
         said = " and ".join(map(str, sorted(sizes)))
         raise DataError(f"patches of {said} px cannot be mixed", "join", "cut or generate all at one size")
-    blocks, offset, rows = [], {}, 0
-    for p in parts:
-        if id(p.pixels) not in offset:
-            offset[id(p.pixels)] = rows
-            blocks.append(p.pixels)
-            rows += len(p.pixels)
-    start = np.concatenate([p.start + offset[id(p.pixels)] for p in parts])
-    pixels = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    pixels, starts = _gathered(parts)
     rest = [np.concatenate([getattr(p, name) for p in parts]) for name in ("views", "target", "synthetic")]
-    return PatchArrays(pixels, start, *rest)
+    return PatchArrays(pixels, np.concatenate(starts), *rest)
+
+def _gathered(parts): # Pixels that these parts use, once each; where each part's patches lie in them
+    used = {}
+    for p in parts: used.setdefault(id(p.pixels), (p.pixels, []))[1].append(p.rows())
+    if len(used) == 1: return parts[0].pixels, [p.start for p in parts]
+    kept = {k: (pixels, np.unique(np.concatenate(rows))) for k,(pixels,rows) in used.items()}
+    at = dict(zip(kept, np.cumsum([0, *(len(rows) for _,rows in kept.values())])))
+    out = np.empty((sum(len(rows) for _,rows in kept.values()), *parts[0].pixels.shape[1:]), np.uint8)
+    for k,(pixels,rows) in kept.items(): np.take(pixels, rows, axis=0, out=out[at[k]:at[k]+len(rows)], mode="clip")
+    return out, [np.searchsorted(kept[id(p.pixels)][1], p.start) + at[id(p.pixels)] for p in parts]
 
 # %% ../../nbs/lib/50_clf.augment.ipynb #1effd0bb
 def take(
@@ -229,7 +232,9 @@ class PatchLoader:
         self.seed, self.feed, self.form = seed, feed, form
         self.epoch, self.n = 0, feed.epoch_size or len(patches) if train else len(patches)
         rows = np.unique(patches.rows() if train else patches.start)        # those this loader can show
-        self.pixels, self.start = torch.from_numpy(patches.pixels[rows]), np.searchsorted(rows, patches.start)
+        whole = len(rows) == len(patches.pixels) and patches.pixels.flags.writeable
+        shown = patches.pixels if whole else patches.pixels[rows]           # no second copy of gigabytes
+        self.pixels, self.start = torch.from_numpy(shown), np.searchsorted(rows, patches.start)
         on_gpu = torch.device(device).type == "cuda"
         if not on_gpu or self.pixels.nbytes < torch.cuda.mem_get_info(device)[0]/2: self.pixels = self.pixels.to(device)
         self.y = torch.from_numpy(patches.target).to(device)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OMI_WRONG_BOXES', 'SHEET_NEED', 'SHEET_LESIONS', 'read_plain_json', 'omi_images', 'opinion_label', 'mark_label',
-           'client_status', 'mark_set', 'mark_type', 'mark_box', 'read_omidb', 'OmiFilter', 'read_omidb_sheets']
+           'client_status', 'mark_set', 'mark_types', 'mark_type', 'mark_box', 'read_omidb', 'OmiFilter',
+           'read_omidb_sheets']
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #43cd9714
 import json, re
@@ -126,12 +127,19 @@ _MARK_TYPES = dict(mass=("mass",),
     calcification=("suspiciouscalcifications","withcalcification","benignclassification"),
     distortion=("architecturaldistortion","architecturedistortion"), asymmetry=("focalasymmetry",))
 
+def mark_types(
+    mark:dict, # Mark, keys in any case
+) -> list: # Types, the leading one first; empty where none is set
+    "Every type that a mark has."
+    on = {str(k).casefold() for k,v in mark.items() if mark_set(v)}
+    return [kind for kind,keys in _MARK_TYPES.items() if on & set(keys)]
+
+# %% ../../nbs/lib/26_data.omidb.ipynb #cd3a5f6c
 def mark_type(
     mark:dict, # Mark, keys in any case
 ) -> str: # Lesion type
     "Lesion type of a mark: a mass comes before calcifications, these before distortion and asymmetry."
-    on = {str(k).casefold() for k,v in mark.items() if mark_set(v)}
-    return next((kind for kind,keys in _MARK_TYPES.items() if on & set(keys)), "other")
+    return next(iter(mark_types(mark)), "other")
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #8533fb9f
 def mark_box(
@@ -182,6 +190,11 @@ def _omi_client(files, ledger):
         ledger.note(files["imagedb"], "client without readable nbss file: classes unknown, no image normal")
     return imagedb, nbss
 
+def _and_more(im, mark):
+    "Quirks of a lesion: those of its image, and further types of its mark."
+    also = [f"also {kind}" for kind in mark_types(mark)[1:]]
+    return [*im["quirks"], *also] if also else im["quirks"]
+
 def _omi_lesions(im, marks, episode, ledger):
     "Lesion rows of the marks on one image."
     path, out = Path(im["path"]), []
@@ -198,7 +211,7 @@ def _omi_lesions(im, marks, episode, ledger):
         numbers = re.findall(r"\d+", word(m.get("LinkedNBSSLesionNumber")))
         label, source, raw = mark_label(episode, im["laterality"], numbers)
         out.append(dict(zip(BOX, box), image_id=im["image_id"], lesion_id=word(m.get("MarkID")) or str(key),
-            lesion_type=mark_type(m), label=label, label_source=source, label_raw=raw, quirks=im["quirks"]))
+            lesion_type=mark_type(m), label=label, label_source=source, label_raw=raw, quirks=_and_more(im, m)))
     return out
 
 def _marked(imagedb):
@@ -338,7 +351,7 @@ def _sheet_lesions(marks, images, table, ledger):
             continue
         out.append(dict(zip(BOX, box), image_id=im["image_id"], lesion_id=f"{word(m.get('lesionid')) or 'line'}_{k}",
             lesion_type=mark_type(m.to_dict()), label=opinion_label(status) or "unknown", label_source="biopsy",
-            label_raw=status))
+            label_raw=status, quirks=_and_more(im, m.to_dict())))
     return out
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #4b111b74

@@ -171,9 +171,10 @@ def _check_rules(rules):
                 others = nearest(choice, list(known) or ["none"])
                 raise ParameterError(f"'{choice}' is no choice of {layout}", "rules", others)
 
-def _as_kind(text, usual): # Text as the kind of value that a choice has; one that is None or a list takes words
-    if isinstance(usual, tuple): return tuple(w.strip() for w in text.split("+"))
-    kind = str if usual is None else type(usual)
+def _as_kind(text, layout, choice): # Text as the kind of value that a choice has; a list, or one of no kind: words
+    own = inspect.signature(READERS[layout]).parameters[choice]
+    usual, kind = own.default, own.annotation if own.default is None else type(own.default)
+    if kind in (tuple, inspect.Parameter.empty): return tuple(w.strip() for w in text.split("+"))
     try:
         return kind(text)
     except ValueError:
@@ -192,7 +193,7 @@ def told_rules(
             fix = "write layout.choice=value, e.g. vindr.malignant_from=5"
             raise ParameterError(f"'{word}' is no rule", "label_rules", fix)
         _check_rules({layout: {choice: value}})
-        out.setdefault(layout, {})[choice] = _as_kind(value.strip(), rules_of(layout)[choice])
+        out.setdefault(layout, {})[choice] = _as_kind(value.strip(), layout, choice)
     return out
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #42def0ee

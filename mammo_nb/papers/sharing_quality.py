@@ -55,12 +55,13 @@ def quality_row(
     measured:pd.DataFrame, # quality.csv of a generator
     fake:PatchSet, # Its synthetic set
     held:PatchSet, # Of unseen patients
-) -> dict: # patches, KID and FID with floor and ratio, diversity
+) -> dict: # patches, KID and FID with floor and ratio, precision, recall, diversity
     "One generator in numbers."
     of = measured.set_index("metric").value
     n = measured.set_index("metric").n_real
     distances = dict(fid_half=of.fid_half, fid_floor=of.fid_floor, fid_over_floor=of.fid_half/of.fid_floor)
-    return dict(unseen_patches=int(n.fid), kid=of.kid, kid_floor=of.kid_floor, fid=of.fid, **distances,
+    near = dict(precision=of.get("precision"), recall=of.get("recall"))
+    return dict(unseen_patches=int(n.fid), kid=of.kid, kid_floor=of.kid_floor, fid=of.fid, **distances, **near,
                 diversity=diversity(fake.pixels[:,0], held.pixels[:,0]))
 
 # %% ../../nbs/papers/84e_papers.sharing_quality.ipynb #f0ae888d

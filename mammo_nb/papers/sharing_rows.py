@@ -158,14 +158,14 @@ def fit_cell(
     folder:Path, # Of the job
     *,
     cell:Cell, # Row of Table 1 or 2
-    sets:dict, # `train`, `val`, `test` -> PatchSet of centre A
+    sets:dict, # `train`, `val`, `test` -> PatchSet of centre A; `external`: of another centre, where it is tested
     team:Team, # Who trains
     added:dict, # Source -> PatchSet
     how:Training, # Network, recipe, seed
     device="cpu", # Where to train
     log=None, # Told about each epoch
 ) -> None:
-    "Train the classifier of one cell and write what it says of validation and test."
+    "Train the classifier of one cell and write what it says of all sides but training."
     def say(**fields): log(scope=cell.scope, model=cell.model, regime=cell.regime, arm=cell.arm, **fields)
     model = build_classifier(how.network, seed=how.seed)
     patches = cell_training_set(sets["train"], team, added, how.seed)
@@ -173,7 +173,7 @@ def fit_cell(
     fit_classifier(model, patches, patch_arrays(sets["val"]), seed=how.seed, recipe=recipe, device=device,
                    folder=folder, log=say if log else None)
     answers, told = {}, dict(gan=how.generator) if how.generator else {}
-    for side in ("val", "test"):
+    for side in [side for side in sets if side != "train"]:
         patches = patch_arrays(sets[side])
         p, rank = predict_proba(model, patches, device=device)[:,1], None
         if how.recipe.score == "exp_logit":                             # the authors' score of healthy, turned around

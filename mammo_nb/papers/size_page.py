@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COUNT', 'FOLDS', 'SAID_OF_CODE', 'READINGS', 'FIXED', 'GAIN_NAMES', 'QUESTION', 'NEXT', 'CUES', 'QUALITY_HEADS',
            'HEADS', 'VERDICTS', 'PROBE', 'QUALITY', 'MAP', 'SPLITS', 'GLANCE', 'AT_A_GLANCE', 'OTHER_DATA', 'BOTH',
-           'SECTIONS', 'LAST_LINES', 'conflicts', 'readings', 'gains_wide', 'said_of_size', 'answer_words', 'left_out',
-           'named']
+           'SECTIONS', 'LAST_LINES', 'conflicts', 'readings', 'beside_thesis', 'gains_wide', 'said_of_size',
+           'answer_words', 'left_out', 'named']
 
 # %% ../../nbs/papers/82f_papers.size_page.ipynb #d5e10a87
 import pandas as pd
@@ -14,7 +14,7 @@ import pandas as pd
 from .size_setup import MODES, PRESETS, SIZES, Protocol
 from ..report.checklists import ENDING
 from ..report.page import (Shown, beside_section, data_section, left_out_section, part, verdicts_section, words)
-from ..report.tables import published
+from ..report.tables import beside_counts, published
 from ..runs import Number
 
 # %% ../../nbs/papers/82f_papers.size_page.ipynb #e84447c9
@@ -52,6 +52,8 @@ READINGS = (
     ("Adam's second moment", "0.99 (section 4.3)", "0.999", lambda p: f"{p.beta2:g}"),
     ("Jitter of brightness and contrast", "[-5, +5] (section 4.6)", "none", lambda p: f"factor 1 ± {p.jitter:g}"),
     ("Kernel of the first layer of D", "6 (section 4.2)", "4", lambda p: str(p.first_kernel)),
+    ("Kernel of the other layers of D", "6, the last 4 (section 4.2)", "6, the last 4",
+     lambda p: f"{p.kernel}, the last 4"),
     ("Weight decay of the classifier", "5 % (section 4.4.2)", "0.0005", lambda p: f"{p.weight_decay:g}"),
     ("Tissue with fewer than 30 grey values", "removed (section 3.5)", "shown, kept",
      lambda p: "removed" if p.min_grey else "kept"),
@@ -75,6 +77,16 @@ def readings(protocol:Protocol) -> pd.DataFrame: # decision, text, published cod
     "Where text and code of the thesis part, and what this run does; the last rows are the same in every protocol."
     heads = ("decision", "text", "published code", "this run")
     return pd.DataFrame([dict(zip(heads, (a, b, c, of(protocol)))) for a, b, c, of in READINGS])
+
+# %% ../../nbs/papers/82f_papers.size_page.ipynb #39d4cd26
+def beside_thesis(
+    counts:pd.DataFrame, # From `count_sets`
+    more:dict, # Further names in the column `ours` of published/counts.csv -> what this run has
+) -> pd.DataFrame: # what, where, thesis, this run
+    "Every count the thesis states, beside ours; empty where a run cannot know it."
+    ours = counts.select_dtypes("number").sum().to_dict() | more
+    t = beside_counts("02_dcgan_size", ours)
+    return t.rename(columns=dict(published="thesis", ours="this run"))
 
 # %% ../../nbs/papers/82f_papers.size_page.ipynb #d0c34f9b
 GAIN_NAMES = {"gan-org": "GAN − ORG", "aug_org-org": "Aug ORG − ORG", "aug_gan-org": "Aug GAN − ORG",
@@ -179,6 +191,7 @@ everything, so the share of copies, calibrated for that, is what counts (0.01 is
 training masses it says little)."""
 MAP = """Distances between clusters of such maps carry no meaning; precision and recall above ask the same with
 numbers."""
+_OPERATING = "The threshold is taken on validation patches; specificity is what it gives on test patches."
 SPLITS = "The difference between the two rows of a metric is what a split by patch adds."
 GLANCE = """Against masses that no generator has seen; 1 times the floor is as near as other real masses are, and a
 diversity of 1 as varied. More below."""
@@ -198,7 +211,7 @@ SECTIONS = [
         named("leaks", "What the split lets through", "Counts of test patches; zero under a split by patient."),
         Shown("readings", "Where text and published code part"))),
     part("Experiment A: lesion simulation", text=words("fid"),
-         figures=("fig05_losses", "fig08_fid", "fig12_batches", "fig14_progress")),
+         figures=("fig01_02_preparation", "fig05_losses", "fig08_fid", "fig12_batches", "fig14_progress")),
     beside_section("table3", heading="Experiment B: augmentation against training size", text=OTHER_DATA, digits=4,
                    captions={"table3": "Table 3, AUC: thesis above, ours below"}),
     beside_section("f1_gains", heading="Gains in F1 (section 5.2)",
@@ -206,6 +219,7 @@ SECTIONS = [
     part("Figure 9, and Table 3 as curves", figures=("fig09_f1", "table3_auc")),
     part("All gains, in pairs", tables=(
         Shown("gains", "Gain of one mode over another", BOTH, make=gains_wide),
+        named("operating", "Masses found where 99 % of the validation tissue is left alone", _OPERATING, digits=3),
         named("splits", "ORG at the largest size, by unit of splitting", SPLITS, drop=("n",)))),
     part("The generators", text=QUALITY, tables=(named("quality", "Quality of each generator"),),
          figures=("fig15_samples", "copies")),

@@ -12,7 +12,7 @@ import pandas as pd
 from ..core import read_json
 from .facts import FACTS
 from .html import Section, Table
-from .page import cited, part
+from .page import cited, coverage_section, part
 from .tables import PUBLISHED
 
 # %% ../../nbs/lib/65c_report.checklists.ipynb #c6500006
@@ -118,4 +118,4 @@ def method_section(
     def text(runs): return "\n\n".join([method_words(runs), limit_words(runs), cite_words(runs)])
     return part(heading, text=text, always=True)
 
-ENDING = (method_section(), checklists_section()) # The last sections of every paper's page
+ENDING = (coverage_section(), method_section(), checklists_section()) # The last sections of every paper's page

@@ -117,11 +117,13 @@ def banner_for(
     preset:str, # `demo` or `paper`
     *,
     protocol:str="", # `paper`, `authors` or `clean`
+    short:list=(), # What of the published size this run has not, in words
 ) -> str: # e.g. `PHANTOM DATA – DEMO SIZE`
     "The words that say on what a report stands."
     named = data.upper() if "phantom" in data.lower() else f"REAL DATA: {data.upper()}"
     what = {"phantom":"PHANTOM DATA", "real":"REAL DATA"}.get(data, named)
     size = {"demo":"DEMO SIZE", "paper":"PUBLISHED SIZE"}.get(preset, preset.upper() + " SIZE")
+    if short and preset=="paper": size += f" BUT FOR {'; '.join(short)}"
     return " – ".join([what, size] + ([f"{protocol.upper()} PROTOCOL"] if protocol else []))
 
 # %% ../../nbs/lib/63_report.html.ipynb #9bdea9ef

@@ -9,8 +9,8 @@ __all__ = ['NAMES', 'FREE', 'GRAY', 'OF_A_CLASS', 'DRAW', 'PROBE', 'DISCRIMINATO
            'verdicts_section', 'labels', 'spaced', 'scatter_figure', 'count_words', 'beside_section', 'gain_figure',
            'controls_table', 'gains_section', 'curve_figure', 'curves_section', 'probe_words', 'probe_section',
            'leaks_section', 'data_section', 'generators_section', 'audit_headline', 'audit_lines', 'audits_on_file',
-           'audit_section', 'check_words', 'published_section', 'left_out', 'left_out_section', 'facts', 'meta_of',
-           'cited', 'page', 'sections_of', 'gather', 'gather_main']
+           'audit_section', 'check_words', 'published_section', 'left_out', 'left_out_section', 'coverage_section',
+           'facts', 'meta_of', 'cited', 'short_of', 'page', 'sections_of', 'gather', 'gather_main']
 
 # %% ../../nbs/lib/65_report.page.ipynb #7373701f
 import argparse
@@ -19,6 +19,7 @@ import re
 import sys
 import warnings
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,8 @@ from .claims import (BASELINES, CONTROLS, Evidence, against_controls, claims, co
 from .rules import fixed_rules, tally_of, unit_of
 from .figures import forest, ours_vs_published, pr_curves, roc_curves, sheet
 from .html import Picture, Section, Table, banner_for, beside_html, write_report
-from .tables import (beside, bounds, paper_record, prevalence_check, read_results, seed_interval,
-                                    summarise)
+from .tables import (beside, bounds, coverage, paper_record, prevalence_check, read_results,
+                                    seed_interval, summarise)
 from ..runs import LAYOUT, facts_of
 
 # %% ../../nbs/lib/65_report.page.ipynb #f55a232d
@@ -752,6 +753,25 @@ def left_out_section(
         return Section(heading, tables=[Table(t, index=False)]) if len(t) else None
     return section
 
+# %% ../../nbs/lib/65_report.page.ipynb #b34378b9
+_COVERAGE_HEADS = dict(item="In the paper", status="Followed", where="Where", reason="Why not, or what differs")
+
+def coverage_section(
+    *,
+    heading:str="What of the paper is followed", # Of the section
+): # Section function
+    "Each point of a paper: is it followed, where, and if not, why."
+    def section(runs):
+        t = coverage(runs[0].paper)
+        if not len(t): return None
+        n = t.status.value_counts()
+        told = (f"Of {len(t)} points of the paper {n.get('yes', 0)} are followed, {n.get('partly', 0)} in part, "
+                f"{n.get('no', 0)} not. This speaks of the program; what this run left out stands above.")
+        table = Table(t.rename(columns=_COVERAGE_HEADS), index=False, prose=True, file="tables/coverage.csv", numbers=t,
+                      made=True)
+        return Section(heading, told, tables=[table])
+    return section
+
 # %% ../../nbs/lib/65_report.page.ipynb #a46ed0c7
 def facts(
     run:RunFolder, # One run
@@ -798,6 +818,14 @@ def _write_tables(folder, parts, runs):
         if s.verdicts is not None: write_csv(folder/"tables"/"claims.csv", s.verdicts)
     if (summary := ours(runs)) is not None: write_csv(folder/"tables"/"summary.csv", summary)
 
+# %% ../../nbs/lib/65_report.page.ipynb #eadb5e25
+def short_of(
+    runs:list, # Of RunFolder
+) -> list: # Words; empty where every size is the published one, or none is claimed
+    "What of the published size the runs have not: counts that the data do not give, settings that were turned."
+    said = [r.info.get("turned", []) + r.info.get("short", []) for r in runs]
+    return list(dict.fromkeys(chain.from_iterable(said)))
+
 # %% ../../nbs/lib/65_report.page.ipynb #0dbbd4a1
 def page(
     folders, # One or several run folders of one paper: paths or `RunFolder`s
@@ -820,7 +848,7 @@ def page(
     return write_report(
         folder/"report.html", title=title + (": all seeds" if many else ""), show_real=real, meta=meta_of(runs),
         subtitle=f"{cited(one.record)}. Rerun with {seeds}.", sections=parts,
-        banner=banner_for(one.data, one.preset, protocol=one.protocol))
+        banner=banner_for(one.data, one.preset, protocol=one.protocol, short=short_of(runs)))
 
 # %% ../../nbs/lib/65_report.page.ipynb #ca6c15fa
 def sections_of(
