@@ -13,6 +13,7 @@ from mammo_nb.data.patches import PatchSet, patch_table
 from mammo_nb.data.splits import check_leaks
 from mammo_nb.paper import rules_of, settle
 from mammo_nb.papers import helps as paper, helps_figures
+from mammo_nb.papers.helps_known import frequencies, looked_worlds
 from mammo_nb.papers.helps_rows import ARMS, GANS, part
 from mammo_nb.params import Params, check_params
 from mammo_nb.report.rules import claims, contrasts
@@ -66,6 +67,11 @@ def test_a_parameter_moves_what_it_names(usual, tmp_path, given, begins):
     fed = {n for n in usual if n.startswith("fit-") and n.split("-")[1].removesuffix("_alone") in GANS} if "dose" in given else set()
     assert changed(usual, now) == of(usual, *begins) | fed and now.keys() == usual.keys()
 
+@pytest.mark.parametrize("switch", ["classes_as_they_come", "steps_grow", "last_epoch", "epoch_chosen_on_test"])
+def test_a_choice_of_training_moves_all_classifiers_and_no_generator(usual, tmp_path, switch):
+    "A point of the multiverse shares the generators of the run beside it, and nothing of what it changes."
+    assert changed(usual, keys_of(tmp_path, **ALL, switches=switch)) == of(usual, "fit-")
+
 def test_more_generators_and_trainings_keep_the_first(usual, tmp_path):
     more = keys_of(tmp_path, **ALL | dict(generators=2, trainings=2))
     assert len(of(more, "gan-")) == 2*len(of(usual, "gan-")) and len(of(more, "fit-")) == 4*len(of(usual, "fit-"))
@@ -87,7 +93,8 @@ def test_every_arm_adds_and_shows_as_many(tmp_path):
     assert set(study.parts["25"][0].table.patient_id) <= set(study.parts["50"][0].table.patient_id)
 
 @pytest.mark.parametrize("given,said", [(dict(arms="dcgn"), "did you mean 'dcgan'"), (dict(task="malign"), "did you mean 'malignant'"), (dict(dose=99.), "dose"),
-    (dict(task="malignant", arms="painting"), "needs healthy tissue"), (dict(home="mine"), "phantoms have their places")])
+    (dict(task="malignant", arms="painting"), "needs healthy tissue"), (dict(home="mine"), "phantoms have their places"),
+    (dict(multiverse="split_by_pach"), "did you mean 'split_by_patch'"), (dict(switches="last"), "last_epoch")])
 def test_bad_parameters_are_refused(given, said):
     values = declared() | given
     types = {k: type(v) for k,v in values.items()}
@@ -101,6 +108,12 @@ def test_claims_compare_every_arm_with_its_control():
     for c in mine:
         arm, C = c.id.split(".")[1], contrasts(c, cells)[0]
         assert {cells.arm[i]: w for i,w in enumerate(C[0]) if w} == {arm: 1, helps_figures.AGAINST[arm]: -1}
+
+@pytest.mark.slow
+def test_known_looks():
+    "Worlds of known truth through the stop rule: the committed counts again (some 1.5 CPU s a world)."
+    kept = pd.read_csv(ROOT/"reports"/"known_looks.csv")
+    pd.testing.assert_frame_equal(frequencies(looked_worlds(range(kept.worlds[0]))), kept)
 
 def test_a_small_run_from_start_to_page(papermill, tmp_path):
     papermill("05_which_helps", tmp_path/"out.ipynb", "patients",24, "arms","copies,dcgan", "gan_share",.01, "clf_epochs",1, "trainings",1, "size",16, "run_dir",tmp_path/"run")

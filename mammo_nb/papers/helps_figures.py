@@ -58,15 +58,16 @@ def compared(
     bench:Bench, # Answers
     weights:dict, # (arm, regime) -> weight
     level:float=.95, # Of the interval
+    claim:Claim=CLAIM, # Its metric
 ): # metrics.trainings.Interval
     "A weighted sum of rows, with its interval."
-    cells = bench.answers.cells()
+    cells = bench.cells()
     at = {key: i for i,key in enumerate(zip(cells.arm, cells.regime))}
     lost = [k for k in weights if k not in at]
     if lost: raise DataError(f"no row {' at '.join(lost[0])} %", "answers", "train it")
     c = np.zeros(len(cells))
     for key,w in weights.items(): c[at[key]] += w
-    return careful(effect_on(bench, CLAIM, cells, c), level)
+    return careful(effect_on(bench, claim, cells, c), level)
 
 # %% ../../nbs/papers/85b_papers.helps_figures.ipynb #32dcb48a
 STEPS = 61 # Numbers of patients that are tried

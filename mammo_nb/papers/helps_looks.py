@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALPHA', 'COLUMNS', 'NOT_BORNE_OUT', 'spent', 'decision', 'look_at', 'settled_by', 'Done', 'train_all',
-           'reason_to_stop', 'until_decided', 'stands', 'as_looked', 'looks_figure']
+           'reason_to_stop', 'looks_until', 'until_decided', 'stands', 'as_looked', 'looks_figure']
 
 # %% ../../nbs/papers/85c_papers.helps_looks.ipynb #665bf9f0
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..metrics.answers import Answers
+from ..metrics.trainings import FEW
 from .helps import classifiers, draws, generators, seconds_of, synthetic
 from .helps_figures import AGAINST, compared
 from ..report.claims import Bench, withhold
@@ -97,18 +98,37 @@ def train_all(
 # %% ../../nbs/papers/85c_papers.helps_looks.ipynb #a9328acf
 def reason_to_stop(
     looks:pd.DataFrame, # Of `look_at`, joined
+    many:int, # Generators of each kind so far
+    used:float, # Hours so far
     hours:float, # Budget
     most:int, # Generators of each kind
 ) -> str: # Empty: go on
-    "Why the last look is the last."
-    last = looks[looks["look"] == looks["look"].max()]
-    if not len(last): return "no arm has a control"
-    known = settled_by(looks)
-    if all((a, str(r)) in known for a,r in zip(last.arm, last.regime)): return "every arm is decided"
-    many, used = int(last.generators.iloc[0]), float(last.hours.iloc[0])
-    if many >= most: return f"{many} generators of each kind, as many as were allowed"
-    if used*(many + 1)/many > hours: return f"one more would pass the budget of {hours:g} hours ({used:.2g} used)"
-    return ""
+    "Why it ends here."
+    last, known = looks[looks["look"] == looks["look"].max()], settled_by(looks)
+    if many >= FEW and not len(last): return "no arm has a control"
+    if len(last) and all((a, str(r)) in known for a,r in zip(last.arm, last.regime)): return "every arm is decided"
+    early = "" if many >= FEW else f"; the first look needs {FEW}"
+    if many >= most: return f"{many} generators of each kind, as many as were allowed{early}"
+    if used*(many + 1)/many <= hours: return ""
+    return f"one more would pass the budget of {hours:g} hours ({used:.2g} used){early}"
+
+# %% ../../nbs/papers/85c_papers.helps_looks.ipynb #6e54c456
+def looks_until(
+    tell, # `tell(many)` -> (Answers of so many generators of each kind, hours so far)
+    many:int, # Generators of each kind to begin with
+    hours:float, # Budget
+    most:int, # Generators of each kind
+) -> tuple: # (table of looks, empty where there were too few generators; why it ended)
+    "Look, and add generators, until every arm is decided or the budget is spent."
+    looks, stop = pd.DataFrame(columns=COLUMNS), ""
+    while not stop:
+        answers, used = tell(many)
+        if many >= FEW:
+            look = look_at(answers, len(looks["look"].unique()) + 1, many, used)
+            looks = look if not len(looks) else pd.concat([looks, look], ignore_index=True)
+        stop = reason_to_stop(looks, many, used, hours, most)
+        many += 1
+    return looks, stop
 
 # %% ../../nbs/papers/85c_papers.helps_looks.ipynb #2b8437df
 def until_decided(
@@ -117,20 +137,16 @@ def until_decided(
     done:Done, # As many generators as the run began with
 ) -> tuple: # (Done, table of looks, empty where nobody asked)
     "Add generators until every arm is decided, or the budget is spent."
-    looks, many = pd.DataFrame(columns=COLUMNS), run.setup.generators
-    if run.params.until != "decided": return done, looks
-    while True:
-        look = look_at(Answers.of(done.fits), len(looks["look"].unique()) + 1, many, done.hours)
-        looks = look if not len(looks) else pd.concat([looks, look], ignore_index=True)
-        stop = reason_to_stop(looks, run.params.hours, run.params.most)
-        known = settled_by(looks)
-        open_arms = len(look) - sum((a, str(r)) in known for a,r in zip(look.arm, look.regime))
-        run.log(stage="looks", event=stop or "go on", generators=many, open=open_arms)
-        if stop: break
-        many += 1
-        done = train_all(run, study, many)
+    if run.params.until != "decided": return done, pd.DataFrame(columns=COLUMNS)
+    known = {run.setup.generators: done}
+    def tell(many):
+        if many not in known: known[many] = train_all(run, study, many)
+        run.log(stage="looks", event="trained", generators=many)
+        return Answers.of(known[many].fits), known[many].hours
+    looks, stop = looks_until(tell, run.setup.generators, run.params.hours, run.params.most)
+    run.log(stage="looks", event=stop)
     run.note(looks=stop)
-    return done, looks
+    return known[max(known)], looks
 
 # %% ../../nbs/papers/85c_papers.helps_looks.ipynb #f017ecdc
 def stands(

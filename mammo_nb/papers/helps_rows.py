@@ -39,9 +39,10 @@ def part(
     train:PatchSet, # Patches of the training patients
     share:str, # Percent of the patients
     seed:int, # Of the line of patients
+    by:str="patient", # What a share is of: `patient`, or `patch`
 ) -> tuple: # PatchSet that trains, PatchSet of spare healthy patches
     "The patches of a share of the patients: all lesions, and of healthy tissue as many, patients in turn."
-    mine = train.subset(half(train.table, seed=seed, by="patient", share=int(share)/100))
+    mine = train.subset(half(train.table, seed=seed, by=by, share=int(share)/100))
     healthy = np.flatnonzero(mine.table.lesion_type == "healthy")
     t = mine.table.iloc[healthy]
     place = line_of(t.patch_id, seed=seed, purpose="spare healthy patches")
