@@ -69,6 +69,7 @@ class Protocol:
     min_grey:int = 30            # Tissue with fewer grey values is left out
     same_seed:bool = False       # The same 100 windows in each of the five rounds of Algorithm 1
     first_kernel:int = 4         # First layer of discriminator and classifier
+    kernel:int = 6               # Other layers of the discriminator but the last; 4 as in the original DCGAN
     weight_decay:float = 5e-4    # Of the classifier
     matched:bool = False         # Tissue windows as large as masses are and cut as they are, not all of one side
     drop_doubles:bool = False    # Leave out patches whose pixels occur twice
@@ -77,7 +78,8 @@ class Protocol:
 
 SWITCHES = dict(beta2_999=dict(beta2=.999), no_jitter=dict(jitter=0.), keep_dull_tissue=dict(min_grey=0),
                 repeated_tissue_seed=dict(same_seed=True), first_kernel_6=dict(first_kernel=6),
-                weight_decay_5_percent=dict(weight_decay=.05), split_by_patient=dict(unit="patient"))
+                kernels_4=dict(kernel=4), weight_decay_5_percent=dict(weight_decay=.05),
+                split_by_patient=dict(unit="patient"))
 AUTHORS = ("beta2_999", "no_jitter", "keep_dull_tissue", "repeated_tissue_seed")
 
 # %% ../../nbs/papers/82_papers.size_setup.ipynb #812281b5
@@ -160,13 +162,13 @@ def settled(
     return replace(what, setup=setup)
 
 # %% ../../nbs/papers/82_papers.size_setup.ipynb #317540eb
-KNOBS = ("patients", "gan_epochs", "simulation_epochs", "clf_epochs", "boots", "imbalance", "tissue_per_image",
-         "fid_n", "extractor", "side_mm")
+KNOBS = ("patients", "gan_epochs", "simulation_epochs", "clf_epochs", "boots", "imbalance", "factor",
+         "tissue_per_image", "fid_n", "extractor", "side_mm")
 STAGES = ("data", "patches", "generators", "quality", "classifiers", "report")
 
 PAPER = Paper("02_dcgan_size", presets=PRESETS, protocol=Protocol, plan=plan, switches=SWITCHES, authors=AUTHORS,
     clean=dict(unit="patient", matched=True, drop_doubles=True, seed_all=True, min_breast=.5),
     lists=dict(modes=tuple(MODES)), knobs={k: k for k in KNOBS},
     choices=dict(extractor=("", "inception", "embedded", "pixels", "auto"), scaling=("minmax", "voi")),
-    rules=dict(k_shrink=between(0., 1000.), imbalance=between(0, 100), sizes=sizes_rule(), folds=between(0, 10),
-               replicates=between(1, 100)), stages=STAGES, settle=settled)
+    rules=dict(k_shrink=between(0., 1000.), factor=between(0., 20.), imbalance=between(0, 100), sizes=sizes_rule(),
+               folds=between(0, 10), replicates=between(1, 100)), stages=STAGES, settle=settled)
