@@ -7,8 +7,8 @@ __all__ = ['SHARES', 'NEED_HEALTHY', 'LISTS', 'SWITCHES', 'SMALL_GANS', 'DEMO', 
            'plan', 'Protocol', 'Setup', 'settle', 'Places', 'named', 'load', 'labelled', 'cases', 'Cutting',
            'cutting_of', 'cut_side', 'Study', 'split_patches', 'for_leaks', 'split_sides', 'cut', 'probed',
            'keep_study', 'recipe_for', 'epochs_for', 'sources', 'generators', 'wanted', 'draws', 'synthetic',
-           'training_of', 'added', 'classifiers', 'replicate_name', 'measures', 'named_source', 'recognitions',
-           'audits', 'checks', 'seconds_of', 'quality_table', 'audit_table']
+           'training_of', 'added', 'classifiers', 'training_name', 'measures', 'named_source', 'recognitions', 'audits',
+           'checks', 'seconds_of', 'quality_table', 'audit_table']
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #6bbdeb9a
 from dataclasses import dataclass, field, replace
@@ -485,13 +485,13 @@ def classifiers(
     for row,seeds in product(rows, each):
         given = dict(base=study.parts[row.regime][0], extra=added(run, study, row, sets, seeds), held=held)
         for k in range(run.setup.trainings):
-            cell = Cell(row.scope, row.model, row.arm, row.regime, replicate=replicate_name(seeds, k))
+            cell = Cell(row.scope, row.model, row.arm, row.regime, replicate=training_name(seeds, k))
             name, how = f"fit-{row.arm}-{row.regime}-{seeds.gan}-{k}", training_of(run, row.arm, seeds, k)
             jobs[cell] = run.job(fit_cell, name=name, group="classifiers", how=how, **given)
     return jobs
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #3239e06a
-def replicate_name(seeds:Seeds, training:int) -> str: # training: from 0
+def training_name(seeds:Seeds, training:int) -> str: # training: from 0
     "What tells the trainings of a row apart."
     return f"training{training} of {seeds.gan}"
 
@@ -528,7 +528,7 @@ def recognitions(
     plain, jobs = {(c.regime, c.replicate): folder for c,folder in fits.items() if c.arm == "none"}, {}
     for source,folder in made.items():
         _, share, seeds = source
-        given = dict(classifier=plain.get((share, replicate_name(seeds, 0))), made=folder, test=study.sides["test"])
+        given = dict(classifier=plain.get((share, training_name(seeds, 0))), made=folder, test=study.sides["test"])
         jobs["trts",source] = run.job(recognise, name=f"trts-{named_source(source)}", group="report", **given)
     return jobs
 
