@@ -4095,6 +4095,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mammo_nb.plan.speeds_of': ('lib/plan.html#speeds_of', 'mammo_nb/plan.py'),
                                'mammo_nb.plan.spread_for': ('lib/plan.html#spread_for', 'mammo_nb/plan.py'),
                                'mammo_nb.plan.target_of': ('lib/plan.html#target_of', 'mammo_nb/plan.py'),
+                               'mammo_nb.plan.trained_scopes': ('lib/plan.html#trained_scopes', 'mammo_nb/plan.py'),
                                'mammo_nb.plan.usual_sd': ('lib/plan.html#usual_sd', 'mammo_nb/plan.py'),
                                'mammo_nb.plan.who_tests': ('lib/plan.html#who_tests', 'mammo_nb/plan.py')},
             'mammo_nb.report.checklists': { 'mammo_nb.report.checklists._named': ( 'lib/report.checklists.html#_named',

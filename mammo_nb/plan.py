@@ -7,8 +7,8 @@ __all__ = ['OWN', 'HOURS', 'COLUMNS', 'AGREEMENT', 'EXAMPLE', 'own_parameters', 
            'WhoTests', 'given_women', 'counted_women', 'who_tests', 'f1_rate', 'metric_variance', 'usual_sd', 'Assumed',
            'assumptions', 'planned_spread', 'Design', 'Aim', 'smallest_for', 'chance_for', 'endless_women',
            'needed_for', 'speeds_of', 'hours_of', 'hours_lines', 'hours_table', 'cannot_plan', 'design_of',
-           'spread_for', 'target_of', 'plan_claim', 'Outlook', 'outlook', 'claim_lines', 'known_lines', 'plan_text',
-           'compared', 'given_values', 'main']
+           'spread_for', 'target_of', 'plan_claim', 'trained_scopes', 'Outlook', 'outlook', 'claim_lines',
+           'known_lines', 'plan_text', 'compared', 'given_values', 'main']
 
 # %% ../nbs/lib/68c_plan.ipynb #74413eae
 import argparse
@@ -472,6 +472,15 @@ def plan_claim(
     row |= dict(chance=chance_for(target, *told, family), endless=endless_women(target, *told, family))
     return row | dict(trainings=trainings, women=women, stands_on=basis.words)
 
+# %% ../nbs/lib/68c_plan.ipynb #4a4701ea
+def trained_scopes(
+    side:WhoTests, # Who tests
+    cells:pd.DataFrame, # From `planned_cells`
+) -> WhoTests: # All scopes, where none is named as the cells are
+    "Only the women of the tables that are trained."
+    here = {s: n for s,n in side.classes.items() if s in set(cells.scope)}
+    return replace(side, classes=here or side.classes)
+
 # %% ../nbs/lib/68c_plan.ipynb #8796c48f
 @dataclass(frozen=True)
 class Outlook:
@@ -492,6 +501,7 @@ def outlook(
     params, settled = settled_for(paper, {k:v for k,v in given.items() if k not in OWN})
     side, asked = who_tests(paper, params, settled.setup, own["women"]), claims(paper)
     cells = planned_cells(settled.grid, asked)
+    side = trained_scopes(side, cells)
     family = sum(not cannot_plan(c, cells, side) for c in asked)
     rows = [plan_claim(c, cells, side, own, max(family, 1)) for c in asked]
     hours = hours_of(paper, settled.grid, own) if params.preset=="paper" else None
