@@ -223,7 +223,8 @@ def cut_side(
     if cutting.task == "lesions" and not ready:
         many = len(found)*(cutting.healthy if healthy is None else healthy)
         found = found + healthy_patches(data, many, seed=cutting.seed, max_inside=0., **options)
-    return without_doubles(labelled(extract(in_mm(found, **cutting.mm), size=cutting.size, seed=cutting.seed), cutting.task))
+    patches = extract(in_mm(found, **cutting.mm), size=cutting.size, seed=cutting.seed)
+    return without_doubles(labelled(patches, cutting.task))
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #ccba2672
 @dataclass(frozen=True)

@@ -177,7 +177,8 @@ def cut_healthy(
     on_film, found = lesions.table.device.eq("film"), []
     for film in (True, False):
         n = round(cutting.share(film)*int((on_film == film).sum()))
-        ps = joined([cutting.patches(text_healthy(s, film, n, scale=cutting.scale, side_mm=cutting.side_mm)) for s in sets])
+        how = dict(scale=cutting.scale, side_mm=cutting.side_mm)
+        ps = joined([cutting.patches(text_healthy(s, film, n, **how)) for s in sets])
         if ps is not None and n: found.append(some(ps, n, cutting.seed, f"healthy film={film}"))
     if not found:
         where = " + ".join(s.name for s in sets)
