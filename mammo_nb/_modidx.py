@@ -1183,6 +1183,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mammo_nb.data.pixels._reason': ('lib/data.pixels.html#_reason', 'mammo_nb/data/pixels.py'),
                                       'mammo_nb.data.pixels._refuse_colours': ( 'lib/data.pixels.html#_refuse_colours',
                                                                                 'mammo_nb/data/pixels.py'),
+                                      'mammo_nb.data.pixels._refuse_numbers': ( 'lib/data.pixels.html#_refuse_numbers',
+                                                                                'mammo_nb/data/pixels.py'),
                                       'mammo_nb.data.pixels._remarks': ('lib/data.pixels.html#_remarks', 'mammo_nb/data/pixels.py'),
                                       'mammo_nb.data.pixels._spacing': ('lib/data.pixels.html#_spacing', 'mammo_nb/data/pixels.py'),
                                       'mammo_nb.data.pixels._spills': ('lib/data.pixels.html#_spills', 'mammo_nb/data/pixels.py'),

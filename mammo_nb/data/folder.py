@@ -182,9 +182,10 @@ def _lesion_words(r, table, ledger):
     return dict(lesion_type=kind if kind in LESION_TYPES else "other", label=label, label_raw=said)
 
 # %% ../../nbs/lib/22a_data.folder.ipynb #c918adbd
-def _region(path, r, im):
+def _region(path, r, im, pictures):
     "Where the lesion of a row is in one mask file."
-    if path==Path(im["path"]): raise DataError("mask is the picture itself", path, "give the file of the mask")
+    what = "the picture itself" if path==Path(im["path"]) else "the picture of another image"
+    if path in pictures: raise DataError(f"mask is {what}", path, "give the file of the mask")
     x = read_mask(path, rows=im["rows"], cols=im["cols"])
     values = [v for v in mask_values(x).tolist() if v]
     wanted = [v for v in (number_of(r.get("mask_value")), number_of(r.get("lesion_id"))) if v in values]
@@ -207,14 +208,14 @@ def _joined_masks(df):
     first = df[alike].groupby(rest, sort=False).mask_path.transform(lambda names: ";".join(dict.fromkeys(names)))
     return df.assign(mask_path=first.reindex(df.index).fillna(df.mask_path)).drop_duplicates()
 
-def _mask(r, im, root):
+def _mask(r, im, root, pictures):
     "(box of the masks that a row names, their first file, what is wrong or odd with them)"
     names, on = _mask_names(word(r.get("mask_path")), root), False
     paths = [inside(root, n) for n in names]
     lost = [n for n,p in zip(names, paths) if p is None or not p.is_file()]
     if lost or not names: return None, None, f"mask file {lost[0][:80]!r} is missing" if lost else ""
     try:
-        for p in paths: on = on | _region(p, r, im)
+        for p in paths: on = on | _region(p, r, im, pictures)
     except DataError as e: return None, None, e.what
     box, parts = mask_box(on)
     return box, paths[0], f"mask has {parts} parts, the box is around all" if parts>1 else ""
@@ -273,9 +274,9 @@ def _nearly(image, images):
     near = [i for i in images if image and plain(i)==plain(image)]
     return f" ({near[0][:60]!r} is: did a spreadsheet change it?)" if len(near)==1 else ""
 
-def _placed(r, im, root):
+def _placed(r, im, root, pictures):
     "(box, polygon, mask file, what is odd) of a row; without a box what is odd says why."
-    polygon, (marked, mask, odd) = parse_polygon(r.get("polygon")), _mask(r, im, root)
+    polygon, (marked, mask, odd) = parse_polygon(r.get("polygon")), _mask(r, im, root, pictures)
     box, why = _lesion_box(r, polygon, dict(rows=im["rows"], cols=im["cols"]))
     if box is None and marked and why.startswith("it has neither"): return marked, None, mask, odd
     scale = im["_size"] or _other_size(r, im)
@@ -292,18 +293,21 @@ def _unplaced(r, image, images, lost, shared):
     other = who and _plain_id(who)!=_plain_id(images[image]["patient_id"].split(":",1)[1])
     return f"whose patient is not {who[:40]!r} in images.csv" if other else ""
 
-def _looked_up(r, images, lost, shared, root):
-    "(id of the image of a row, why it has none, what `_placed` says)"
-    image = _key(r, shared)
-    why = _unplaced(r, image, images, lost, shared)
-    return image, why, None if why else _placed(r, images[image], root)
+def _looked_up(rows, images, lost, shared, root):
+    "(id of the image of a row, why it has none, what `_placed` says) of each row; masks are read side by side."
+    pictures = {Path(im["path"]) for im in images.values()}
+    def one(r):
+        image = _key(r, shared)
+        why = _unplaced(r, image, images, lost, shared)
+        return image, why, None if why else _placed(r, images[image], root, pictures)
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(one, (r for _,r in rows.iterrows())))
 
 def _folder_lesions(root, images, lost, shared, ledger):
     "Lesion rows, how many rows the table has, and how many of them found no image."
     table, out, seen, unmatched = root/"lesions.csv", [], set(), 0
     rows = _joined_masks(read_table(table, need=LESIONS_NEED, fold=True))
-    with ThreadPoolExecutor(4) as pool:                                          # masks are read side by side
-        looked = list(pool.map(lambda row: _looked_up(row[1], images, lost, shared, root), rows.iterrows()))
+    looked = _looked_up(rows, images, lost, shared, root)
     for (k,r),(image,why,placed) in zip(rows.iterrows(), looked):
         im = images.get(image, lost.get(image))
         if im: im["has_lesion"] = True

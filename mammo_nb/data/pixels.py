@@ -74,6 +74,8 @@ def is_dicom(
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #8f05282b
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
+_RAW = ("1.2.840.10008.1.2","1.2.840.10008.1.2.1","1.2.840.10008.1.2.2") # Not compressed
+_LOW = "move its values down and set HighBit to BitsStored - 1 (DICOM PS3.5, 8.1.1)"
 
 def read_dicom(
     path:Path, # DICOM file
@@ -97,9 +99,15 @@ def read_dicom(
     except Exception as e: raise DataError(f"not a readable DICOM image ({_reason(e)})", path, AGAIN) from e
     _check_size(rows, cols, path, frames)
     if frames>1: raise DataError(f"holds {frames} frames (a volume or a series)", path, _SEVERAL)
+    _refuse_numbers(ds, path)
+    return ds
+
+def _refuse_numbers(ds, path):
+    "Stop where stored numbers are no grey values in the lowest bits."
     if str(ds.get("PhotometricInterpretation","")).upper()=="PALETTE COLOR":
         raise DataError("stores colour numbers, not grey values", path, "convert it to grey")
-    return ds
+    if str(ds.file_meta.TransferSyntaxUID) in _RAW and _number(ds.get("HighBit"))>=_number(ds.get("BitsStored")):
+        raise DataError(f"keeps {ds.BitsStored} bits up to bit {ds.HighBit}, not in the lowest ones", path, _LOW)
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #9a34c4ce
 _SEVERAL = "save the picture that is meant as a file of its own"
@@ -206,7 +214,6 @@ def _facts(ds):
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #0fb3dc76
 _TURNED, _WHITE = "stored on its side, turned as its EXIF note says", "white is zero in this file, turned over"
-_RAW = ("1.2.840.10008.1.2","1.2.840.10008.1.2.1","1.2.840.10008.1.2.2")
 
 def _head(path):
     "The first megabyte holds the header of all but odd files; those are read whole."
@@ -373,7 +380,9 @@ def _grey(path):
     im, turn, negative = _raster(path)
     try:
         if turn>1: im = ImageOps.exif_transpose(im)
-        if im.mode in ("RGB","RGBA","P","CMYK","YCbCr"): _refuse_colours(np.asarray(im if im.mode=="RGB" else im.convert("RGB")), path)
+        if im.mode in ("RGB","RGBA","P","CMYK","YCbCr"):
+            coloured = im if im.mode=="RGB" else im.convert("RGB")
+            _refuse_colours(np.asarray(coloured), path)
         if im.mode in ("RGB","RGBA","P","LA","CMYK","YCbCr","1"): im = im.convert("L")
         x = np.asarray(im)
     except DataError: raise

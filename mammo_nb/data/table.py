@@ -344,7 +344,12 @@ def _parsed(path, sep):
     size = path.stat().st_size
     if size>MAX_TABLE:
         raise DataError(f"table has more than {MAX_TABLE:,} bytes", path, "this is no table of a known data set")
-    return pd.read_csv(path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+    how = dict(sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+    df = pd.read_csv(path, **how)
+    head = pd.read_csv(path, header=None, nrows=1, **how).iloc[0].str.strip()
+    again = head[head.duplicated() & (head!="")]                          # pandas gives the second one another name
+    if len(again): raise DataError(f"column '{again.iloc[0]}' occurs twice", path, "repair the header line")
+    return df
 
 def read_table(
     path:Path, # CSV file

@@ -74,9 +74,9 @@ def passed_over(
 # %% ../../nbs/lib/65b_report.facts.ipynb #b6500010
 PREPARED = dict(scaling="grey values to 8 bit", margin="margin around a lesion's box (px)",
                 margin_mm="margin around a lesion's box (mm on each image)", size="side of a patch (px)",
-                side="side of a cut window (px)", side_mm="side of a cut window (mm on each image)", min_tissue="least share of tissue",
-                min_breast="least share of breast", image="picture", norm="normalisation",
-                crop_rule="rule of the cut") # Name in run.json -> words
+                side="side of a cut window (px)", side_mm="side of a cut window (mm on each image)",
+                min_tissue="least share of tissue", min_breast="least share of breast", image="picture",
+                norm="normalisation", crop_rule="rule of the cut") # Name in run.json -> words
 DEALT = dict(split_by="split by", unit="split by", by_patient="split by patient", folds="folds", half_by="halved by",
              val="share for validation", val_share="share for validation", test="share for test")
 TRAINED = dict(clf_epochs="epochs of a classifier", clf_batch="batch of a classifier",
