@@ -16,6 +16,7 @@ from ..clf.train import load_classifier, predict_proba
 from ..core import write_csv
 from ..data.patches import PatchSet
 from ..gans.fit import Measure, quality_of
+from ..metrics.auc import auc
 from ..metrics.delong import auc_interval, delong
 from .context_patches import kind_of
 
@@ -49,9 +50,11 @@ def above(
     scores, # Of the patches
     normal:pd.DataFrame, # patient_id and `before` of normal patches
 ) -> tuple: # AUROC, lo, hi; NaN where there are no patches
-    "How often a patch is scored above a normal one, with an interval over patients."
+    "How often a patch is scored above a normal one, with an interval over patients where there are two of each."
     if not len(scores) or not len(normal): return np.nan, np.nan, np.nan
     y = np.repeat([1, 0], [len(scores), len(normal)])
+    women = min(len(set(patients)), normal.patient_id.nunique())
+    if women < 2: return auc(y, np.r_[scores, normal.before]), np.nan, np.nan
     d = delong(y, np.r_[scores, normal.before], patients=np.r_[patients, normal.patient_id].astype(object))
     return float(d.auc[0]), *auc_interval(d)
 
