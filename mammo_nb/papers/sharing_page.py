@@ -287,7 +287,7 @@ SECTIONS = [
                                      keys=("source", "scope")))),
     audit_section(),
     data_section(tables=(Shown("centres", "The three centres (section 2.1)"),
-                         Shown("beside_paper", "Counts of the paper, and ours"),
+                         Shown("beside_paper", "Counts of the paper, and ours", digits=0),
                          Shown("balance", "The split of centre A", digits=2,
                                note="Shares of patients by breast density on each side."),
                          Shown("counts", "Patches that train, and healthy share of the test patches", digits=2),

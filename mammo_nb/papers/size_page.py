@@ -206,7 +206,7 @@ SECTIONS = [
                  Shown("left_out", "What this run leaves out of the thesis' design"))),
     verdicts_section(text=VERDICTS),
     data_section(heading="What it stands on", probe=named("probe", "What plain cues tell", PROBE), tables=(
-        Shown("beside_thesis", "Counts of the thesis, and ours"), named("counts", "Data sets"),
+        Shown("beside_thesis", "Counts of the thesis, and ours", digits=0), named("counts", "Data sets"),
         named("sizes", "Training sets", "A size is possible when the training part of every fold holds it."),
         named("leaks", "What the split lets through", "Counts of test patches; zero under a split by patient."),
         Shown("readings", "Where text and published code part"))),

@@ -476,7 +476,7 @@ def controls_table(
 ) -> list: # One `Table`; none where no run has a control arm
     "Gains over the baseline beside gains over the controls."
     said = [(a, dict(seed=r.seed)) for r,a in ((r, r.answers()) for r in runs) if a is not None and len(a)]
-    if not said: return []
+    if not said or not metrics: return []
     answers, paper = joined(said), runs[0].paper
     how = dict(baseline=next((b for b in BASELINES if b in set(answers.frame.arm)), "none"))
     classes = {m: _positive(runs, m) if positive is None else positive for m in metrics}
