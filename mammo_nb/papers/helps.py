@@ -245,8 +245,8 @@ def cut_side(
         many = len(found)*(cutting.healthy if healthy is None else healthy)
         options |= dict(side="fixed") if cutting.healthy_side == "fixed" else dict(margin=cutting.margin)
         found = found + healthy_patches(data, many, seed=cutting.seed, max_inside=0., **options)
-    cut = extract(in_mm(found, **cutting.mm), size=cutting.size, seed=cutting.seed)
-    return without_doubles(labelled(cut, cutting.task))
+    patches = extract(in_mm(found, **cutting.mm), size=cutting.size, seed=cutting.seed)
+    return without_doubles(labelled(patches, cutting.task))
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #ccba2672
 @dataclass(frozen=True)
