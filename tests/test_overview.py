@@ -64,6 +64,15 @@ def test_a_seed_counts_once(tmp_path):
     v = build_page([tmp_path], tmp_path/"index.html")["verdicts"].query("id=='04.headline'").iloc[0]
     assert (v.seeds, round(v.ours, 6)) == (2, .25)
 
+def test_two_users_of_one_folder_name_never_meet_in_one_mean(tmp_path):
+    for user, seed, gain in (("a", 0, .1), ("b", 0, .3), ("b", 1, .3)):
+        folder = run(tmp_path/user, seed=seed, data="cbis", gain=gain); info = json.loads((folder/"run.json").read_text())
+        write_json(folder/"run.json", info | dict(data_files=user*8))
+    found = collect([tmp_path], tmp_path); groups_of = groups(found)
+    assert sorted(g["data"] for g in groups_of) == ["cbis (aaaaaaaa)", "cbis (bbbbbbbb)"] and len(found["runs"]) == 3
+    assert {g["data"][6]: len(g["runs"]) for g in groups_of} == dict(a=1, b=2)
+    assert sorted(found["results"].run.unique()) == sorted(found["runs"].run)
+
 def test_a_damaged_run_costs_no_other(tmp_path):
     run(tmp_path); bad = run(tmp_path, seed=1); (bad/"run.json").write_text('{"paper": "04_sha')
     with pytest.warns(UserWarning, match="left out"): runs, _ = find_runs([tmp_path], tmp_path)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FREE', 'AUTO', 'RUN_COLUMNS', 'COST_COLUMNS', 'KEPT', 'NUMBERS', 'RUN_KEY', 'GROUP', 'WANTED', 'RULE',
-           'default_parameters', 'knobs', 'run_row', 'cost_rows', 'find_runs', 'collect', 'is_real', 'group_name',
-           'groups', 'missing', 'duration', 'run_words', 'tally', 'cost_table', 'cost_section', 'claim_rows',
-           'claims_figure', 'best_groups', 'all_claims_figure', 'group_section', 'not_run', 'overview_sections',
-           'build_page', 'pages_again', 'main']
+           'default_parameters', 'knobs', 'run_row', 'cost_rows', 'told_apart', 'find_runs', 'collect', 'is_real',
+           'group_name', 'groups', 'missing', 'duration', 'run_words', 'tally', 'cost_table', 'cost_section',
+           'claim_rows', 'claims_figure', 'best_groups', 'all_claims_figure', 'group_section', 'not_run',
+           'overview_sections', 'build_page', 'pages_again', 'main']
 
 # %% ../../nbs/lib/66_report.overview.ipynb #3ecddea9
 import argparse
@@ -89,21 +89,33 @@ def cost_rows(
     groups = pd.DataFrame(stages, columns=["group","seconds"]).groupby("group", sort=False)
     return [run | dict(group=g, stages=len(t), seconds=round(t.seconds.sum(), 1)) for g,t in groups]
 
+# %% ../../nbs/lib/66_report.overview.ipynb #c4933bad
+def told_apart(
+    runs:list, # (folder, row of `run_row`, mark of its data files)
+) -> list: # (folder, row); data and run carry the mark where two data sets have one name
+    "The rows of runs, with names that mean one thing."
+    marks = {}
+    for _,row,mark in runs: marks.setdefault(row["data"], set()).add(mark)
+    def named(row, mark):
+        if len(marks[row["data"]]) < 2: return row
+        return row | {name: f"{row[name]} ({mark or 'files unknown'})" for name in ("data", "run")}
+    return [(folder, named(row, mark)) for folder,row,mark in runs]
+
 # %% ../../nbs/lib/66_report.overview.ipynb #02f941c1
 def find_runs(
     roots:list, # Folders that hold runs at any depth
     page:Path, # Folder of the page
 ) -> tuple: # DataFrame of RUN_COLUMNS, {(paper, preset, run): folder}
     "All runs below these folders, damaged ones left out with a warning; of two of one name the one that finished last."
-    rows, where = {}, {}
+    rows, where, whole = {}, {}, []
     files = (f for r in roots for f in Path(r).rglob("run.json") if "checkpoints" not in f.parts)
     for f in sorted(files):
-        try: row = run_row(f, page)
+        try: whole.append((f.parent, run_row(f, page), read_json(f).get("data_files", "")))
         except (KeyError, TypeError, ValueError, RunError) as e:
             warnings.warn(f"{f} is no whole run.json ({type(e).__name__}: {e}); this run is left out")
-            continue
+    for folder,row in told_apart(whole):
         key = (row["paper"], row["preset"], row["run"])
-        if key not in rows or str(row["finished"]) > str(rows[key]["finished"]): rows[key], where[key] = row, f.parent
+        if key not in rows or str(row["finished"]) > str(rows[key]["finished"]): rows[key], where[key] = row, folder
     return pd.DataFrame(list(rows.values()), columns=RUN_COLUMNS), where
 
 # %% ../../nbs/lib/66_report.overview.ipynb #a4cf0372
@@ -141,9 +153,10 @@ def collect(
     done = {k:folder for k,folder in where.items() if (folder/"results.csv").is_file()}
     own = [pd.read_csv(f).assign(run=run, preset=preset) for (_,preset,run),folder in done.items()
            if (f := folder/"tables"/"claims.csv").is_file()]
-    costs = [row for folder in where.values() for row in cost_rows(folder/"run.json")]
+    costs = [row | dict(run=run) for (_,_,run),folder in where.items() for row in cost_rows(folder/"run.json")]
+    numbers = [read_results([folder]).assign(run=run) for (_,_,run),folder in done.items()]
     now = {"runs":runs, "costs":pd.DataFrame(costs, columns=COST_COLUMNS),
-           "results":read_results(list(done.values())) if done else pd.DataFrame(),
+           "results":pd.concat(numbers, ignore_index=True) if numbers else pd.DataFrame(),
            "claims":pd.concat(own, ignore_index=True) if own else pd.DataFrame()}
     kept = {name:_read_kept(page/"collected", name) for name in now}
     tables = {name:_join_kept(kept[name], new, set(where), page, KEPT[name]) for name,new in now.items()}

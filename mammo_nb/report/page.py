@@ -119,7 +119,8 @@ def check_alike(
 ) -> list: # The same
     "Refuse runs that do not belong into one mean."
     def settings_of(run): return {k:v for k,v in run.info["parameters"].items() if k not in FREE}
-    settings = [dict(paper=r.paper, data=r.data) | settings_of(r) for r in runs]
+    def data_of(run): return dict(paper=run.paper, data=run.data, data_files=run.info.get("data_files", ""))
+    settings = [data_of(r) | settings_of(r) for r in runs]
     for k in dict.fromkeys(k for s in settings for k in s):
         values = sorted({str(s.get(k)) for s in settings})
         if len(values) > 1:
