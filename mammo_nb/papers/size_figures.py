@@ -196,7 +196,7 @@ def progress_figure(
     steps:int, # Iterations in an epoch
 ): # Figure
     "Figure 14: the same four latents at five moments, losses below by iteration, averaged over 30 as in the thesis."
-    fig, axs = sheet(2, len(shown), size=(9, 4.6), height_ratios=(1, 1.4))
+    fig, axs = sheet(2, len(shown), size=(9, 4.6), height_ratios=(1, 1.4), squeeze=False)
     grid = axs[1, 0].get_gridspec()
     for ax, x, epoch in zip(axs[0], shown, at):
         value = curve.fid[curve.epoch == epoch-1].iloc[0]
