@@ -67,16 +67,19 @@ def default_run_dir(
     return repo_root()/"reports"/params.preset/paper/f"{data}-{params.protocol}-seed{params.seed}"
 
 # %% ../nbs/lib/13_runs.ipynb #182cbad6
-TABLES = {".csv", ".tsv", ".txt", ".json", ".xlsx", ".xls"} # Files whose bytes count: labels can change at equal length
+TABLES = {".csv", ".tsv", ".txt", ".json", ".xml", ".xlsx", ".xls"} # Files whose bytes count: labels can change at equal length
 
 def data_mark(
     folder:Path, # With data sets
 ) -> str: # 8 hex digits; empty where no such folder is
     "What tells two folders of one name apart."
-    files = sorted(f for f in Path(folder).rglob("*") if f.is_file() and f.suffix != ".ipynb")
-    runs = {f.parent for f in files if f.name == "run.json"}        # written here by ourselves
-    data = [f for f in files if not runs & {*f.parents}]
-    def said(f): return f.stat().st_size, file_hash(f) if f.suffix in TABLES and os.access(f, os.R_OK) else ""
+    def hidden(f): return any(part[0] == "." for part in f.relative_to(folder).parts)
+    files = sorted(f for f in Path(folder).rglob("*") if f.is_file() and not hidden(f))
+    kept = {f.parent for f in files if f.name == "run.json" or f.parts[-2:] == ("collected", "runs.csv")}
+    kept.discard(Path(folder))                                      # what a run or a page has written among the data
+    data = [f for f in files if f.suffix not in (".ipynb", ".html") and not kept & {*f.parents}]
+    def table(f): return f.suffix.lower() in TABLES and os.access(f, os.R_OK)
+    def said(f): return f.stat().st_size, file_hash(f) if table(f) else ""
     return hash_of([(f.relative_to(folder).as_posix(), *said(f)) for f in data])[:8] if data else ""
 
 # %% ../nbs/lib/13_runs.ipynb #c2bb94fb

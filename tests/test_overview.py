@@ -72,6 +72,9 @@ def test_two_users_of_one_folder_name_never_meet_in_one_mean(tmp_path):
     assert sorted(g["data"] for g in groups_of) == ["cbis (aaaaaaaa)", "cbis (bbbbbbbb)"] and len(found["runs"]) == 3
     assert {g["data"][6]: len(g["runs"]) for g in groups_of} == dict(a=1, b=2)
     assert sorted(found["results"].run.unique()) == sorted(found["runs"].run)
+    build_page([tmp_path/"a"], tmp_path/"index.html"); shutil.rmtree(tmp_path/"a"); found = collect([tmp_path], tmp_path)   # one of them is only kept
+    assert sorted(found["runs"].data) == ["cbis (aaaaaaaa)", "cbis (bbbbbbbb)", "cbis (bbbbbbbb)"] and len(groups(found)) == 2
+    build_page([tmp_path], tmp_path/"index.html"); assert sorted(collect([tmp_path], tmp_path)["runs"].run) == sorted(found["runs"].run)
 
 def test_a_damaged_run_costs_no_other(tmp_path):
     run(tmp_path); bad = run(tmp_path, seed=1); (bad/"run.json").write_text('{"paper": "04_sha')

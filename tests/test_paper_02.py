@@ -195,7 +195,7 @@ def test_notebook_leaves_every_table_figure_and_report(small_run):
             "conflicts", "readings", "left_out", "beside_thesis"} <= tables
     assert "splits" in tables or "not possible" in read_json(small_run/"run.json")["split_comparison"]
     figures = {p.stem for p in (small_run/"figures").glob("*.png")}
-    assert figures == {"first_look", "fig05_losses", "fig08_fid", "fig09_f1", "table3_auc", "fig10_11_13_tsne", "fig12_batches", "fig14_progress", "fig15_samples", "copies"}
+    assert figures == {"first_look", "fig01_02_preparation", "fig05_losses", "fig08_fid", "fig09_f1", "table3_auc", "fig10_11_13_tsne", "fig12_batches", "fig14_progress", "fig15_samples", "copies"}
     page = (small_run/"report.html").read_text()
     assert "PHANTOM DATA" in page and "0.9836" in page and "Aug GAN" in page and "src=\"http" not in page
     results = pd.read_csv(small_run/"results.csv")

@@ -64,7 +64,7 @@ def test_every_parameter_is_changed_or_has_a_reason(notebook):
     assert changed | free == declared and not changed & free
 
 PAPERS = {"00": shift.PAPER, "01": context.PAPER, "02": size_setup.PAPER, "03": cbis.PAPER, "04": sharing.PAPER}
-LATER = {"scaling": "heard when pictures are read", "ablations": "generators beside those of the run", "normal": "which images are cut", "sources": "which lesions come first, where SinGANs are trained more than once", "mode": "counts in every key", "departures": "which rows are asked for",
+LATER = {"scaling": "heard when pictures are read", "ablations": "generators beside those of the run", "normal": "which images are cut", "side_mm": "what is cut", "external": "who is tested besides", "sources": "which lesions come first, where SinGANs are trained more than once", "mode": "counts in every key", "departures": "which rows are asked for",
          "replicates": "of papers 00, 01, 04: how often jobs are asked for", "dp_epsilon": "counts in the jobs of generators, test_paper_04.py", "references": "are jobs of their own, lesson 84"}
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=number)

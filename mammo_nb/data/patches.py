@@ -231,7 +231,7 @@ def synthetic_patches(
 META = ("patient_id","image_id","dataset","subset","device","laterality","view","birads","age","density","spacing_mm",
     "official_split","terms")
 PLAN = ("patch_id","path","rows","cols","scaling","rule","options","box","polygon","avoid","slot","lesion_id","target",
-    "lesion_type","label","group") + META
+    "lesion_type","label","group","lent_mm") + META
 
 @dataclass
 class Plan:
@@ -445,7 +445,8 @@ MIN_EXTENT = 3 # Pixels; smaller lesions are points
 
 def _row(r, data, **more):
     base = {c: getattr(r,c) for c in META}
-    empty = dict(polygon=None, avoid=None, slot=0, box=None, lesion_id=None, lesion_type=None, label=None, group=None)
+    empty = dict(polygon=None, avoid=None, slot=0, box=None, lesion_id=None, lesion_type=None, label=None, group=None,
+        lent_mm=np.nan)
     return dict(base, path=r.path, rows=r.rows, cols=r.cols, scaling=data.scaling, **empty) | more
 
 def _chosen(df, patients): return df if patients is None else df[df.patient_id.isin(set(patients))]
@@ -487,15 +488,14 @@ def _like(like, r):
     return like
 
 class _Sizes:
-    "Width and height of a healthy box, drawn from lesions like those of its image."
+    "Width and height of a healthy box, drawn from lesions like those of its image, and the pixel of that lesion's image."
     def __init__(self, like, seed): self.like, self.seed, self.pools = like, seed, {}
     def __call__(self, r, patch):
         key = (r.dataset, r.device)
-        if key not in self.pools:
-            p = _like(self.like, r)
-            self.pools[key] = np.stack([p.x1-p.x0, p.y1-p.y0], 1)
+        if key not in self.pools: self.pools[key] = _like(self.like, r)
         pool = self.pools[key]
-        return tuple(int(v) for v in pool[rng(self.seed,"healthy size",patch).integers(len(pool))])
+        p = pool.iloc[rng(self.seed,"healthy size",patch).integers(len(pool))]
+        return (int(p.x1-p.x0), int(p.y1-p.y0)), p.spacing_mm
 
 def _lesion_boxes(data):
     "Image id -> boxes of its lesions, None for an image without."
@@ -542,8 +542,8 @@ def healthy_patches(
     for i in range(n):
         r, k = order[i%len(order)], i//len(order)
         patch = f"{r.image_id}:healthy{k}"
-        size = None if side=="fixed" else sizes(r, patch)
-        rows.append(_row(r, data, patch_id=patch, rule="square", options={**o,"size":size}, slot=k, target=0,
+        size, lent = (None, np.nan) if side=="fixed" else sizes(r, patch)
+        rows.append(_row(r, data, patch_id=patch, rule="square", options={**o,"size":size}, lent_mm=lent, slot=k, target=0,
             avoid=avoid(r.image_id) if images=="all" else None, lesion_type="healthy", label="normal"))
     return _plan(rows)
 
@@ -567,7 +567,8 @@ def form_patches(
     order = sorted(im.itertuples(index=False), key=lambda r: seed_of(seed,"healthy image",r.image_id))
     for r,k in ((order[i%len(order)], i//len(order)) for i in range(n)):
         patch = f"{r.image_id}:healthy{k}"
-        rows.append(_row(r, data, patch_id=patch, rule="form", options={**o,"size":sizes(r, patch)}, slot=k, target=0,
+        size, lent = sizes(r, patch)
+        rows.append(_row(r, data, patch_id=patch, rule="form", options={**o,"size":size}, lent_mm=lent, slot=k, target=0,
             avoid=avoid(r.image_id) if images=="all" else None, lesion_type="healthy", label="normal"))
     return _plan(rows)
 
@@ -603,6 +604,14 @@ def _pixels(options, mm, spacing_mm):
     if "side" in mm and options.get("of_width"): changed["of_width"] = None         # no share of the width any more
     return options | changed
 
+def _as_long(r): # A healthy box is as many mm wide as the lesion that lent its size
+    size = r["options"].get("size")
+    if r["target"]!=0 or size is None: return r["options"]
+    if not r["lent_mm"]>0:
+        raise ParameterError("the size of a pixel is not known for a lesion that lends a healthy box its size",
+            "margin_mm, side_mm", "leave that set out, or use pixels")
+    return r["options"] | dict(size=tuple(max(1, round(v*r["lent_mm"]/r["spacing_mm"])) for v in size))
+
 def _fixed(r): return r["rule"]=="square" and r["target"]==0 and r["options"]["size"] is None
 
 def known_spacing(
@@ -629,7 +638,7 @@ def in_mm(
     if not mm: return plan
     without = {kind: v for kind,v in mm.items() if kind!="margin"}
     rows = plan.rows.assign(spacing_mm=known_spacing(plan.rows)).to_dict("records")
-    changed = [_pixels(r["options"], without if _fixed(r) else mm, r["spacing_mm"]) for r in rows]
+    changed = [_pixels(_as_long(r), without if _fixed(r) else mm, r["spacing_mm"]) for r in rows]
     return Plan(plan.rows.assign(options=changed), plan.skipped, mm=True)
 
 

@@ -132,6 +132,9 @@ def settle(
     given = [k for k in ("home", "other") if getattr(params, k)]
     if given and not params.data_dir:
         raise ParameterError("phantoms have their places", given[0], "only data sets of a data_dir can be named")
+    if params.multiverse and params.until:
+        what = "a run that adds generators look by look has no fixed number to set choices beside"
+        raise ParameterError(what, "multiverse", "give until or multiverse, each in a run of its own")
     updates = {kind: max(1, round(n*params.gan_share)) for kind,n in settled.setup.updates.items()}
     return replace(settled, setup=replace(settled.setup, updates=updates))
 

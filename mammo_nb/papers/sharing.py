@@ -234,6 +234,8 @@ def refuse(
          f"all women of centre {params.external.upper()} train its generator", "keep some aside with -p holdout 0.3"),
         (params.external in handed_over(params), "external", "a centre whose generator was handed over has no women",
          "give the other centre"),
+        (getattr(params, "margin_mm", 0.) and params.margin != Setup.margin, "margin",
+         "margin_mm takes the place of this margin", "give one of them"),
         (params.centres and not params.data_dir, "centres", "phantoms have their roles", without_data),
         (params.split_by == "image" and not params.data_dir, "split_by", "phantoms have patients", without_data),
         (params.split_by == "image" and params.protocol == "clean", "split_by",
@@ -248,6 +250,10 @@ def settle(
 ) -> Settled:
     "Phantoms in proportion, epochs of every generator, the margin."
     refuse(params)
+    train = {GENERATORS[g][0] for g,_ in plan_generators(plan(params, settled.setup))}
+    if params.external and params.external not in train:
+        what = f"these arms train no generator of centre {params.external.upper()}, so no women are held"
+        raise ParameterError(what, "external", "add an arm of that centre to -p arms")
     setup = settled.setup
     if params.patients:
         factor = params.patients/setup.patients["a"]

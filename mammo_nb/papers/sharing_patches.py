@@ -67,10 +67,12 @@ def healthy_plan(
     *,
     patients, # Only these
     side:str="train", # Of the split
+    beside:bool=False, # Also beside the lesions, in sets that have no image without one
 ) -> Plan:
     "Healthy boxes, cut by the same routine as lesions."
     who = set(patients)
-    sets = [s for s in centre.sets if (s.images.normal.astype(bool) & s.images.patient_id.isin(who)).any()]
+    sources = {s.name: _tissue_of(s.images[s.images.patient_id.isin(who)], beside) for s in centre.sets}
+    sets = [s for s in centre.sets if sources[s.name]]
     if not sets:
         fix = "add normal images, or patients"
         raise DataError("no image without lesion among these patients", f"centre {centre.name.upper()}", fix)
@@ -79,9 +81,12 @@ def healthy_plan(
     if cutting.healthy_side == "fixed" or not len(like):              # ready patches lend no size
         options, like = {k: v for k,v in options.items() if k != "margin"} | dict(side="fixed"), None
     shares = np.diff(np.linspace(0, n, len(sets)+1).round().astype(int))
-    plans = [healthy_patches(s, int(k), seed=cutting.seed, like=like, scope=scope, patients=who, **options)
-             for s,k in zip(sets, shares)]
-    return reduce(add, plans)
+    how = dict(seed=cutting.seed, like=like, scope=scope, patients=who, **options)
+    return reduce(add, [healthy_patches(s, int(k), images=sources[s.name], **how) for s,k in zip(sets, shares)])
+
+def _tissue_of(images, beside): # Which images of a set lend tissue, for `healthy_patches`; empty: none
+    if images.normal.astype(bool).any(): return "normal"
+    return "all" if beside and len(images) else ""
 
 # %% ../../nbs/papers/84d_papers.sharing_patches.ipynb #27e3d7f8
 def scope_table(
