@@ -544,7 +544,8 @@ def healthy_patches(
         patch = f"{r.image_id}:healthy{k}"
         size, lent = (None, np.nan) if side=="fixed" else sizes(r, patch)
         rows.append(_row(r, data, patch_id=patch, rule="square", options={**o,"size":size}, lent_mm=lent,
-            slot=k, target=0, avoid=avoid(r.image_id) if images=="all" else None, lesion_type="healthy", label="normal"))
+            slot=k, target=0, lesion_type="healthy", label="normal",
+            avoid=avoid(r.image_id) if images=="all" else None))
     return _plan(rows)
 
 # %% ../../nbs/lib/28_data.patches.ipynb #4741b0d7
@@ -569,7 +570,8 @@ def form_patches(
         patch = f"{r.image_id}:healthy{k}"
         size, lent = sizes(r, patch)
         rows.append(_row(r, data, patch_id=patch, rule="form", options={**o,"size":size}, lent_mm=lent,
-            slot=k, target=0, avoid=avoid(r.image_id) if images=="all" else None, lesion_type="healthy", label="normal"))
+            slot=k, target=0, lesion_type="healthy", label="normal",
+            avoid=avoid(r.image_id) if images=="all" else None))
     return _plan(rows)
 
 # %% ../../nbs/lib/28_data.patches.ipynb #c5554124
