@@ -67,7 +67,7 @@ def default_run_dir(
     return repo_root()/"reports"/params.preset/paper/f"{data}-{params.protocol}-seed{params.seed}"
 
 # %% ../nbs/lib/13_runs.ipynb #182cbad6
-TABLES = {".csv", ".tsv", ".txt", ".json", ".xml", ".xlsx", ".xls"} # Files whose bytes count: labels can change at equal length
+TABLES = {".csv", ".tsv", ".txt", ".json", ".xml", ".xlsx", ".xls"} # Their bytes count, as labels can change
 
 def data_mark(
     folder:Path, # With data sets

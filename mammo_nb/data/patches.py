@@ -488,7 +488,7 @@ def _like(like, r):
     return like
 
 class _Sizes:
-    "Width and height of a healthy box, drawn from lesions like those of its image, and the pixel of that lesion's image."
+    "Width and height of a healthy box, drawn from lesions like those of its image, and that lesion's pixel in mm."
     def __init__(self, like, seed): self.like, self.seed, self.pools = like, seed, {}
     def __call__(self, r, patch):
         key = (r.dataset, r.device)
@@ -543,8 +543,9 @@ def healthy_patches(
         r, k = order[i%len(order)], i//len(order)
         patch = f"{r.image_id}:healthy{k}"
         size, lent = (None, np.nan) if side=="fixed" else sizes(r, patch)
-        rows.append(_row(r, data, patch_id=patch, rule="square", options={**o,"size":size}, lent_mm=lent, slot=k, target=0,
-            avoid=avoid(r.image_id) if images=="all" else None, lesion_type="healthy", label="normal"))
+        rows.append(_row(r, data, patch_id=patch, rule="square", options={**o,"size":size}, lent_mm=lent,
+            slot=k, target=0, lesion_type="healthy", label="normal",
+            avoid=avoid(r.image_id) if images=="all" else None))
     return _plan(rows)
 
 # %% ../../nbs/lib/28_data.patches.ipynb #4741b0d7
@@ -568,8 +569,9 @@ def form_patches(
     for r,k in ((order[i%len(order)], i//len(order)) for i in range(n)):
         patch = f"{r.image_id}:healthy{k}"
         size, lent = sizes(r, patch)
-        rows.append(_row(r, data, patch_id=patch, rule="form", options={**o,"size":size}, lent_mm=lent, slot=k, target=0,
-            avoid=avoid(r.image_id) if images=="all" else None, lesion_type="healthy", label="normal"))
+        rows.append(_row(r, data, patch_id=patch, rule="form", options={**o,"size":size}, lent_mm=lent,
+            slot=k, target=0, lesion_type="healthy", label="normal",
+            avoid=avoid(r.image_id) if images=="all" else None))
     return _plan(rows)
 
 # %% ../../nbs/lib/28_data.patches.ipynb #c5554124

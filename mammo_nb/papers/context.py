@@ -146,7 +146,8 @@ def refuse_ablations(parts, switches, tasks) -> None: # Words of the parameters
     if both := sorted({*parts} & {*switches}):
         raise ParameterError(f"{', '.join(both)} is left out of the run itself", "ablations", "give it once")
     if "joint_types" in parts and not {"mass", "calc"} <= {*tasks}:
-        raise ParameterError("joint_types paints masses and calcifications", "ablations", "add -p tasks mass,calc,remove")
+        fix = "add -p tasks mass,calc,remove"
+        raise ParameterError("joint_types paints masses and calcifications", "ablations", fix)
 
 def settle(
     params:Params, # Checked parameters

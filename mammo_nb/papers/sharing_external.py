@@ -23,7 +23,7 @@ def external_patches(
     scopes, # Lesion scopes
     cutting:Cutting, # Of centre A
 ) -> dict: # scope -> PatchSet, as many healthy patches as lesions
-    "Patches of another hospital, cut as centre A's test patches; healthy ones beside lesions where no image is without."
+    "Patches of another hospital, cut as centre A's test patches; healthy ones beside lesions where need be."
     if isinstance(centre, str): raise DataError(centre, "external", "test on the other centre")
     who, found = {*centre.rows("images").patient_id}, {}
     for scope in scopes:

@@ -123,7 +123,7 @@ def _plain(t): # The same without
 def told_apart(
     live:pd.DataFrame, # Runs found now
     kept:pd.DataFrame, # Runs an earlier page knew
-) -> tuple: # `live` with names that mean one thing, {kept (paper, preset, run): (data, run) of today; None where found now}
+) -> tuple: # `live`, names told apart; {kept (paper, preset, run): (data, run) of today, None where found now}
     "Names of data and runs that carry the mark of their files where two data sets have one name."
     kept = kept.reindex(columns=RUN_COLUMNS).fillna(dict(files=""))
     plain, found = _plain(kept), {*zip(_keys(live), live.files)}
@@ -178,7 +178,8 @@ def collect(
            if (f := folder/"tables"/"claims.csv").is_file()]
     costs = [row | dict(run=r.run) for r,folder in shown for row in cost_rows(folder/"run.json")]
     numbers = [read_results([folder]).assign(run=r.run, data=r.data) for r,folder in done]
-    now = dict(runs=told, costs=pd.DataFrame(costs, columns=COST_COLUMNS), results=_stacked(numbers), claims=_stacked(own))
+    now = dict(runs=told, costs=pd.DataFrame(costs, columns=COST_COLUMNS), results=_stacked(numbers),
+               claims=_stacked(own))
     tables = {name:_join_kept(kept[name], new, names, page, KEPT[name]) for name,new in now.items()}
     return tables | dict(folders={(r.paper, r.preset, r.run):folder for r,folder in shown})
 
