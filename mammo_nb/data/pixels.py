@@ -104,10 +104,14 @@ def read_dicom(
 
 def _refuse_numbers(ds, path):
     "Stop where stored numbers are no grey values in the lowest bits."
-    if str(ds.get("PhotometricInterpretation","")).upper()=="PALETTE COLOR":
+    try:
+        meaning = str(ds.get("PhotometricInterpretation","")).upper()
+        high, stored = (_number(ds.get(k)) for k in ("HighBit","BitsStored"))
+    except Exception as e: raise DataError(f"broken DICOM header ({_reason(e)})", path, AGAIN) from e
+    if meaning=="PALETTE COLOR":
         raise DataError("stores colour numbers, not grey values", path, "convert it to grey")
-    if str(ds.file_meta.TransferSyntaxUID) in _RAW and _number(ds.get("HighBit"))>=_number(ds.get("BitsStored")):
-        raise DataError(f"keeps {ds.BitsStored} bits up to bit {ds.HighBit}, not in the lowest ones", path, _LOW)
+    if str(ds.file_meta.TransferSyntaxUID) in _RAW and high>=stored:
+        raise DataError(f"keeps {stored:g} bits up to bit {high:g}, not in the lowest ones", path, _LOW)
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #9a34c4ce
 _SEVERAL = "save the picture that is meant as a file of its own"
