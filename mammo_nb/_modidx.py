@@ -998,6 +998,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mammo_nb.data.patches._healthy_size': ( 'lib/data.patches.html#_healthy_size',
                                                                                 'mammo_nb/data/patches.py'),
                                        'mammo_nb.data.patches._images': ('lib/data.patches.html#_images', 'mammo_nb/data/patches.py'),
+                                       'mammo_nb.data.patches._in_turn': ('lib/data.patches.html#_in_turn', 'mammo_nb/data/patches.py'),
                                        'mammo_nb.data.patches._join_pixels': ( 'lib/data.patches.html#_join_pixels',
                                                                                'mammo_nb/data/patches.py'),
                                        'mammo_nb.data.patches._lesion_boxes': ( 'lib/data.patches.html#_lesion_boxes',

@@ -497,6 +497,13 @@ class _Sizes:
         p = pool.iloc[rng(self.seed,"healthy size",patch).integers(len(pool))]
         return (int(p.x1-p.x0), int(p.y1-p.y0)), p.spacing_mm
 
+def _in_turn(im, n, seed):
+    "n healthy patches dealt out to the images: (image, its how manieth, id)."
+    order = sorted(im.itertuples(index=False), key=lambda r: seed_of(seed,"healthy image",r.image_id))
+    for i in range(n):
+        r, k = order[i%len(order)], i//len(order)
+        yield r, k, f"{r.image_id}:healthy{k}"
+
 def _lesion_boxes(data):
     "Image id -> boxes of its lesions, None for an image without."
     boxes = {i: [tuple(map(int,b)) for b in t[["x0","y0","x1","y1"]].to_numpy()]
@@ -538,10 +545,7 @@ def healthy_patches(
         raise DataError(f"no lesion of scope '{scope}' to take sizes from", data.name,
         "give like=<lesion table> or side='fixed'")
     sizes, rows = _Sizes(like, seed), []
-    order = sorted(im.itertuples(index=False), key=lambda r: seed_of(seed,"healthy image",r.image_id))
-    for i in range(n):
-        r, k = order[i%len(order)], i//len(order)
-        patch = f"{r.image_id}:healthy{k}"
+    for r,k,patch in _in_turn(im, n, seed):
         size, lent = (None, np.nan) if side=="fixed" else sizes(r, patch)
         rows.append(_row(r, data, patch_id=patch, rule="square", options={**o,"size":size}, lent_mm=lent,
             slot=k, target=0, lesion_type="healthy", label="normal",
@@ -565,9 +569,7 @@ def form_patches(
         raise DataError("needs images known to be without lesion, and lesions to take forms from", data.name,
             "images='all' cuts beside the lesions")
     sizes, rows = _Sizes(like, seed), []
-    order = sorted(im.itertuples(index=False), key=lambda r: seed_of(seed,"healthy image",r.image_id))
-    for r,k in ((order[i%len(order)], i//len(order)) for i in range(n)):
-        patch = f"{r.image_id}:healthy{k}"
+    for r,k,patch in _in_turn(im, n, seed):
         size, lent = sizes(r, patch)
         rows.append(_row(r, data, patch_id=patch, rule="form", options={**o,"size":size}, lent_mm=lent,
             slot=k, target=0, lesion_type="healthy", label="normal",

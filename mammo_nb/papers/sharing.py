@@ -389,8 +389,7 @@ def elsewhere(
     "Women of another centre whom the classifiers are tested on besides, checked against everything that trains."
     centre, size = run.params.external, run.setup.size
     if not centre: return {}
-    who = hospitals.held.get(centre, f"no generator of centre {centre.upper()} is trained in this run")
-    found = external_patches(who, cuts.a, cutting_of(run))
+    found = external_patches(hospitals.held[centre], cuts.a, cutting_of(run))
     trains = [c.sets[size]["train"] for c in cuts.a.values()] + [v[size] for v in cuts.lesions.values()]
     for ps in found.values():
         own = ps.table.image_id + " of a held woman"        # phantoms are drawn under the same names again

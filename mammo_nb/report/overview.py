@@ -126,8 +126,8 @@ def told_apart(
 ) -> tuple: # `live`, names told apart; {kept (paper, preset, run): (data, run) of today, None where found now}
     "Names of data and runs that carry the mark of their files where two data sets have one name."
     kept = kept.reindex(columns=RUN_COLUMNS).fillna(dict(files=""))
-    plain, found = _plain(kept), {*zip(_keys(live), live.files)}
-    gone = [(k, f) in found or (not f and k in _keys(live)) for k,f in zip(_keys(plain), plain.files)]
+    plain, now, found = _plain(kept), {*_keys(live)}, {*zip(_keys(live), live.files)}
+    gone = [(k, f) in found or (not f and k in now) for k,f in zip(_keys(plain), plain.files)]
     left = plain[~np.array(gone, bool)]
     marks = pd.concat([live[["data","files"]], left[["data","files"]]]).groupby("data").files.nunique()
     several = {*marks.index[marks > 1]}
