@@ -3646,6 +3646,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'mammo_nb/papers/shift.py'),
                                        'mammo_nb.papers.shift.as_authors': ( 'papers/papers.shift.html#as_authors',
                                                                              'mammo_nb/papers/shift.py'),
+                                       'mammo_nb.papers.shift.check_used': ( 'papers/papers.shift.html#check_used',
+                                                                             'mammo_nb/papers/shift.py'),
                                        'mammo_nb.papers.shift.check_weights': ( 'papers/papers.shift.html#check_weights',
                                                                                 'mammo_nb/papers/shift.py'),
                                        'mammo_nb.papers.shift.classifiers': ( 'papers/papers.shift.html#classifiers',
