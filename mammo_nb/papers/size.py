@@ -351,7 +351,7 @@ def what_leaks_add(
     by_patient:Answers, # The same, folds by patient
     how:Intervals, # See `intervals`
 ) -> pd.DataFrame: # NAMES and ENDS, unit; one row a metric
-    "Difference of two splits; women are drawn for both at once, folds are other folds, so their differences are pairs of two."
+    "Difference of two splits, women drawn for both at once; their folds are others, so a pair of folds is any two."
     both = Answers.join(by_patch.named(scope="patch"), by_patient.named(scope="patient"))
     cells, means = both.rows()
     weights = np.where(cells.scope == "patch", 1., -1.)@means
