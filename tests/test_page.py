@@ -59,7 +59,7 @@ def test_a_page_needs_nothing_but_what_a_run_writes(tmp_path):
     moved = (tmp_path/"run").rename(tmp_path/"elsewhere")
     sections = [verdicts_section(), beside_section("table1"), curves_section(), generators_section("losses"), leaks_section(), data_section(probe=None, tables=("leaks",))]
     text = page(moved, sections).read_text()
-    assert re.findall("<h2>(.*?)</h2>", text)[:4] == ["What holds","Table 1, ours beside published","Curves","Generators"]
+    assert re.findall("<h2>(.*?)</h2>", text)[:5] == ["What holds","Where the variation comes from","Table 1, ours beside published","Curves","Generators"]
     assert text.count("<img") == 3 and "Source: &lt;phantoms&gt;." in text and str(tmp_path) not in text and "elsewhere" not in text
     assert 'href="tables/leaks.csv"' in text and (moved/"tables"/"leaks.csv").is_file() and "Rerun with seed 3" in text
 

@@ -12,7 +12,7 @@ from test_stale import CHANGES
 from mammo_nb.clf.augment import patch_arrays
 from mammo_nb.clf.resnet import HeadJob, HeadRecipe, Preparation, ResNetClassifier, fit_heads, frozen_resnet, resnet_features, start_head
 from mammo_nb.clf.train import fit_classifier
-from mammo_nb.core import DataError, LeakError, global_seed, read_json, repo_root, rng, write_json
+from mammo_nb.core import DataError, LeakError, ParameterError, global_seed, read_json, repo_root, rng, write_json
 from mammo_nb.data.boxes import as_box, zoomed_box
 from mammo_nb.data.patches import PatchSet, patch_table
 from mammo_nb.data.table import make_data
@@ -92,6 +92,11 @@ def test_a_switch_changes_one_thing(switch, field):
     old, new = vars(settled().setup.head), vars(settled(switches=switch).setup.head)
     assert [k for k in old if old[k] != new[k]] == [field]
 
+@pytest.mark.parametrize("sources", ["rotated", "anew"])
+def test_sources_of_one_training_are_refused(sources):
+    "They changed nothing and said nothing, where SinGANs are trained once."
+    with pytest.raises(ParameterError, match="sources"): settled(sources=sources)
+    assert settled(sources=sources, replicates=2).setup == settled(replicates=2).setup
 
 @pytest.mark.parametrize("switch", ["long_singan", "one_crop"])
 def test_what_a_switch_lists_is_used(switch):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OMI_WRONG_BOXES', 'SHEET_NEED', 'SHEET_LESIONS', 'read_plain_json', 'omi_images', 'opinion_label', 'mark_label',
            'client_status', 'mark_set', 'mark_types', 'mark_type', 'mark_box', 'read_omidb', 'OmiFilter',
-           'read_omidb_sheets']
+           'read_omidb_sheets', 'sheets_in', 'read_optimam']
 
 # %% ../../nbs/lib/26_data.omidb.ipynb #43cd9714
 import json, re
@@ -384,3 +384,44 @@ def read_omidb_sheets(
     if not images: raise DataError("no image passes the filters and is on disk", images_csv, led.main_reasons())
     led.warn()
     return make_data("omidb", list(images.values()), lesions, ledger=led, scaling=scaling)
+
+# %% ../../nbs/lib/26_data.omidb.ipynb #a0873047
+def _columns(path):
+    "Names in the first line of a sheet, as `_sheet` has them; none where it cannot be read."
+    try:
+        with open(path, "rb") as f:
+            head = f.readline(8000).decode("utf-8", "replace")
+    except OSError: return set()
+    return {re.sub(r"[^a-z0-9]", "", c.casefold()) for c in re.split(r"[,;\t]", head)}
+
+def sheets_in(
+    folder:Path, # Folder with <batch>/<client>/<study>/<image>.dcm
+) -> tuple: # Sheet of images, sheet of lesions; empty where the folder has none
+    "The two sheets of the OPTIMAM release that lie in a folder, told by their columns."
+    known = {p: _columns(p) for p in sorted(Path(folder).glob("*.[cC][sS][vV]"))}
+    lesions = [p for p,names in known.items() if set(SHEET_LESIONS) <= names]
+    images = [p for p,names in known.items() if set(SHEET_NEED) <= names and p not in lesions]
+    if not images or not lesions: return ()
+    for kind,found in (("images", images), ("lesions", lesions)):
+        if len(found) > 1:
+            both = " and ".join(p.name for p in found[:2])
+            raise DataError(f"two sheets of {kind}: {both}", folder, "leave one of them in the folder")
+    return images[0], lesions[0]
+
+def read_optimam(
+    root:Path, # Folder with the two sheets and <batch>/<client>/<study>/<image>.dcm
+    *,
+    manufacturer:str="HOLOGIC, Inc.", # Only this manufacturer; empty: all
+    model:str="Lorad Selenia", # Only this model; empty: all
+    current:float=100., # Only this tube current, mA; 0: all
+    magnification:float=1., # Only this magnification; 0: all
+    scaling:str="minmax", # How pixels will become uint8
+    strict:bool=False, # Stop at the first fault instead of listing it
+):
+    "The OPTIMAM release of the DCGAN thesis, found in its folder."
+    found = sheets_in(root)
+    if not found:
+        needs = f"one CSV with {', '.join(SHEET_NEED)}, one with {', '.join(SHEET_LESIONS)}"
+        raise DataError("no sheets of OPTIMAM", root, f"expected {needs}")
+    only = OmiFilter(manufacturer or None, model or None, current or None, magnification or None)
+    return read_omidb_sheets(*found, root=root, only=only, scaling=scaling, strict=strict)

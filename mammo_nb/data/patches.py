@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'WHOLE', 'REAL', 'FLAGS', 'COLUMNS', 'META', 'PLAN', 'SCOPES', 'SQUARE', 'RULES', 'MIN_EXTENT', 'VERSION',
-           'patch_table', 'pixel_hash', 'no_skips', 'little_breast', 'PatchSet', 'save', 'load', 'synthetic_patches',
-           'Plan', 'in_scope', 'Picture', 'rule_square', 'rule_zoom', 'rule_context', 'rule_row', 'rule_thesis',
-           'rule_grid', 'rule_whole', 'rule_options', 'rule_form', 'lesion_patches', 'healthy_patches', 'form_patches',
-           'tissue_patches', 'known_spacing', 'in_mm', 'spacing_words', 'ready_patches', 'cut_image', 'source_hashes',
-           'plan_key', 'extract']
+           'patch_table', 'pixel_hash', 'no_skips', 'little_breast', 'PatchSet', 'PixelRows', 'save', 'load',
+           'synthetic_patches', 'Plan', 'in_scope', 'Picture', 'rule_square', 'rule_zoom', 'rule_context', 'rule_row',
+           'rule_thesis', 'rule_grid', 'rule_whole', 'rule_options', 'rule_form', 'lesion_patches', 'healthy_patches',
+           'form_patches', 'tissue_patches', 'known_spacing', 'in_mm', 'spacing_words', 'ready_patches', 'cut_image',
+           'source_hashes', 'plan_key', 'extract']
 
 # %% ../../nbs/lib/28_data.patches.ipynb #1b8f8b86
 import contextlib, errno, hashlib, json, os, shutil, time, warnings
@@ -111,8 +111,8 @@ class PatchSet:
     def pixel_key(self) -> str:
         "Hash of the pixels of all views; worked out once, for nobody writes into the pixels of a set."
         digest = hashlib.sha256(str(self.pixels.shape).encode())
-        for block in np.array_split(self.pixels, 1+self.pixels.nbytes//2**26):
-            digest.update(np.ascontiguousarray(block))
+        step = max(1, 2**26*len(self.pixels)//max(1, self.pixels.nbytes))
+        for i in range(0, len(self.pixels), step): digest.update(np.ascontiguousarray(self.pixels[i:i+step]))
         return digest.hexdigest()[:16]
 
     def key(self) -> str: # 16 hex digits
@@ -120,17 +120,36 @@ class PatchSet:
         columns = {c: _cells(self.table[c]) for c in self.table.columns}
         return hash_of(json.dumps([columns, self.generators, self.pixel_key], sort_keys=True, default=str))
 
+# %% ../../nbs/lib/28_data.patches.ipynb #7f6eb645
+class PixelRows:
+    "Rows of an array of patches as an array of its own; nothing is copied before it is asked for."
+    def __init__(self,
+        pixels:np.ndarray, # uint8 `(n, views, s, s)`
+        rows:np.ndarray, # int, which of them
+    ):
+        self.pixels, self.rows, self.dtype, self.ndim = pixels, rows, pixels.dtype, pixels.ndim
+        self.shape = (len(rows), *pixels.shape[1:])
+        self.nbytes = int(np.prod(self.shape))*self.dtype.itemsize
+
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, idx): return self.pixels[self.rows[idx]]
+    def __array__(self, dtype=None, copy=None): return np.asarray(self.pixels[self.rows], dtype)
+    def __reduce__(self): return np.asarray, (np.asarray(self),)                # another process gets its rows alone
+
 # %% ../../nbs/lib/28_data.patches.ipynb #d3e38a27
 def _subset(self,
     idx, # Boolean mask or row numbers
+    *,
+    copy:bool=True, # Copy the pixels into memory; else they are looked up when asked for, as `PixelRows`
 ) -> "PatchSet":
-    "These patches only, in this order; their pixels are copied into memory."
+    "These patches only, in this order."
     idx = np.asarray(idx)
     idx = np.flatnonzero(idx) if idx.dtype==bool else idx.astype(int)
     t = self.table.iloc[idx].reset_index(drop=True)
     used = set(t.generator_patients.dropna())
     generators = {k: v for k,v in self.generators.items() if k in used}
-    return PatchSet(np.asarray(self.pixels[idx]), t, generators, self.skipped)
+    rows = PixelRows(self.pixels, idx)
+    return PatchSet(np.asarray(rows) if copy else rows, t, generators, self.skipped)
 
 PatchSet.subset = _subset
 

@@ -49,6 +49,7 @@ class CentreStyle:
         blur_mm=0.12, taper_mm=14.)
     film_share:float = 0. # Share of patients on film
     affected:float = 2/3 # Share of patients with lesions, all in one breast
+    findings:float = 1.2 # Findings of such a patient, on average: the whole number below or above it
     types:tuple = (("mass",.55),("calcification",.35),("distortion",.05),("asymmetry",.05)) # Lesion mix
     malignant:float = 0.4 # Share of malignant lesions
     diameter_mm:tuple = (14.,.30) # Median and log-sd of the diameter of masses, mm
@@ -583,7 +584,8 @@ def patient_plan(
         findings=[])
     if d.random() < style.affected:
         plan["affected"] = "LR"[d.integers(2)]
-        plan["findings"] = [_finding(style, d, k+1) for k in range(1 + int(d.random()<.2))]
+        least, more = divmod(style.findings, 1)
+        plan["findings"] = [_finding(style, d, k+1) for k in range(int(least) + int(d.random()<more))]
         worst = "malignant" if any(f["label"]=="malignant" for f in plan["findings"]) else "benign"
         plan["birads"] = _choose(d, BIRADS[worst])
     return plan

@@ -274,7 +274,7 @@ def generators(
         use = np.flatnonzero(y >= 0)
         recipe = gan_recipe(task, run.setup, protocol, benign=bool((y == 1).any()))
         fit = Fit(recipe, recipe.epochs, seeds.gan, told=dict(task=task), channels_last=True)
-        patches = train if len(use) == len(y) else train.subset(use)
+        patches = train if len(use) == len(y) else train.subset(use, copy=False)
         jobs[task] = run.job(fit_generator, name=f"gan-{task}{end}", group="generators", shared=True, fit=fit,
                              patches=patches, labels=y[use])
     return jobs

@@ -275,10 +275,11 @@ def probe(
 ) -> pd.DataFrame: # One row
     "What plain cues of a patch give away about cancer: malignant against normal, all sides."
     table = pd.concat([ps.table for ps in sets.values()], ignore_index=True)
-    pixels = np.concatenate([ps.pixels[:,0] for ps in sets.values()])
     kinds = kind_of(table).astype(str)
     use = (kinds == "normal") | np.char.startswith(kinds, "malignant")
     use &= rng(seed, "probe").random(len(table)) < min(1, 4000/use.sum())              # enough for two digits
-    p = probe_auc(pixels[use], (kinds[use] != "normal").astype(int), table.patient_id[use], seed)
+    each = np.split(use, np.cumsum([len(ps) for ps in sets.values()])[:-1])
+    pixels = np.concatenate([ps.pixels[mine,0] for ps,mine in zip(sets.values(), each)])
+    p = probe_auc(pixels, (kinds[use] != "normal").astype(int), table.patient_id[use], seed)
     alone = {f"{k}_alone": v for k,v in p.cues.items()}
     return pd.DataFrame([dict(auroc=p.auc, lo=p.lo, hi=p.hi, **alone, n=p.n, patients=p.patients)])

@@ -165,8 +165,11 @@ DEMO = Setup(
     usual=dict(scopes=("masses",), arms=("none", "bcdr_wgangp", "bcdr_dcgan", "optimam_dcgan", "bcdr_real", "copies")),
     lr=3e-3, cnn=dict(widths=(8, 16, 32), hidden=64), boots=500, audit=240,
     swin=dict(patch=32, embed=48, depths=(1, 1), heads=(2, 4), window=2))
+# INbreast: 3028 outlines of 115 women, 116 of them masses
+_INBREAST = dict(findings=20., types=(("mass", .036), ("calcification", .944), ("distortion", .01), ("asymmetry", .01)))
 PUBLISHED = Setup(
     patients=dict(a=115, b=1010, c=740), held=dict(b=300, c=200), phantom_scale=.5, size=128, swin_size=224, views=20,
+    mix=_INBREAST,
     counts=dict(lesions=Counts(1374, 1200, 1148), masses=Counts(70, 1200, 500)), gan_width=1.,
     epochs={"sharing_dcgan/lesions": 3000, "sharing_dcgan/masses": 3000, "sharing_wgangp/lesions": 2700,
             "sharing_wgangp/masses": 10000, "thesis_dcgan/masses": 1000}, clf_epochs=100,

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SWITCHES', 'CLEAN', 'DEMO', 'PUBLISHED', 'PAPER', 'NOTHING_ADDED', 'CHEAP', 'ASKED', 'Protocol', 'Setup',
-           'as_authors', 'singan_of', 'head_for', 'settle', 'plan', 'check_weights', 'phantoms', 'real_sets', 'load',
-           'Cuts', 'cut', 'sources_of', 'generators', 'draws', 'synthetic', 'Trial', 'all_rows', 'trial', 'trials',
-           'network_of', 'features', 'classifiers', 'intervals', 'answers_of', 'all_answers', 'departed']
+           'as_authors', 'singan_of', 'check_used', 'head_for', 'settle', 'plan', 'check_weights', 'phantoms',
+           'real_sets', 'load', 'Cuts', 'cut', 'sources_of', 'generators', 'draws', 'synthetic', 'Trial', 'all_rows',
+           'trial', 'trials', 'network_of', 'features', 'classifiers', 'intervals', 'answers_of', 'all_answers',
+           'departed']
 
 # %% ../../nbs/papers/80_papers.shift.ipynb #8503ffb0
 import contextlib
@@ -111,6 +112,18 @@ def singan_of(
     if params.singan: recipe = singan_recipes[params.singan]
     return replace(recipe, steps=params.singan_steps) if params.singan_steps else recipe
 
+# %% ../../nbs/papers/80_papers.shift.ipynb #ecb1d05a
+def check_used(
+    params:Params, # Checked parameters
+    protocol:Protocol, # Decisions, with those given one by one
+) -> None:
+    "Refuse a parameter that this run would not follow."
+    if protocol.healthy == "matched" and getattr(params, "side_mm", 0.):
+        raise ParameterError("each healthy window is as large as a lesion", "side_mm", "use healthy text")
+    if params.sources != "first" and params.replicates == 1:
+        what = f"{params.sources} tells further trainings of the SinGANs their lesions, and there is one training"
+        raise ParameterError(what, "sources", "give replicates 2 or more, or leave it first")
+
 # %% ../../nbs/papers/80_papers.shift.ipynb #6adc0242
 def head_for(
     head:HeadRecipe, # Of the preset
@@ -128,8 +141,7 @@ def settle(
     "Decisions given one by one, steps of the SinGANs, epochs of the last layer."
     asked = {k: getattr(params, k) for k in ("test_sets", "healthy") if getattr(params, k)}
     setup, protocol = settled.setup, replace(settled.protocol, **asked)
-    if protocol.healthy == "matched" and getattr(params, "side_mm", 0.):
-        raise ParameterError("each healthy window is as large as a lesion", "side_mm", "use healthy text")
+    check_used(params, protocol)
     setup = replace(setup, singan=singan_of(setup.singan, protocol, params))
     if protocol.one_crop: setup = replace(setup, crops=min(setup.crops, 1))
     if params.crops >= 0: setup = replace(setup, crops=params.crops)

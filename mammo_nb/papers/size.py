@@ -6,7 +6,7 @@
 __all__ = ['GENERATOR_METRICS', 'METRICS', 'GAINS', 'ENDS', 'NAMES', 'dcgan_recipe', 'weights_of', 'gan_seed', 'generator_keys',
            'named_for', 'generators', 'drawings', 'measures', 'map_job', 'variety', 'generator_table', 'Training',
            'added_masses', 'fit_mode', 'training_of', 'source_of', 'classifiers', 'other_split', 'answers_of', 'train',
-           'intervals', 'mode_scores', 'mode_gains', 'compare_splits', 'result_rows', 'keep_results']
+           'intervals', 'mode_scores', 'mode_gains', 'what_leaks_add', 'compare_splits', 'result_rows', 'keep_results']
 
 # %% ../../nbs/papers/82d_papers.size.ipynb #4595059e
 from dataclasses import dataclass
@@ -345,6 +345,22 @@ def mode_gains(
         return contrast(answers, weights, **asked, how=how).assign(**named, **asked)
     return pd.concat([of(m) for m in metrics], ignore_index=True)[[*NAMES, *ENDS, "p"]]
 
+# %% ../../nbs/papers/82d_papers.size.ipynb #858a1cbe
+def what_leaks_add(
+    by_patch:Answers, # ORG at one size, folds by patch
+    by_patient:Answers, # The same, folds by patient
+    how:Intervals, # See `intervals`
+) -> pd.DataFrame: # NAMES and ENDS, unit; one row a metric
+    "Difference of two splits, women drawn for both at once; their folds are others, so a pair of folds is any two."
+    both = Answers.join(by_patch.named(scope="patch"), by_patient.named(scope="patient"))
+    cells, means = both.rows()
+    weights = np.where(cells.scope == "patch", 1., -1.)@means
+    def of(metric):
+        asked = dict(metric=metric, positive="lesion")
+        return contrast(both, weights, **asked, how=how).assign(**asked, unit="patch minus patient")
+    same = dict(arm="org", regime=cells.regime.iloc[0])
+    return pd.concat([of(m) for m in METRICS], ignore_index=True).assign(**same)
+
 # %% ../../nbs/papers/82d_papers.size.ipynb #60be389e
 def compare_splits(
     answers:Answers, # Of the study
@@ -353,11 +369,13 @@ def compare_splits(
     unit:str, # Of the study
     how:Intervals, # See `intervals`
 ) -> pd.DataFrame: # unit, arm, regime, metric, value, lo, hi, sd_folds, n, n_patients; empty where it was not possible
-    "ORG at the largest size with the protocol's unit of splitting and with the other one."
+    "ORG at the largest size with the protocol's unit of splitting, with the other one, and what a split by patch adds."
     ours = answers.where(arm="org", regime=other.frame.regime.iloc[0]) if len(other) and len(answers) else other
     if not len(ours) or not len(other): return pd.DataFrame()
     units = sorted(("patch", "patient"), key=lambda u: u != unit)
-    both = pd.concat([mode_scores(a, how).assign(unit=u) for a, u in zip((ours, other), units)], ignore_index=True)
+    named = {u: a for a, u in zip((ours, other), units)}
+    both = pd.concat([mode_scores(a, how).assign(unit=u) for u, a in named.items()], ignore_index=True)
+    both = pd.concat([both, what_leaks_add(named["patch"], named["patient"], how)], ignore_index=True)
     return both[["unit", "arm", "regime", "metric", "value", "lo", "hi", "sd_folds", "n", "n_patients"]]
 
 # %% ../../nbs/papers/82d_papers.size.ipynb #76fc444c

@@ -192,7 +192,9 @@ training masses it says little)."""
 MAP = """Distances between clusters of such maps carry no meaning; precision and recall above ask the same with
 numbers."""
 _OPERATING = "The threshold is taken on validation patches; specificity is what it gives on test patches."
-SPLITS = "The difference between the two rows of a metric is what a split by patch adds."
+SPLITS = """Patch minus patient is what a split by patch adds, as the mean over folds. Its interval is the wider of
+two: women drawn for both splits at once, and folds. Both splits train networks of their own, so with one fold the
+interval lacks their luck and is too narrow."""
 GLANCE = """Against masses that no generator has seen; 1 times the floor is as near as other real masses are, and a
 diversity of 1 as varied. More below."""
 AT_A_GLANCE = ("k", "kid", "fid_half", "fid_floor", "times", "diversity", "collapsed", "n_real")

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'FREE', 'GRAY', 'OF_A_CLASS', 'DRAW', 'PROBE', 'DISCRIMINATOR', 'ATTACKS', 'AUDIT_NOTE', 'RunFolder',
-           'check_alike', 'find_folders', 'mean_over', 'on_file', 'ours', 'as_told', 'verdicts_of', 'said', 'words',
-           'Shown', 'part', 'headline', 'led_words', 'seeds_words', 'condition_words', 'decided_table', 'shares_words',
-           'verdicts_section', 'labels', 'spaced', 'scatter_figure', 'count_words', 'beside_section', 'gain_figure',
-           'controls_table', 'gains_section', 'curve_figure', 'curves_section', 'probe_words', 'probe_section',
-           'leaks_section', 'data_section', 'generators_section', 'audit_headline', 'audit_lines', 'audits_on_file',
-           'audit_section', 'check_words', 'published_section', 'left_out', 'left_out_section', 'coverage_section',
-           'facts', 'meta_of', 'cited', 'short_of', 'page', 'sections_of', 'gather', 'gather_main']
+           'check_alike', 'find_folders', 'mean_over', 'on_file', 'ours', 'as_told', 'all_answers', 'verdicts_of',
+           'said', 'words', 'Shown', 'part', 'headline', 'led_words', 'seeds_words', 'condition_words', 'decided_table',
+           'shares_words', 'verdicts_section', 'labels', 'spaced', 'scatter_figure', 'count_words', 'beside_section',
+           'gain_figure', 'controls_table', 'gains_section', 'sources_section', 'curve_figure', 'curves_section',
+           'probe_words', 'probe_section', 'leaks_section', 'data_section', 'generators_section', 'audit_headline',
+           'audit_lines', 'audits_on_file', 'audit_section', 'check_words', 'published_section', 'left_out',
+           'left_out_section', 'coverage_section', 'facts', 'meta_of', 'cited', 'short_of', 'page', 'sections_of',
+           'gather', 'gather_main']
 
 # %% ../../nbs/lib/65_report.page.ipynb #7373701f
 import argparse
@@ -33,6 +34,7 @@ from .claims import (BASELINES, CONTROLS, Evidence, against_controls, claims, co
 from .rules import fixed_rules, tally_of, unit_of
 from .figures import forest, ours_vs_published, pr_curves, roc_curves, sheet
 from .html import Picture, Section, Table, banner_for, beside_html, write_report
+from .sources import by_source, fed_arms, main_metric, sources_table
 from .tables import (beside, bounds, coverage, paper_record, prevalence_check, read_results,
                                     seed_interval, summarise)
 from ..runs import LAYOUT, facts_of
@@ -206,6 +208,15 @@ def as_told(
         for k,v in nothing.items(): t[k] = t[k].astype(object).where(t.index!=i, v)
     return t.infer_objects()
 
+# %% ../../nbs/lib/65_report.page.ipynb #e50f0190
+def all_answers(
+    runs:list, # Of RunFolder
+) -> Answers: # Told apart by their seeds; None where a run has none
+    "What the classifiers of all runs said, as one table."
+    said = [(r.answers(), r.info.get("resolved", {}).get("seeds", {}) | dict(seed=r.seed)) for r in runs]
+    if any(a is None or not len(a) for a,_ in said): return None
+    return joined(said) if len(said) > 1 else said[0][0]
+
 # %% ../../nbs/lib/65_report.page.ipynb #479e3d54
 def verdicts_of(
     runs:list, # Of RunFolder
@@ -215,9 +226,8 @@ def verdicts_of(
     own = [t for t in (r.table("claims") for r in runs) if t is not None]
     if len(runs)==1: return own[0] if own else None
     one = runs[0]
-    said = [(r.answers(), r.info.get("resolved", {}).get("seeds", {}) | dict(seed=r.seed)) for r in runs]
     on = dict(data=one.data, preset=one.preset, protocol=protocol or one.protocol)
-    if all(a is not None for a,_ in said): return verdicts(one.paper, joined(said), **on)
+    if (answers := all_answers(runs)) is not None: return verdicts(one.paper, answers, **on)
     return as_told(one.paper, pd.concat(own, ignore_index=True), **on) if own else None
 
 # %% ../../nbs/lib/65_report.page.ipynb #ca3f31b5
@@ -527,6 +537,25 @@ def gains_section(
         return Section(heading, told, figures=pictures, tables=beside) if have else None
     return section
 
+# %% ../../nbs/lib/65_report.page.ipynb #216bba49
+def sources_section(
+    *,
+    heading:str="Where the variation comes from", # Of the section
+): # Section function
+    "What each source of chance adds to a score, from the answers of the runs."
+    def section(runs):
+        answers = all_answers(runs)
+        if answers is None: return None
+        paper, named = runs[0].paper, labels(runs[0].paper)
+        metric, positive = main_metric(paper)
+        t = by_source(answers, fed_arms(paper), metric=metric, positive=positive)
+        if not len(t): return None
+        unit = named.get(metric, metric.upper()) + (f" of {positive}" if metric in OF_A_CLASS else "")
+        told = "Run it again, and a score is another: which women are tested, which train, which generator came out " \
+               "of its training, where the classifier began. One number a source:"
+        return Section(heading, told, tables=[sources_table(t, unit, named)])
+    return section
+
 # %% ../../nbs/lib/65_report.page.ipynb #98b032f5
 DRAW = {"ROC":roc_curves, "precision-recall":pr_curves}
 
@@ -808,7 +837,10 @@ def cited(
 def _sections(functions, runs):
     "What the section functions say, as one list."
     said = [f(runs) for f in functions]
-    return [s for one in said if one is not None for s in (one if isinstance(one, (list,tuple)) else [one])]
+    parts = [s for one in said if one is not None for s in (one if isinstance(one, (list,tuple)) else [one])]
+    at = max((i for i,s in enumerate(parts) if s.verdicts is not None), default=None)
+    beside = None if at is None else sources_section()(runs)
+    return parts if beside is None else [*parts[:at+1], beside, *parts[at+1:]]
 
 def _write_tables(folder, parts, runs):
     "The CSV files beside a page: a run has its own, but for those the page makes; several get the joined ones."
