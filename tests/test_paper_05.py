@@ -61,7 +61,7 @@ def of(keys, *begins): return {n for n in keys if n.startswith(begins)}
 MADE = tuple(f"fit-{a}" for a in ("copies", "noise", "none_healthy", "other"))
 
 @pytest.mark.parametrize("given,begins", [
-    (dict(seed=1), ("fit-",)), (dict(clf_epochs=3), ("fit-",)), (dict(dose=.5), ("draw-", *MADE)), (dict(gan_share=.5), ("gan-dcgan", "gan-wgangp", "gan-cgan", "gan-painting"))])
+    (dict(seed=1), ("fit-",)), (dict(clf_epochs=3), ("fit-",)), (dict(dose=.5), ("draw-", *MADE)), (dict(gan_share=.5), ("gan-dcgan", "gan-wgangp", "gan-cgan", "gan-painting", "gan-diffusion"))])
 def test_a_parameter_moves_what_it_names(usual, tmp_path, given, begins):
     now = keys_of(tmp_path, **ALL | given)
     fed = {n for n in usual if n.startswith("fit-") and n.split("-")[1].removesuffix("_alone") in GANS} if "dose" in given else set()
