@@ -1747,6 +1747,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'mammo_nb/gans/diffusion.py'),
                                          'mammo_nb.gans.diffusion.Diffusion.nets': ( 'lib/gans.diffusion.html#diffusion.nets',
                                                                                      'mammo_nb/gans/diffusion.py'),
+                                         'mammo_nb.gans.diffusion.Diffusion.preview': ( 'lib/gans.diffusion.html#diffusion.preview',
+                                                                                        'mammo_nb/gans/diffusion.py'),
                                          'mammo_nb.gans.diffusion.Diffusion.small': ( 'lib/gans.diffusion.html#diffusion.small',
                                                                                       'mammo_nb/gans/diffusion.py'),
                                          'mammo_nb.gans.diffusion.Diffusion.start_epoch': ( 'lib/gans.diffusion.html#diffusion.start_epoch',

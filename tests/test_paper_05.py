@@ -115,6 +115,16 @@ def test_known_looks():
     kept = pd.read_csv(ROOT/"reports"/"known_looks.csv")
     pd.testing.assert_frame_equal(frequencies(looked_worlds(range(kept.worlds[0]))), kept)
 
+@pytest.mark.slow
+def test_a_small_run_with_diffusion(papermill, tmp_path):
+    "Some 60 CPU s: trained, drawn, measured, audited by its samples alone."
+    pytest.importorskip("diffusers", reason="needs the extra `diffusion`")
+    papermill("05_which_helps", tmp_path/"out.ipynb", "patients",24, "arms","copies,diffusion", "gan_share",.01, "clf_epochs",1, "trainings",1, "size",16, "run_dir",tmp_path/"run")
+    tables = {p.stem: pd.read_csv(p) for p in (tmp_path/"run"/"tables").glob("*.csv")}
+    assert set(tables["ranking"].arm) == {"copies", "diffusion"} and tables["quality"][["fid", "trts", "hours"]].notna().all(axis=None)
+    assert set(tables["audit"].generator) == {"diffusion"} and not tables["audit"].attack.str.contains("LOGAN").any()
+    assert "Diffusion model" in (tmp_path/"run"/"report.html").read_text()
+
 def test_a_small_run_from_start_to_page(papermill, tmp_path):
     papermill("05_which_helps", tmp_path/"out.ipynb", "patients",24, "arms","copies,dcgan", "gan_share",.01, "clf_epochs",1, "trainings",1, "size",16, "run_dir",tmp_path/"run")
     tables = {p.stem: pd.read_csv(p) for p in (tmp_path/"run"/"tables").glob("*.csv")}

@@ -136,7 +136,7 @@ def check_extra(
     if "diffusion" in arms and not diffusers_version():
         rest = ",".join(a for a in arms if a != "diffusion")
         raise ParameterError("diffusion needs the package 'diffusers', which is not installed", "arms",
-                             f"pip install 'mammo_nb[diffusion]' (Python 3.11 or later), or leave it out: -p arms {rest}")
+                             f"pip install 'mammo_nb[diffusion]' (Python 3.11 or later), or without: -p arms {rest}")
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #d1ff0003
 def settle(
