@@ -132,7 +132,8 @@ class Diffusion(Recipe):
     def nets(self, seed:int): # -> (G, an empty network)
         "The network with the initial weights of this seed, and nobody against it."
         shape = {k: getattr(self, k) for k in ("size", "widths", "layers", "schedule", "fold", "target")}
-        return DiffusionGenerator(**shape, steps=(self.steps, self.drawn), seed=seed_of(seed, "weights of G")), nn.Identity()
+        shape |= dict(steps=(self.steps, self.drawn), seed=seed_of(seed, "weights of G"))
+        return DiffusionGenerator(**shape), nn.Identity()
 
 # %% ../../nbs/lib/47a_gans.diffusion.ipynb #590eec4c
 @patch
