@@ -114,7 +114,7 @@ SMALL_GANS = dict(
     dcgan=dict(ema=.98, snapshots="last"), cgan=dict(snapshots="last"),
     wgangp=dict(lr_g=1e-3, lr_d=1e-3, betas=(0., .9), g_every=2, ema=.95, snapshots="last"),
     painting=dict(d_mult=2, batch=4, lr_g=1e-3, lr_d=3e-3, per_epoch=25, progressive=False, benign=False, ema=.98),
-    diffusion=dict(widths=(16, 32, 32), layers=1, fold=1, drawn=20, batch=16, lr_g=1e-3, ema=.98,
+    diffusion=dict(widths=(16, 32, 32, 32), layers=1, fold=1, drawn=20, batch=16, lr_g=1e-3, ema=.98,
                    schedule="squaredcos_cap_v2", target="v_prediction"))
 DEMO = Setup(
     patients=80, elsewhere=40, scale=.125, size=32, arms=("none", "copies", "dcgan", "other"), regimes=("50",),
