@@ -9,6 +9,7 @@ from mock_cuda import mock_cuda
 from mammo_nb.core import ParameterError, RunError, file_hash, rng, torch_rng
 from mammo_nb.gans import wgangp  # noqa: F401 - adds its recipe
 from mammo_nb.gans.dcgan import DCGAN, RECIPES
+from mammo_nb.gans.diffusion import diffusers_version
 from mammo_nb.gans.engine import pad_channels, waits
 from mammo_nb.gans.losses import grad_penalty
 from mammo_nb.gans.singan import SinGANFit, SinGANRecipe, to_tanh
@@ -22,6 +23,7 @@ KINDS = {
     "wgangp": RECIPES["sharing_wgangp"].small(**SMALL),
     "wgangp ahead": RECIPES["sharing_wgangp"].small(**SMALL, ahead=True),
 }
+if diffusers_version(): KINDS["diffusion"] = RECIPES["ho_ddpm"].small(**SMALL, widths=(8, 16), layers=1, fold=2, ema=.9)
 N = 30     # batches of 8, 8, 8, 6
 
 
@@ -47,9 +49,9 @@ def state(game): return {f"{k}.{n}": v.detach().cpu().clone() for k, o in game.o
 
 def places(game):
     "Where everything lies that a step reads or writes from one step to the next."
-    kept = [game.data, game.clock, *([game.label] if hasattr(game, "label") else []), *([game.fakes] if hasattr(game, "fakes") else [])]
+    kept = [game.data, game.clock, *([game.label] if hasattr(game, "label") else []), *([game.parts] if hasattr(game, "parts") else []), *([game.fakes] if hasattr(game, "fakes") else [])]
     for net in (game.G, game.D, game.ema): kept += [] if net is None else list(net.state_dict(keep_vars=True).values())
-    for opt in (game.opt_g, game.opt_d): kept += [t for s in opt.state.values() for t in s.values() if torch.is_tensor(t)]
+    for opt in filter(None, (game.opt_g, game.opt_d)): kept += [t for s in opt.state.values() for t in s.values() if torch.is_tensor(t)]
     return [t.data_ptr() for t in kept], {k: t.data_ptr() for k,t in game.sums.items()}
 
 

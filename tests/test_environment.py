@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 tomllib = pytest.importorskip("tomllib", reason="tomllib is part of Python from 3.11 on")
 ROOT = Path(__file__).resolve().parents[1]
 
-EXTRAS = ("notebooks", "dicom", "privacy", "cluster", "dev")
+EXTRAS = ("notebooks", "dicom", "privacy", "diffusion", "cluster", "dev")
 
 def settings():
     c = configparser.ConfigParser(); c.read(ROOT/"settings.ini"); return c["DEFAULT"]

@@ -11,7 +11,7 @@ IMAGE = """torch torchvision triton numpy scipy pandas matplotlib seaborn pillow
     tabulate xarray pyarrow transformers tensorboard torchmetrics pytorch-lightning lxml opencv-python-headless accelerate regex""".split()       # of the image's packages, those this project could touch
 NOTEBOOKS = sorted(ROOT.glob("nbs/0[0-4]_*.ipynb")) + [ROOT/"nbs"/"90_benchmarks.ipynb"]
 ADDED = ["fastai", "papermill", "pydicom", "mistune"]
-NEVER = ("torch_fidelity", "optuna", "opacus", "dask", "distributed", "dask_jobqueue", "submitit", "nbdev", "execnb", "jupytext", "jupyterlab",
+NEVER = ("torch_fidelity", "optuna", "opacus", "diffusers", "dask", "distributed", "dask_jobqueue", "submitit", "nbdev", "execnb", "jupytext", "jupyterlab",
          "nbconvert", "ipykernel", "IPython", "pylibjpeg", "gdcm")
 HEAVY = ("spacy", "thinc", "blis", "cymem", "preshed", "murmurhash", "srsly")     # fastai's for text, 57 MiB of wheels: not carried to a GPU machine, so not to be imported
 

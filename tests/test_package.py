@@ -97,6 +97,16 @@ def test_every_kind_draws_the_same_on_every_way(kind, packages, tmp_path):
     told = "".join((P.folder/f).read_text() for f in ("README.md","PRIVACY.html","generator.json","metadata.json"))
     assert "bcdr:1" not in told and "image_hash" not in told and "/tmp" not in told
 
+@pytest.mark.slow
+def test_a_diffusion_package_names_its_library_and_draws_alone(tmp_path):
+    "Some 15 CPU s: three times the library is imported, once without this package."
+    pytest.importorskip("diffusers", reason="needs the extra `diffusion`")
+    from mammo_nb.gans.diffusion import DiffusionGenerator
+    src = save_generator(tmp_path/"epoch-00003", DiffusionGenerator(16, (8, 16), steps=(1000, 4)))
+    P = export_generator(src, tmp_path/"pkg", license="mit", check=True)
+    assert (P.folder/"requirements.txt").read_text().split()[-1].startswith("diffusers")
+    assert "- diffusion" in (P.folder/"README.md").read_text() and "- gan\n" not in (P.folder/"README.md").read_text()
+
 def test_a_pyramid_does_not_give_back_its_image(tmp_path):
     net = small_pyramid(); net.z_rec.normal_(generator=torch_rng(0, "z"))
     src = net.save(tmp_path/"a"); P = export_generator(src, tmp_path/"pkg", license="mit", check=False)

@@ -61,7 +61,7 @@ def of(keys, *begins): return {n for n in keys if n.startswith(begins)}
 MADE = tuple(f"fit-{a}" for a in ("copies", "noise", "none_healthy", "other"))
 
 @pytest.mark.parametrize("given,begins", [
-    (dict(seed=1), ("fit-",)), (dict(clf_epochs=3), ("fit-",)), (dict(dose=.5), ("draw-", *MADE)), (dict(gan_share=.5), ("gan-dcgan", "gan-wgangp", "gan-cgan", "gan-painting"))])
+    (dict(seed=1), ("fit-",)), (dict(clf_epochs=3), ("fit-",)), (dict(dose=.5), ("draw-", *MADE)), (dict(gan_share=.5), ("gan-dcgan", "gan-wgangp", "gan-cgan", "gan-painting", "gan-diffusion"))])
 def test_a_parameter_moves_what_it_names(usual, tmp_path, given, begins):
     now = keys_of(tmp_path, **ALL | given)
     fed = {n for n in usual if n.startswith("fit-") and n.split("-")[1].removesuffix("_alone") in GANS} if "dose" in given else set()
@@ -114,6 +114,16 @@ def test_known_looks():
     "Worlds of known truth through the stop rule: the committed counts again (some 1.5 CPU s a world)."
     kept = pd.read_csv(ROOT/"reports"/"known_looks.csv")
     pd.testing.assert_frame_equal(frequencies(looked_worlds(range(kept.worlds[0]))), kept)
+
+@pytest.mark.slow
+def test_a_small_run_with_diffusion(papermill, tmp_path):
+    "Some 60 CPU s: trained, drawn, measured, audited by its samples alone."
+    pytest.importorskip("diffusers", reason="needs the extra `diffusion`")
+    papermill("05_which_helps", tmp_path/"out.ipynb", "patients",24, "arms","copies,diffusion", "gan_share",.01, "clf_epochs",1, "trainings",1, "size",16, "run_dir",tmp_path/"run")
+    tables = {p.stem: pd.read_csv(p) for p in (tmp_path/"run"/"tables").glob("*.csv")}
+    assert set(tables["ranking"].arm) == {"copies", "diffusion"} and tables["quality"][["fid", "trts", "hours"]].notna().all(axis=None)
+    assert set(tables["audit"].generator) == {"diffusion"} and not tables["audit"].attack.str.contains("LOGAN").any()
+    assert "Diffusion model" in (tmp_path/"run"/"report.html").read_text()
 
 def test_a_small_run_from_start_to_page(papermill, tmp_path):
     papermill("05_which_helps", tmp_path/"out.ipynb", "patients",24, "arms","copies,dcgan", "gan_share",.01, "clf_epochs",1, "trainings",1, "size",16, "run_dir",tmp_path/"run")

@@ -65,6 +65,8 @@ class Generator(nn.Module):
     kind = "" # Name under which `build_generator` finds it
     config:dict # Plain values that rebuild it
     size:int # Patch side, px
+    repeats = 1 # Times its network runs for one patch
+    needs = () # Libraries beside torch that it is built with, as requirement lines
     def latents(self,
         n:int, # Patches wanted
         rng:np.random.Generator, # Source of chance

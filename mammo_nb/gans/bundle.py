@@ -392,7 +392,7 @@ def package_code(
     b = Bundle([entry, (cls.__module__, cls.__name__), ("mammo_nb.gans.blocks", "KINDS")])
     tail = f'KINDS["{kind}"] = {cls.__name__}' + (f"\ngenerate = {entry[1]}" if entry[1] != "generate"
                                                   else "") + '\n__all__ = ["generate"]'
-    return bundle_code(b, doc, tail), wheels_of(b)
+    return bundle_code(b, doc, tail), [*wheels_of(b), *getattr(cls, "needs", ())]
 
 # %% ../../nbs/lib/49a_gans.bundle.ipynb #17800ad0
 ALONE = """

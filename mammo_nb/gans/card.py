@@ -203,7 +203,7 @@ def privacy_of(card:dict) -> str: # Sentence of the accountant, "" without priva
 
 # %% ../../nbs/lib/49c_gans.card.ipynb #6a66e404
 TITLES = {"dcgan": "DCGAN", "wgangp": "WGAN-GP", "singan": "SinGAN", "cgan": "conditional GAN",
-          "context": "contextual GAN"}
+          "context": "contextual GAN", "diffusion": "diffusion model"}
 
 def kind_of(card:dict) -> str: # `dcgan`, `wgangp`, …
     "What trained a generator: WGAN-GP and DCGAN share their network."
@@ -235,7 +235,8 @@ def front_matter(
     results = [dict(task=task, dataset=dataset, metrics=[hub_metric(m) for m in t.itertuples()])]
     head = {**({"license": told} if told in LICENSES else other), "library_name": "pytorch",
             "pipeline_tag": "image-to-image" if kind == "context" else "unconditional-image-generation",
-            "tags": ["mammography", "medical", "gan", kind, "synthetic-data", "medigan", "mammo_nb"]}
+            "tags": ["mammography", "medical", *(() if kind == "diffusion" else ("gan",)), kind, "synthetic-data",
+                     "medigan", "mammo_nb"]}
     if data: head["datasets"] = data
     if len(t): head["model-index"] = [dict(name=name, results=results)]
     return "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000) + "---\n"

@@ -239,6 +239,7 @@ def pyramid_cost(
 def _called(net): # Call a network on meta once, with inputs for one patch
     z = [t.to("meta") for t in net.latents(1, np.random.default_rng(0))]
     if net.config["kind"] == "context": z = [torch.zeros(1, 1, net.size, net.size, device="meta"), *z]
+    if net.config["kind"] == "diffusion": z = [*z, torch.zeros(1, device="meta")] # one step of many
     net(*z)
 
 def cost_of(
@@ -252,7 +253,7 @@ def cost_of(
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         _called(net.eval())
     for h in hooks: h.remove()
-    return counted.get_total_flops(), max(largest)
+    return counted.get_total_flops()*net.repeats, max(largest)
 
 # %% ../../nbs/lib/48d_gans.door.ipynb #75ba9aac
 def check_cost(

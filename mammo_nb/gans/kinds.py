@@ -7,7 +7,7 @@ __all__ = ['all_recipes', 'recipe_of']
 
 # %% ../../nbs/lib/48a_gans.kinds.ipynb #55f9f58a
 from ..core import WeightsError
-from . import cgan, context, dcgan, dp, singan, wgangp  # noqa: F401 - each adds its own to KINDS, RECIPES
+from . import cgan, context, dcgan, diffusion, dp, singan, wgangp  # noqa: F401 - each fills KINDS, RECIPES
 from .train import Recipe
 
 # %% ../../nbs/lib/48a_gans.kinds.ipynb #4ae0b34d

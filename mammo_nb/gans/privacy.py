@@ -119,7 +119,7 @@ def load_discriminator(
     folder:Path, # Folder of `train_gan`, finished or not
     *,
     device = "cpu", # Where it goes
-): # nn.Module in evaluation mode, `(b,1,s,s)` -> `(b,)`
+): # nn.Module in evaluation mode, `(b,1,s,s)` -> `(b,)`; None where a generator has no opponent
     "The discriminator of a training, from its last whole checkpoint."
     folder = Path(folder)
     steps = Checkpoint(folder).steps()
@@ -130,6 +130,7 @@ def load_discriminator(
     saved = Checkpoint(folder, identity=identity).load()
     if saved is None: raise WeightsError("no whole checkpoint here", folder, "give the training's command again")
     _, D = recipe_of(identity["recipe"], folder).nets(identity["seed"])
+    if not D.state_dict(): return None
     D.load_state_dict(saved["state"]["D"])
     return D.to(device).eval().requires_grad_(False)
 
@@ -482,9 +483,8 @@ def audit(
     b = probe_auc(np.concatenate([p[:,0] for p in groups.pixels]), groups.member, groups.everybody, seed)
     spaces = [space_of(name, fake, groups, device) for name in effort.extractors]
     scores = {}
-    if discriminator is not None:
-        D = load_discriminator(discriminator, device=device) if isinstance(discriminator,
-                (str, Path)) else discriminator
+    D = load_discriminator(discriminator, device=device) if isinstance(discriminator, (str, Path)) else discriminator
+    if D is not None:
         asked = dict(views=groups.views, value_range=value_range, device=device)
         scores["discriminator"] = np.concatenate([discriminator_scores(D, p, **asked) for p in groups.pixels])
     for s in spaces:

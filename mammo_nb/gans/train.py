@@ -55,6 +55,7 @@ class Recipe:
     kind = ""                 # Kind of its generator, see gans.blocks
     chance = ()               # Further sources of chance, beside those of `Game.CHANCE`
     graph = True              # Its steps may be captured as CUDA graphs
+    pictures = 60             # Of the fixed latents in a run
     alarm = .25               # Share of the real patches' spread under which an epoch is marked as collapsed; 0 = never
     def nets(self, seed:int): raise NotImplementedError # -> (G, D)
     def step_d(self, game, real:Tensor): raise NotImplementedError # -> dict of scalars on the device
@@ -194,8 +195,9 @@ def adam(
     lr:float, # Its step
     betas:tuple, # Its moments
     device:torch.device, # Where the weights are
-) -> torch.optim.Adam:
+) -> torch.optim.Adam: # None for a network without weights
     "Adam as every game uses it: in one kernel where there is one, and fit to be captured on a GPU."
+    if not any(True for _ in net.parameters()): return None
     return torch.optim.Adam(net.parameters(), lr=rate_for(device, lr), betas=betas,
                             fused=device.type in ("cpu", "cuda"), capturable=device.type == "cuda")
 
@@ -234,15 +236,16 @@ class Game:
 
     def objects(self) -> dict: # Name -> what a checkpoint holds
         "Everything a checkpoint needs to go on exactly."
-        nets = {"G": self.G, "D": self.D, "opt_g": self.opt_g, "opt_d": self.opt_d}
-        average = {} if self.ema is None else {"ema": self.ema}
+        nets = {"G": self.G, "D": self.D, "opt_g": self.opt_g, "opt_d": self.opt_d, "ema": self.ema}
+        there = {k: v for k,v in nets.items() if v is not None}
         extra = {f"extra_{k}": v for k,v in self.recipe.extra(self).items()}
-        return {**nets, **average, **extra, **{f"chance_{k}": v for k,v in self.rng.items()}}
+        return {**there, **extra, **{f"chance_{k}": v for k,v in self.rng.items()}}
 
     def start_epoch(self, epoch:int): # Finished epochs
         "Sources of chance and Adam's steps of this epoch."
         for k,g in self.rng.items(): g.manual_seed(seed_of(self.seed, k, epoch))
-        for opt,lr in zip((self.opt_g, self.opt_d), self.recipe.rates(epoch)): set_rate(opt, lr)
+        for opt,lr in zip((self.opt_g, self.opt_d), self.recipe.rates(epoch)):
+            if opt is not None: set_rate(opt, lr)
         self.recipe.start_epoch(self, epoch)
 
     def place(self, batch:int): # Number of a batch, counted through the epochs
@@ -445,7 +448,7 @@ class Options:
     card:dict = None # More to write beside the weights: data sets, patients (see gans.share.patient_card)
     log:object = None # Called with keyword fields once an epoch and at events
     checkpoint_every_s:float = 60. # Seconds between two checkpoints
-    grid_every:int = None # Epochs between two pictures of the fixed latents, default 1/60 of the run
+    grid_every:int = None # Epochs between two pictures of the fixed latents, default as the recipe says
     channels_last:bool = False # Memory format of the networks; always so in `bf16`
     mode:str = "exact" # Arithmetic, see core.MODES
 
@@ -469,7 +472,7 @@ class Training:
                          mode=options.mode, log=options.log)
         self.data = self.game.data
         self.kept = recipe.snapshot_epochs(epochs)
-        self.grid_every = options.grid_every or math.ceil(epochs/60)
+        self.grid_every = options.grid_every or math.ceil(epochs/recipe.pictures)
         self.store = Checkpoint(folder, identity=identity, every_s=options.checkpoint_every_s, log=options.log)
         self.epoch, self.batch, self.sums, self.history = 0, 0, {}, []
         self.latents = self.game.G.latents(64, rng(seed, "grid"))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'NEED_HEALTHY', 'LISTS', 'SWITCHES', 'SMALL_GANS', 'DEMO', 'PUBLISHED', 'PAPER', 'AUDITED', 'QUALITY',
-           'plan', 'Protocol', 'Setup', 'settle', 'Places', 'named', 'load', 'labelled', 'cases', 'Cutting',
-           'cutting_of', 'cut_side', 'Study', 'split_patches', 'for_leaks', 'split_sides', 'cut', 'probed',
-           'keep_study', 'recipe_for', 'epochs_for', 'sources', 'generators', 'wanted', 'draws', 'synthetic',
+           'plan', 'Protocol', 'Setup', 'check_extra', 'settle', 'Places', 'named', 'load', 'labelled', 'cases',
+           'Cutting', 'cutting_of', 'cut_side', 'Study', 'split_patches', 'for_leaks', 'split_sides', 'cut', 'probed',
+           'keep_study', 'recipe_for', 'epochs_for', 'fit_of', 'sources', 'generators', 'wanted', 'draws', 'synthetic',
            'training_of', 'added', 'classifiers', 'training_name', 'measures', 'named_source', 'recognitions', 'audits',
            'checks', 'seconds_of', 'quality_table', 'audit_table']
 
@@ -25,6 +25,7 @@ from ..data.patches import PatchSet, extract, healthy_patches, in_mm, lesion_pat
 from ..data.readers import sets_for
 from ..data.splits import check_leaks, each_once, folds, split_patients, without_doubles
 from ..data.trees import Phantoms
+from ..gans.diffusion import diffusers_version
 from ..gans.fit import Fit, Measure, audit_generator, drawn, fit_generator, measure
 from ..gans.privacy import Audit, Effort
 from ..gans.singan import SinGANRecipe
@@ -94,7 +95,7 @@ class Setup:
     generators:int # Of each kind
     trainings:int # Classifiers fed by each
     width:float # Of generators against the published width
-    updates:dict # Kind -> updates of a discriminator
+    updates:dict # Kind -> updates of a discriminator, or of diffusion's network
     singans:int # SinGANs that share the work of one generator
     singan:SinGANRecipe # Scales, steps, width
     epochs:int # Of a classifier
@@ -112,23 +113,38 @@ class Setup:
 SMALL_GANS = dict(
     dcgan=dict(ema=.98, snapshots="last"), cgan=dict(snapshots="last"),
     wgangp=dict(lr_g=1e-3, lr_d=1e-3, betas=(0., .9), g_every=2, ema=.95, snapshots="last"),
-    painting=dict(d_mult=2, batch=4, lr_g=1e-3, lr_d=3e-3, per_epoch=25, progressive=False, benign=False, ema=.98))
+    painting=dict(d_mult=2, batch=4, lr_g=1e-3, lr_d=3e-3, per_epoch=25, progressive=False, benign=False, ema=.98),
+    diffusion=dict(widths=(16, 32, 32, 32), layers=1, fold=1, drawn=20, batch=16, lr_g=1e-3, ema=.98,
+                   schedule="squaredcos_cap_v2", target="v_prediction"))
 DEMO = Setup(
     patients=80, elsewhere=40, scale=.125, size=32, arms=("none", "copies", "dcgan", "other"), regimes=("50",),
     sizes=("25", "50", "100"), generators=2, trainings=2, width=1/4, gan=SMALL_GANS, singans=8,
-    updates=dict(dcgan=600, wgangp=900, cgan=600, painting=300),
+    updates=dict(dcgan=600, wgangp=900, cgan=600, painting=300, diffusion=300),
     singan=SinGANRecipe(steps=30, min_size=16, width=8, max_width=8),
     epochs=8, shown=192, cnn=dict(widths=(8, 16, 32), hidden=64), lr=3e-3, boots=200, audit=120)
 PUBLISHED = Setup(
     patients=400, elsewhere=400, scale=.5, size=128, arms=ARMS, regimes=("50", "100"), sizes=SHARES, generators=5,
     trainings=3, width=1., gan=dict(painting=dict(benign=False)), singans=20, singan=SinGANRecipe(),
-    updates=dict(dcgan=60_000, wgangp=60_000, cgan=30_000, painting=50_000),
+    updates=dict(dcgan=60_000, wgangp=60_000, cgan=30_000, painting=50_000, diffusion=60_000),
     epochs=60, shown=2400, cnn=dict(widths=(16, 32, 64, 128), hidden=128), lr=1e-3, boots=2000, audit=2000)
+
+# %% ../../nbs/papers/85_papers.helps.ipynb #d1ff0002
+def check_extra(
+    arms:tuple, # Of this run
+) -> None:
+    "Refuse diffusion where its library is not installed; what a run does never depends on what is installed."
+    if "diffusion" in arms and not diffusers_version():
+        rest = ",".join(a for a in arms if a != "diffusion")
+        raise ParameterError("diffusion needs the package 'diffusers', which is not installed", "arms",
+                             f"pip install 'mammo_nb[diffusion]' (Python 3.11 or later), or without: -p arms {rest}")
+
+# %% ../../nbs/papers/85_papers.helps.ipynb #d1ff0003
 def settle(
     params:Params, # Checked parameters
     settled:Settled, # By preset, protocol and knobs
 ) -> Settled:
-    "Updates in proportion; what needs a data folder is refused without one."
+    "Updates in proportion; what needs a data folder, or an extra, is refused without one."
+    check_extra(split_words(params.arms) or settled.setup.arms)
     given = [k for k in ("home", "other") if getattr(params, k)]
     if given and not params.data_dir:
         raise ParameterError("phantoms have their places", given[0], "only data sets of a data_dir can be named")
@@ -366,12 +382,24 @@ def recipe_for(
 # %% ../../nbs/papers/85_papers.helps.ipynb #09dca02d
 def epochs_for(
     recipe:Recipe, # Of a generator
-    updates:int, # Of its discriminator
+    updates:int, # Of its discriminator, or of diffusion's network
     n:int, # Patches that train
 ) -> int: # At least one
     "Epochs that make so many updates."
     own = getattr(recipe, "per_epoch", 0) or getattr(recipe, "updates_epoch", 0)
     return max(1, round(updates/(own or max(1, n//recipe.batch))))
+
+# %% ../../nbs/papers/85_papers.helps.ipynb #d1ff0004
+def fit_of(
+    kind:str, # Of `GANS`, SinGAN aside
+    setup:Setup, # Sizes
+    n:int, # Patches that train
+    seed:int, # Of the generator
+    task:str, # Of `TASKS`
+) -> Fit:
+    "How a generator is trained; patches of diffusion rest on its library, whose version is kept with them."
+    recipe, told = recipe_for(kind, setup), dict(diffusers=diffusers_version()) if kind == "diffusion" else {}
+    return Fit(recipe, epochs_for(recipe, setup.updates[kind], n), seed, scope=task, told=told)
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #6103d8c3
 def sources(
@@ -398,8 +426,7 @@ def generators(
             own = dict(many=setup.singans, recipe=setup.singan, seed=seeds.gan)
             jobs[kind,share,seeds] = run.job(train_singans, **how, **own)
             continue
-        recipe = recipe_for(kind, setup)
-        fit = Fit(recipe, epochs_for(recipe, setup.updates[kind], len(patches)), seeds.gan, scope=run.params.task)
+        fit = fit_of(kind, setup, len(patches), seeds.gan, run.params.task)
         jobs[kind,share,seeds] = run.job(fit_generator, **how, fit=fit, labels=labels_for(kind, patches))
     return jobs
 
@@ -500,7 +527,7 @@ def training_name(seeds:Seeds, training:int) -> str: # training: from 0
     return f"training{training} of {seeds.gan}"
 
 # %% ../../nbs/papers/85_papers.helps.ipynb #7d8973a1
-AUDITED = ("dcgan", "wgangp", "cgan")
+AUDITED = ("dcgan", "wgangp", "cgan", "diffusion")
 
 def measures(
     run, # Run

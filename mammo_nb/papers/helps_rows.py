@@ -29,7 +29,8 @@ from ..metrics.answers import said, write_answers
 from ..metrics.auc import auc
 
 # %% ../../nbs/papers/85a_papers.helps_rows.ipynb #199f8bd1
-GANS = dict(dcgan="sharing_dcgan", wgangp="sharing_wgangp", cgan="cbis_cgan", painting="context_mass", singan="")
+GANS = dict(dcgan="sharing_dcgan", wgangp="sharing_wgangp", cgan="cbis_cgan", painting="context_mass", singan="",
+            diffusion="ho_ddpm") # Kind of generator -> its published recipe
 CONTROLS = dict(copies=jittered_copies, noise=noise_patches) # Made of the real patches
 ARMS = ("none", "longer", "classic", "none_healthy", *CONTROLS, *GANS, "other") # In the order of the page
 TASKS = dict(lesions=("healthy", "lesion"), malignant=("benign", "malignant")) # Task -> its two classes
