@@ -806,3 +806,30 @@ def test_real_patches_and_exam():
         assert breast_side(x)=="L" and (r.quirks==["mirrored"])==(r.laterality=="R")
         m = breast_mask(x); assert .1<m.mean()<.7
         if r.view=="MLO": p = pectoral_cut(x, 'L'); assert .01<(p&m).sum()/m.sum()<.35
+
+
+# ---------------------------------------------------------------- OPTIMAM's release in two sheets
+def as_sheets(data, root):
+    "The pictures of an OMI-DB tree as the release of the thesis has them: batches beside two sheets."
+    one = lambda r: (r.patient_id.split(":")[1], r.study_id, r.image_id.split(":")[1])
+    images, lesions, by = ["BatchID,ClientID,StudyIUID,ImageSOPIUID,Manufacturer,ManufacturersModelName"], ["ClientID,ImageSOPIUID,LesionID,Status,X1,X2,Y1,Y2,Mass"], {}
+    for r in data.images.itertuples():
+        client, study, sop = by[r.image_id] = one(r)
+        to = root/"1"/client/str(study)
+        to.mkdir(parents=True, exist_ok=True)
+        shutil.copy(r.path, to/f"{sop}.dcm")
+        images.append(f'1,{client},{study},{sop},"HOLOGIC, Inc.",Lorad Selenia')
+    for l in data.lesions.itertuples():
+        client, _, sop = by[l.image_id]
+        lesions.append(f"{client},{sop},{l.lesion_id},{'B5' if l.label == 'malignant' else 'B2'},{l.x0},{l.x1},{l.y0},{l.y1},1")
+    for name,lines in (("Images", images), ("Lesions", lesions)): (root/f"{name}.csv").write_text("\n".join(lines) + "\n")
+
+def test_optimam_is_found_by_data_dir(tmp_path):
+    "The thesis' reader was a function that no data_dir reached; a sheet called Images.csv was taken for the plain layout."
+    women = [phantom.phantom_patient(i, style="c", scale=.05) for i in range(6)]
+    as_sheets(read_omidb(LAYOUTS["omidb"](women, tmp_path/"json")), tmp_path/"sheets")
+    assert find_datasets(tmp_path) == dict(omidb=tmp_path/"json", optimam=tmp_path/"sheets")
+    both, keys = read_any(tmp_path), ["image_id","x0","y0","x1","y1","label"]
+    a, b = (both[n].lesions[keys].sort_values(keys[:3]).reset_index(drop=True) for n in ("omidb","optimam"))
+    assert len(a) > 2 and a.equals(b) and both["omidb"].images.normal.sum() == both["optimam"].images.normal.sum() > 0
+    with pytest.raises(DataError, match="no image passes the filters"): read_any(tmp_path, ["optimam"], rules=dict(optimam=dict(model="Selenia Dimensions")))

@@ -23,7 +23,7 @@ from mammo_nb.data.folder import (CBIS_PATCH_COLUMNS, FOUR_VIEWS, _name_of, read
     read_four_views)
 from .inbreast import read_inbreast
 from .mias import read_mias
-from .omidb import read_omidb
+from .omidb import read_omidb, read_optimam, sheets_in
 from .rows import plain_name
 from .rsna import RSNA_NEED, read_rsna
 from .table import closed_words
@@ -33,6 +33,7 @@ from ..params import split_words
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #1ff6ffce
 READERS = dict(inbreast=read_inbreast, bcdr=read_bcdr, cbis=read_cbis, omidb=read_omidb, mias=read_mias,
+    optimam=read_optimam,
     vindr=read_vindr, cmmd=read_cmmd, cesm=read_cesm, rsna=read_rsna, embed=read_embed, csaw=read_csaw,
     bmcd=read_bmcd, dmid=read_dmid, cbis_patches=read_cbis_patches, four_views=read_four_views, folder=read_folder)
 
@@ -102,6 +103,7 @@ def layout_of(
     folder:Path, # One folder
 ) -> str: # Key of `READERS`, or None
     "Which layout has its root here, judged by this folder's own entries."
+    if sheets_in(folder): return "optimam"
     names = {e.name.casefold(): e.name for e in _entries(folder)}
     for layout,pattern in _BY_NAME.items():
         if any(re.fullmatch(pattern, plain_name(n)) for n in names): return layout
@@ -198,7 +200,8 @@ def told_rules(
 
 # %% ../../nbs/lib/22b_data.readers.ipynb #42def0ee
 _EXPECTED = ("expected INbreast.csv, BCDR-…_dataset, CBIS-DDSM tables with images, OMI-DB's data/ and images/, "
-    "Info.txt of mini-MIAS, finding_annotations.csv of VinDr-Mammo, the tables of CMMD, CDD-CESM, RSNA "
+    "the two sheets of OPTIMAM, Info.txt of mini-MIAS, finding_annotations.csv of VinDr-Mammo, "
+    "the tables of CMMD, CDD-CESM, RSNA "
     "(train.csv), EMBED, CSAW-CC, BMCD or DMID under their own names, "
     "or images.csv / patches.csv of the plain layout (nbs/lib/22a_data.folder.ipynb); "
     "`mammo_doctor` says more")
