@@ -6,17 +6,19 @@
 __all__ = ['COLUMNS', 'GROUPS', 'THREAD_JOBS', 'SETUPS', 'WHOLE', 'SPEED', 'SINGAN', 'GOALS', 'PLAIN', 'SAID', 'clock',
            'in_turns', 'quartiles', 'ratio', 'line', 'per_second', 'ceilings', 'describe', 'Operations', 'step_flops',
            'noise_patches', 'Flipped', 'cross_entropy_step', 'wasserstein_step', 'textbook_gan', 'engine_job',
-           'bench_gan', 'time_shares', 'share_rows', 'published_iteration', 'as_published', 'draw_below',
-           'Convolutions', 'convolutions_of', 'singan_jobs', 'bench_singan', 'singan_rows', 'sun_xu', 'bench_metrics',
-           'Graded', 'textbook_fit', 'HeadsSize', 'heads_jobs', 'bench_heads', 'bench_fits', 'classifier_nets',
-           'thread_job', 'thread_worker', 'Worker', 'bench_threads', 'bench_crops', 'peak_memory', 'slope',
-           'bench_growth', 'Setup', 'setup_of', 'sized', 'gan_list', 'gan_rows', 'later_gans', 'memory_rows', 'Goal',
-           'judge_goals', 'speed_figure', 'page_table', 'write_bench', 'device_name']
+           'bench_gan', 'epochs_together', 'bench_together', 'time_shares', 'share_rows', 'published_iteration',
+           'as_published', 'draw_below', 'Convolutions', 'convolutions_of', 'singan_jobs', 'bench_singan',
+           'singan_rows', 'sun_xu', 'bench_metrics', 'Graded', 'textbook_fit', 'HeadsSize', 'heads_jobs', 'bench_heads',
+           'bench_fits', 'classifier_nets', 'thread_job', 'thread_worker', 'Worker', 'bench_threads', 'bench_crops',
+           'peak_memory', 'slope', 'bench_growth', 'Setup', 'setup_of', 'sized', 'gan_list', 'gan_rows', 'later_gans',
+           'memory_rows', 'Goal', 'judge_goals', 'speed_figure', 'page_table', 'write_bench', 'device_name']
 
 # %% ../nbs/lib/70_bench.ipynb #af4c6409
 import copy, os, platform, re, subprocess, sys, time, warnings
+from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count as count_from
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -335,6 +337,45 @@ def bench_gan(
                  say(k, "share of the product's", tuple(v*work/1e12/ceiling for v in speed), "")]
         if textbook: rows.append(say(k, "times the textbook loop", ratio(raw, k, "textbook"), ""))
     return [*rows, say("fast", "times exact", ratio(raw, "fast", "exact"), "", note=game.engine.why or note)]
+
+# %% ../nbs/lib/70_bench.ipynb #aec1c110
+def epochs_together(
+    games:list, # Games of one recipe, each with its data
+    epoch:int, # Finished epochs
+    turns:bool, # Step by step in turn
+) -> None:
+    "One epoch of each game."
+    for game in games: game.start_epoch(epoch)
+    works = [train_epoch.steps(game, game.data, epoch=epoch) for game in games]
+    while works and turns: works = [work for work in works if next(work, "ended") != "ended"]
+    for work in works: deque(work, 0)
+
+# %% ../nbs/lib/70_bench.ipynb #b58a634d
+def bench_together(
+    name:str, # How the page calls it
+    recipe:Recipe, # What trains
+    *,
+    device, # Where
+    games:int, # Trainings
+    steps:int, # Batches of each in a timed call
+    rounds:int, # Timed rounds
+) -> list: # Rows
+    "How much faster several trainings are in turns than one after another."
+    pixels, rows = noise_patches(steps*recipe.batch, recipe.size), []
+    warmup = 1 if torch.device(device).type == "cpu" else 4         # enough steps to have them captured
+    for mode in ("exact", "fast"):
+        jobs = {how: _epochs_of(recipe, pixels, device, games, mode, how) for how in ("in turns", "one after another")}
+        raw = in_turns(jobs, rounds=rounds, device=device, warmup=warmup)
+        note = f"{recipe.size} px, batch {recipe.batch}"
+        say = partial(line, "GANs", f"{games} x {name}", mode, rounds=rounds, note=note)
+        rows += [say("in turns", per_second(raw, "in turns", games*len(pixels)), "img/s"),
+                 say("times one after another", ratio(raw, "in turns", "one after another"), "")]
+    return rows
+
+def _epochs_of(recipe, pixels, device, games, mode, how): # Function without arguments
+    data, count = pixels.to(device), count_from(0)
+    players = [Game(recipe, seed, device, data=data, mode=mode) for seed in range(games)]
+    return lambda: epochs_together(players, next(count), how == "in turns")
 
 # %% ../nbs/lib/70_bench.ipynb #7f1bf468
 GROUPS = {"convolutions": "convolution|conv2d|conv_transpose|mkldnn", "products": "aten::(mm|addmm|bmm|matmul|linear)",
@@ -885,6 +926,7 @@ class Setup:
     patients:int = 3        # Phantom patients to cut from
     scale:float = .25       # Of their images
     crop:int = 64           # Side of the crops
+    together:int = 2        # Trainings that take turns
     growth:tuple = (64, 128, 256) # Numbers of patches
     context:dict = None     # `small` of the contextual GAN; None: as published
     cgan:dict = None        # `small` of the conditional GAN
@@ -898,6 +940,7 @@ SETUPS = {"demo": Setup(context=dict(size=32, width=.25, batch=2), cgan=dict(siz
           "cpu": Setup(size=64, width=.25, rounds=3, singan=64, context=dict(size=64, batch=1), nets="cpu",
                        cgan=dict(size=64, width=.5), heads=HeadsSize("50", 64, 217, 93, 27, 20, 64), **_LARGE),
           "published": Setup(size=128, width=1., batch=0, steps=40, singan=224, heads=HeadsSize(), nets="published",
+                             together=8,
                              **_LARGE)}
 
 def setup_of(
@@ -980,6 +1023,9 @@ GOALS = (
     Goal("thesis DCGAN, 45 wide, 128 px, batch 64", SPEED | dict(item="thesis_dcgan"), 10_000, "img/s", True,
          when=(*WHOLE, ("batch", (0, 64)))),
     Goal("sharing DCGAN, 128 px, batch 16", SPEED | dict(item="sharing_dcgan"), 6000, "img/s", True,
+         when=(*WHOLE, ("batch", (0, 16)))),
+    Goal("8 sharing DCGANs in turns, batch 16",
+         dict(item="8 x sharing_dcgan", what="times one after another"), 3, "", True,
          when=(*WHOLE, ("batch", (0, 16)))),
     Goal("SinGAN, 224 px, 2000 iterations a scale",
          dict(item="timed scales together", variant="ours", what="an iteration"), 120,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from mock_cuda import mock_cuda
 
 from mammo_nb.core import ParameterError, RunError, file_hash, rng, torch_rng
 from mammo_nb.gans import wgangp  # noqa: F401 - adds its recipe
@@ -257,6 +258,31 @@ def test_graphed_training_resumes_exactly(mode, tmp_path):
         if count[0] == 31: raise Killed
     with pytest.raises(Killed): train("broken", log)
     assert train("broken").history.equals(whole.history)
+
+
+def in_turns_and_alone(folder, device):
+    "Weights of trainings that took turns, and of the same ones alone."
+    def training(name, seed): return train_gan.steps(KINDS[name], pixels().numpy(), folder=folder/f"{name}{seed}", epochs=4, seed=seed, device=device)
+    works = [training(name, seed) for name, seed in ALL_AT_ONCE]
+    while any([next(work, None) is None and work.gi_frame for work in works]): pass
+    for name, seed in ALL_AT_ONCE: train_gan(KINDS[name], pixels().numpy(), folder=folder/"alone"/f"{name}{seed}", epochs=4, seed=seed, device=device)
+    def last(place): return file_hash(max(place.glob("snapshots/*/G.safetensors")))
+    return [[last(place/f"{name}{seed}") for name, seed in ALL_AT_ONCE] for place in (folder, folder/"alone")]
+
+
+ALL_AT_ONCE = (("second batch, average", 0), ("second batch, average", 1), ("wgangp ahead", 0))
+
+
+def test_captured_trainings_in_turns_equal_those_alone(tmp_path):
+    with mock_cuda():
+        turns, alone = in_turns_and_alone(tmp_path, "cuda")
+    assert turns == alone and len({*turns}) == 3
+
+
+@pytest.mark.gpu
+def test_trainings_in_turns_equal_those_alone_on_a_gpu(tmp_path):
+    turns, alone = in_turns_and_alone(tmp_path, "cuda")
+    assert turns == alone and len({*turns}) == 3
 
 
 @pytest.mark.gpu

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from mammo_nb.core import RunError, file_hash, rng
+from mammo_nb.core import RunError, file_hash, stepwise, rng
 from mammo_nb.gans.dcgan import DCGAN, RECIPES
 from mammo_nb.gans.share import load_generator
 from mammo_nb.gans.train import Checkpoint, Game, train_gan
 from mammo_nb.gans import wgangp  # noqa: F401 - adds its recipe
+from mammo_nb.runs import Job, take_turns
 
 SMALL = dict(size=8, width=1/16, nz=4, batch=8)
 SETTINGS = {"dcgan": ("sharing_dcgan", dict(ema=.9, jitter=.05)), "thesis": ("thesis_dcgan", {}), "wgangp": ("sharing_wgangp", {}), "ahead": ("sharing_wgangp", dict(ahead=True))}
@@ -162,6 +163,34 @@ def test_asked_to_stop_leaves_a_checkpoint(number, error, tmp_path, unbroken):
     assert last["meta"] == {"epoch": 2, "batch": 1}
     train(tmp_path)
     assert content(tmp_path) == unbroken["dcgan"]
+
+
+@stepwise
+def in_turn(folder, which, log=None):
+    yield from train_gan.steps(recipe_of(which), patches(), folder=folder/"gan", epochs=4, seed=1, checkpoint_every_s=1e9, log=log)
+
+
+def together(folder, most=3, **logs):
+    "Trainings of four kinds that take turns."
+    def call(which): return Job(which, in_turn, "gan", given=dict(which=which)), folder/which, "exact", dict(log=logs.get(which, dict))
+    return [k for k, seconds in take_turns({which: call(which) for which in SETTINGS}, most)]
+
+
+def test_trainings_in_turns_end_with_the_bytes_they_have_alone(tmp_path, unbroken):
+    assert sorted(together(tmp_path)) == sorted(SETTINGS)
+    for which in SETTINGS: assert content(tmp_path/which/"gan") == unbroken[which]
+
+
+def test_a_stop_saves_all_that_take_turns(tmp_path, unbroken):
+    def log(**kw):
+        if kw.get("epoch") == 2 and "event" not in kw: os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunError, match="stopped by the system"): together(tmp_path, thesis=log)
+    assert signal.getsignal(signal.SIGTERM) == before
+    saved = {p.parents[1].name: json.loads(p.read_text())["meta"] for p in tmp_path.rglob("checkpoint-*.json")}
+    assert saved == dict(dcgan=dict(epoch=2, batch=1), thesis=dict(epoch=2, batch=1), wgangp=dict(epoch=1, batch=3))
+    together(tmp_path)
+    for which in SETTINGS: assert content(tmp_path/which/"gan") == unbroken[which]
 
 
 class Breaking(DCGAN):

@@ -207,11 +207,25 @@ class StopFlag:
 @contextlib.contextmanager
 def stop_asked():
     "Turn the first SIGINT or SIGTERM inside the block into `flag.asked`; outside the main thread nothing changes."
-    flag, main = StopFlag(), threading.current_thread() is threading.main_thread()
+    if threading.current_thread() is not threading.main_thread():
+        yield StopFlag()
+        return
+    try: yield _listen()
+    finally: _listen_no_more()
+
+_OPEN:list = [] # The flag, once for each open block: trainings that take turns are stopped together
+_BEFORE:dict = {} # Signal -> what it did before the first block
+
+def _listen():
+    flag = _OPEN[0] if _OPEN else StopFlag()
     def ask(number, frame):
         if flag.asked: raise KeyboardInterrupt
         flag.asked = number
-    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try: yield flag
-    finally:
-        for s,handler in old.items(): signal.signal(s, handler)
+    if not _OPEN: _BEFORE.update({s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)})
+    _OPEN.append(flag)
+    return flag
+
+def _listen_no_more():
+    _OPEN.pop()
+    if _OPEN: return
+    for s,handler in _BEFORE.items(): signal.signal(s, handler)

@@ -152,15 +152,26 @@ class Engine:
 
     @contextlib.contextmanager
     def ready(self):
-        "Steps are run inside this block: kernels of the mode, and one stream for eager and captured steps."
-        with kernels(self.mode) if self.mode else contextlib.nullcontext():
-            if not self.stream:
-                yield self
-                return
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            try:
-                with torch.cuda.stream(self.stream): yield self
-            finally: torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        "Steps are run inside this block, one after another."
+        with self.joined(), self.turn(): yield self
+
+    @contextlib.contextmanager
+    def joined(self):
+        "Its stream follows the work that was given before the block; what is given after it follows its stream."
+        if not self.stream:
+            yield self
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        try: yield self
+        finally: torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    @contextlib.contextmanager
+    def turn(self):
+        "One step, or several, inside `joined`: kernels of the mode, and one stream for eager and captured steps."
+        with contextlib.ExitStack() as stack:
+            if self.mode: stack.enter_context(kernels(self.mode))
+            if self.stream: stack.enter_context(torch.cuda.stream(self.stream))
+            yield self
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #d139f6d4
 def default_generator(

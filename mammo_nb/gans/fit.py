@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, ParameterError, RunError, write_csv, write_json
+from ..core import DataError, ParameterError, RunError, stepwise, write_csv, write_json
 from ..data.patches import PatchSet, synthetic_patches
 from ..data.terms import table_terms
 from . import kinds  # noqa: F401 - recipes and generators of every kind come by here
@@ -67,6 +67,7 @@ def card_of(
     return patient_card(patches.table.patient_id, **{**lesions, **classes, **told})
 
 # %% ../../nbs/lib/49d_gans.fit.ipynb #ee0013f6
+@stepwise
 def fit_generator(
     folder:Path, # Stage folder
     *,
@@ -82,7 +83,8 @@ def fit_generator(
     to = dict(folder=Path(folder)/"gan", seed=fit.seed, device=device, epochs=fit.epochs, log=log, card=told,
               grid_every=fit.grid_every or None, channels_last=fit.channels_last)
     if not fit.budget.epsilon:
-        train_gan(fit.recipe, patches.pixels, labels=labels if len(labels) else None, mode=mode, **to)
+        labels = labels if len(labels) else None
+        yield from train_gan.steps(fit.recipe, patches.pixels, labels=labels, mode=mode, **to)
         return
     delta = min(1e-4, .1/who.nunique())
     recipe = make_private(fit.recipe, who, epsilon=fit.budget.epsilon, key=fit.budget.key, epochs=fit.epochs,

@@ -25,7 +25,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..core import (DataError, ParameterError, RunError, WeightsError, check_mode, file_hash, hash_of, locked,
-                           progress, read_json, rng, seed_of, torch_rng, write_csv, write_json, write_whole)
+                           progress, read_json, rng, seed_of, stepwise, torch_rng, write_csv, write_json,
+                           write_whole)
 from .checkpoint import Checkpoint, differs, stop_asked
 from .engine import Engine, has_bfloat16, narrow, pad_channels, rate_for, set_rate
 from .share import output_to_uint8, save_generator
@@ -337,6 +338,7 @@ def step(self:Game, rows:Tensor) -> None:
     self.clock += 1
 
 # %% ../../nbs/lib/42_gans.train.ipynb #89102845
+@stepwise
 def train_epoch(
     game:Game, # Changed in place
     data:Tensor, # `(n,views,s,s)` uint8 on the device
@@ -357,11 +359,13 @@ def train_epoch(
     for t in game.sums.values(): t.zero_()
     for k,v in (sums or {}).items(): game.sums.setdefault(k, torch.zeros(2, device=data.device)).copy_(v)
     order = torch.cat(todo).to(data.device).split([len(i) for i in todo])
-    with game.engine.ready():
+    with game.engine.joined():
         for k in range(done, len(todo)):
-            game.place(epoch*len(todo) + k)
-            game.engine((len(order[k]), recipe.pattern(game)), game.step, rows=order[k])
-            if after: after(k + 1)
+            with game.engine.turn():
+                game.place(epoch*len(todo) + k)
+                game.engine((len(order[k]), recipe.pattern(game)), game.step, rows=order[k])
+                if after: after(k + 1)
+            yield
     names = sorted(game.sums)
     if not names: return {}
     read = torch.stack([game.sums[k] for k in names]).tolist()
@@ -587,6 +591,7 @@ def identity_of(
     return json.loads(json.dumps(told))
 
 # %% ../../nbs/lib/42_gans.train.ipynb #e1574d13
+@stepwise
 def train_gan(
     recipe:Recipe, # What to train and how
     pixels, # Patches, uint8 `(n,s,s)` or `(n,views,s,s)`
@@ -608,7 +613,7 @@ def train_gan(
         t = Training(recipe, data, folder=folder, seed=seed, device=device, epochs=epochs, options=options,
                      identity=identity)
         t.resume()
-        try: t.run()
+        try: yield from t.steps()
         except torch.OutOfMemoryError as e:
             raise RunError(f"a batch of {recipe.batch} patches of {recipe.size} px does not fit the device's memory",
                            folder, "use a smaller batch or width") from e
@@ -616,14 +621,24 @@ def train_gan(
 
 # %% ../../nbs/lib/42_gans.train.ipynb #6479bc29
 @patch
-def run(self:Training) -> None:
+def one_epoch(self:Training, flag): # flag: of `stop_asked`; generator: yields after each batch, returns the means
+    "The batches of this epoch that are left; the state is saved when the others' turns end the run."
+    try:
+        return (yield from train_epoch.steps(self.game, self.data, epoch=self.epoch, sums=self.sums, done=self.batch,
+                                             after=lambda k: self.after_batch(k, flag)))
+    except GeneratorExit:
+        self.save()
+        raise
+
+# %% ../../nbs/lib/42_gans.train.ipynb #56e55d1d
+@patch
+def steps(self:Training): # Generator: yields after each batch
     "Go through the epochs that are left; stop cleanly when asked to."
     with stop_asked() as flag:
         for _ in progress(range(self.epoch, self.epochs), f"{self.recipe.kind} epochs", start=self.epoch,
                           total=self.epochs):
-            start, first = time.monotonic(), self.batch
-            means = train_epoch(self.game, self.data, epoch=self.epoch, sums=self.sums, done=first,
-                                after=lambda k: self.after_batch(k, flag))
+            start = time.monotonic()
+            means = yield from self.one_epoch(flag)
             self.after_epoch(means, time.monotonic() - start)
             if self.store.due(): self.save()
 

@@ -847,7 +847,7 @@ def page(
     title = one.info.get("title") or one.record.get("title", one.record["short"])
     seeds = f"{len(runs)} seeds ({', '.join(str(r.seed) for r in runs)})" if many else f"seed {one.seed}"
     return write_report(
-        folder/"report.html", title=title + (": all seeds" if many else ""), show_real=real, meta=meta_of(runs),
+        folder/"report.html", title=title + (" – all seeds" if many else ""), show_real=real, meta=meta_of(runs),
         subtitle=f"{cited(one.record)}. Rerun with {seeds}.", sections=parts,
         banner=banner_for(one.data, one.preset, protocol=one.protocol, short=short_of(runs)))
 
