@@ -4722,6 +4722,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mammo_nb.runs._seconds': ('lib/runs.html#_seconds', 'mammo_nb/runs.py'),
                                'mammo_nb.runs._side_by_side': ('lib/runs.html#_side_by_side', 'mammo_nb/runs.py'),
                                'mammo_nb.runs._steps': ('lib/runs.html#_steps', 'mammo_nb/runs.py'),
+                               'mammo_nb.runs._torch': ('lib/runs.html#_torch', 'mammo_nb/runs.py'),
                                'mammo_nb.runs._why_perhaps': ('lib/runs.html#_why_perhaps', 'mammo_nb/runs.py'),
                                'mammo_nb.runs._work': ('lib/runs.html#_work', 'mammo_nb/runs.py'),
                                'mammo_nb.runs.cores': ('lib/runs.html#cores', 'mammo_nb/runs.py'),

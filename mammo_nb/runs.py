@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLES', 'LAYOUT', 'RESULT_COLUMNS', 'FROM_RUN', 'TURNS', 'ROOM', 'versions', 'git_commit', 'default_run_dir',
            'data_mark', 'Seeds', 'Run', 'figure_bytes', 'facts_of', 'Job', 'job_key', 'do_job', 'cores', 'places_on',
-           'shared_place', 'end_with', 'take_turns', 'write_json_into', 'Number', 'number_line', 'last_words', 'main']
+           'take_turns', 'shared_place', 'end_with', 'write_json_into', 'Number', 'number_line', 'last_words', 'main']
 
 # %% ../nbs/lib/13_runs.ipynb #cbc742e4
 import contextlib
@@ -198,9 +198,12 @@ def finish(self:Run):
 def _now(): return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 def _device_name(device):
-    import torch                                          # a second and a half, which a page without a run need not pay
-    if device.type == "cuda": return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+    if device.type == "cuda": return _torch().cuda.get_device_name(device)
+    return f"{device.type} ({_torch().get_num_threads()} threads)"
+
+def _torch(): # A second and a half, which a page without a run need not pay
+    import torch
+    return torch
 
 # %% ../nbs/lib/13_runs.ipynb #9a0e8a85
 @patch
@@ -374,11 +377,10 @@ def do_job(
 
 @contextlib.contextmanager
 def _one_thread():
-    import torch                                                        # see `_device_name`
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    threads = _torch().get_num_threads()
+    _torch().set_num_threads(1)
     try: yield
-    finally: torch.set_num_threads(threads)
+    finally: _torch().set_num_threads(threads)
 
 @contextlib.contextmanager
 def _disk_faults(folder):
@@ -435,10 +437,34 @@ def places_on(
     device, # `torch.device`
 ) -> int: # At least 1
     "Jobs done side by side on a device where nobody says how many: processes on a CPU, turns on a CUDA device."
-    import torch                                                        # see `_device_name`
     if device.type == "cpu": return cores()
     if device.type != "cuda": return 1
-    return max(1, min(TURNS, torch.cuda.get_device_properties(device).total_memory // ROOM))
+    return max(1, min(TURNS, _torch().cuda.get_device_properties(device).total_memory // ROOM))
+
+# %% ../nbs/lib/13_runs.ipynb #865c8197
+def take_turns(
+    calls:dict, # Anything -> arguments of `do_job`
+    most:int, # Jobs at work at a time
+): # Generator of (key, seconds) as jobs end
+    "Do jobs step by step in turn, in one process."
+    waiting, at_work = list(calls), {}
+    mode = next(iter(calls.values()))[2] if calls else "exact"
+    with contextlib.ExitStack() as at_the_end, kernels(mode), _one_thread(): # what a job puts back is the same for all
+        while waiting or at_work:
+            for k in waiting[:most - len(at_work)]:
+                at_work[k] = at_the_end.enter_context(contextlib.closing(do_job.steps(*calls[k])))
+                waiting.remove(k)
+            ended, told = _one_round(at_work)
+            for k in ended: del at_work[k]
+            yield from ended.items()
+            if set(told) == {WAITS}: time.sleep(.05)
+
+def _one_round(works): # -> key -> what those that ended gave back, what the others told
+    ended, told = {}, []
+    for k, work in works.items():
+        try: told.append(next(work))
+        except StopIteration as end: ended[k] = end.value
+    return ended, told
 
 # %% ../nbs/lib/13_runs.ipynb #b27c42b3
 @patch
@@ -568,31 +594,6 @@ def _side_by_side(calls, workers): # calls: key -> arguments of do_job
     except BaseException:
         _end_pool(kill=True)
         raise
-
-# %% ../nbs/lib/13_runs.ipynb #865c8197
-def take_turns(
-    calls:dict, # Anything -> arguments of `do_job`
-    most:int, # Jobs at work at a time
-): # Generator of (key, seconds) as jobs end
-    "Do jobs step by step in turn, in one process."
-    waiting, at_work = list(calls), {}
-    mode = next(iter(calls.values()))[2] if calls else "exact"
-    with contextlib.ExitStack() as at_the_end, kernels(mode), _one_thread(): # what a job puts back is the same for all
-        while waiting or at_work:
-            for k in waiting[:most - len(at_work)]:
-                at_work[k] = at_the_end.enter_context(contextlib.closing(do_job.steps(*calls[k])))
-                waiting.remove(k)
-            ended, told = _one_round(at_work)
-            for k in ended: del at_work[k]
-            yield from ended.items()
-            if set(told) == {WAITS}: time.sleep(.05)
-
-def _one_round(works): # -> key -> what those that ended gave back, what the others told
-    ended, told = {}, []
-    for k, work in works.items():
-        try: told.append(next(work))
-        except StopIteration as end: ended[k] = end.value
-    return ended, told
 
 # %% ../nbs/lib/13_runs.ipynb #efe2ccca
 def write_json_into(folder:Path, content, name:str="result.json"):

@@ -153,7 +153,8 @@ class Engine:
     @contextlib.contextmanager
     def ready(self):
         "Steps are run inside this block, one after another."
-        with self.joined(), self.turn(): yield self
+        with self.joined(), self.turn():
+            yield self
 
     @contextlib.contextmanager
     def joined(self):
