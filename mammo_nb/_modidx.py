@@ -1330,6 +1330,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'mammo_nb/data/splits.py'),
                                       'mammo_nb.data.splits.balanced_groups': ( 'lib/data.splits.html#balanced_groups',
                                                                                 'mammo_nb/data/splits.py'),
+                                      'mammo_nb.data.splits.check_classes': ( 'lib/data.splits.html#check_classes',
+                                                                              'mammo_nb/data/splits.py'),
                                       'mammo_nb.data.splits.check_leaks': ('lib/data.splits.html#check_leaks', 'mammo_nb/data/splits.py'),
                                       'mammo_nb.data.splits.each_once': ('lib/data.splits.html#each_once', 'mammo_nb/data/splits.py'),
                                       'mammo_nb.data.splits.folds': ('lib/data.splits.html#folds', 'mammo_nb/data/splits.py'),

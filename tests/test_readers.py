@@ -573,13 +573,14 @@ def test_doctor_offers_only_what_runs(tmp_path):
     both = lambda k: ("benign","malignant")[k%2]
     runs = lambda root: dict(zip(*[doctor(root)[0]["papers"][c] for c in ("paper","runs")]))
     calc = folder("calc", 12, "calcification", both, 4)
-    assert runs(calc)=={"00":True,"01":True,"02":False,"03":False,"04":False}
+    assert runs(calc)=={"00":True,"01":True,"02":False,"03":False,"04":False,"05":True}
     assert "masses (found 0)" in doctor(calc)[1]
     ill = folder("ill", 12, "mass", both)
-    assert runs(ill)=={"00":True,"01":False,"02":True,"03":True,"04":False} and "known to be free of lesions" in doctor(ill)[1]
+    assert runs(ill)=={"00":True,"01":False,"02":True,"03":True,"04":False,"05":True} and "known to be free of lesions" in doctor(ill)[1]
     full = folder("full", 12, "mass", both, 6)
     e, text = doctor(full)
-    assert e["papers"].runs.all() and e["usable"] and text.count("AUROC differences from about")+text.count("nothing: ")==5
+    assert e["papers"].runs.all() and e["usable"] and text.count("AUROC differences from about")+text.count("nothing: ")==6
+    assert "-p task malignant" in doctor(ill)[1] and "-p task" not in text
     two = folder("two", 2, "mass", both)
     e, text = doctor(two)
     assert not e["usable"] and text.endswith("not usable") and "runs:" not in text

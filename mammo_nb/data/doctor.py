@@ -70,13 +70,17 @@ def _who(sets):
     solid = ill[ill.lesion_type!="calcification"]
     return dict(normal=normal, healthy=healthy, tissue=healthy | of(boxed), boxed=of(boxed),
         everyone=healthy | of(ill), lesions=of(ill),
-        masses=of(ill[ill.lesion_type=="mass"]),
+        masses=of(ill[ill.lesion_type=="mass"]), called_benign=of(ill[ill.label=="benign"]),
+        called_malignant=of(ill[ill.label=="malignant"]),
         boxed_benign=of(boxed[boxed.label=="benign"]), boxed_malignant=of(boxed[boxed.label=="malignant"]),
         benign=of(solid[solid.label=="benign"]), malignant=of(solid[solid.label=="malignant"]))
 
 # Patients of each kind without whom a paper stops: what its splits need
 PAPER_NEEDS = {"00": dict(boxed_benign=3, boxed_malignant=3, boxed=9), "01": dict(boxed_malignant=3, normal=3),
-    "02": dict(masses=3, tissue=1, everyone=9), "03": dict(benign=6, malignant=6), "04": dict(masses=6, healthy=1)}
+    "02": dict(masses=3, tissue=1, everyone=9), "03": dict(benign=6, malignant=6), "04": dict(masses=6, healthy=1),
+    "05": dict(lesions=3, healthy=3)}
+# Paper 05 without healthy tissue: its other task
+_OTHER_TASK = dict(called_benign=3, called_malignant=3)
 _WORDS = dict(normal="normal images", tissue="images of known health or healthy patches",
     healthy="images known to be free of lesions (or healthy patches)",
     boxed="outlined lesions", everyone="lesions or tissue",
@@ -107,10 +111,11 @@ def smallest_gain(
 # Classes that a paper's main claim tells apart, and the share of patients that tests, folds together
 _TESTED = {"00": ("boxed_malignant","boxed_benign",.3), "01": ("boxed_malignant","normal",.2),
     "02": ("masses","tissue",1.),
-    "03": ("malignant","benign",.2), "04": ("lesions","healthy",.15)}
+    "03": ("malignant","benign",.2), "04": ("lesions","healthy",.15), "05": ("lesions","healthy",.25)}
 
 def _decides(paper, who):
     a, b, share = _TESTED[paper]
+    if paper=="05" and missing_for("05", who): a, b = "called_malignant", "called_benign"
     n, m = (round(share*len(who[k])) for k in (a,b))
     if min(n,m)<2: return f"nothing: {n} and {m} test patients"
     return f"AUROC differences from about {smallest_gain(n, m):.2f} ({n} and {m} test patients)"
@@ -127,6 +132,10 @@ def _options(paper, sets, who, line):
     if paper=="00":
         names = having("boxed_classes") or having("boxes")
         return f"{line} -p dataset {next((n for n in names if n.startswith('bcdr')), names[0])}"
+    if paper=="05":
+        task = " -p task malignant" if missing_for("05", who) else ""
+        homes = having("classes" if task else "lesions")
+        return line + task + (f" -p home {shlex.quote(homes[0])}" if len(homes)>1 else "")
     if paper!="04": return line
     few = 0<len(who["normal"])<3 and who["healthy"]==who["normal"]                 # one or two women cannot be split
     return _roles(having("lesions"), line+(" -p split_by image" if few else ""))
@@ -155,6 +164,7 @@ def paper_table(
     rows, hours = [], pd.read_csv(_HOURS, sep="\t")
     for paper in PAPER_NEEDS:
         lacks = missing_for(paper, who)
+        if paper=="05" and all(len(who[k])>=n for k,n in _OTHER_TASK.items()): lacks = ""
         rows.append((paper, not lacks, lacks or _options(paper, sets, who, line),
             "" if lacks else _decides(paper, who), cost_words(paper, hours)))
     return pd.DataFrame(rows, columns=["paper","runs","why","decides","cost"])

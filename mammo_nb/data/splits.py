@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'patient_counts', 'balanced_groups', 'split_patients', 'balance_table', 'line_of', 'half', 'nested_subsets',
-           'folds', 'pooled_split', 'alike_across', 'check_leaks', 'without_doubles', 'each_once', 'leak_table']
+           'folds', 'pooled_split', 'alike_across', 'check_leaks', 'without_doubles', 'check_classes', 'each_once',
+           'leak_table']
 
 # %% ../../nbs/lib/29_data.splits.ipynb #99057c1b
 from itertools import combinations
@@ -356,6 +357,19 @@ def without_doubles(
     h = ps.table.pixel_hash
     blank = h.isna() | h.astype(str).str.startswith("constant")
     return ps.subset((blank | ~(h.duplicated() | h.isin(before))).to_numpy())
+
+# %% ../../nbs/lib/29_data.splits.ipynb #d146786c
+def check_classes(
+    sides:dict, # Side -> PatchSet
+    names:tuple=("healthy", "lesion"), # Of targets 0 and 1
+) -> None:
+    "Refuse a side that lacks a class, and say why its patches could not be cut."
+    for side, patches in sides.items():
+        lacks = [name for target,name in enumerate(names) if not (patches.table.target==target).any()]
+        if not lacks: continue
+        why = "; ".join(dict.fromkeys(patches.skipped.reason.head(20)))
+        raise DataError(f"no {lacks[0]} patch in {side}" + (f" ({why})" if why else ""), "patches",
+            "give data that has it, larger images or more patients")
 
 # %% ../../nbs/lib/29_data.splits.ipynb #29eac4ce
 def each_once(

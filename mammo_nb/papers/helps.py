@@ -23,7 +23,7 @@ from ..clf.train import SHARING, change
 from ..core import DataError, ParameterError, hash_of, read_json
 from ..data.patches import PatchSet, extract, healthy_patches, in_mm, lesion_patches, ready_patches
 from ..data.readers import sets_for
-from ..data.splits import check_leaks, each_once, folds, split_patients, without_doubles
+from ..data.splits import check_classes, check_leaks, each_once, folds, split_patients, without_doubles
 from ..data.trees import Phantoms
 from ..gans.diffusion import diffusers_version
 from ..gans.fit import Fit, Measure, audit_generator, drawn, fit_generator, measure
@@ -329,6 +329,7 @@ def cut(
 ) -> Study:
     "One split by patient, one rule of cutting, checked for leaks."
     sides = split_sides(run, places.home)
+    check_classes(sides, TASKS[run.params.task])
     other = _far(places.other, cutting_of(run), sides)
     shares, by = dict.fromkeys(run.grid.regime), run.protocol.half_by
     parts = {share: part(sides["train"], share, run.seeds.split, by) for share in shares}

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core import DataError
 from ..data.patches import Plan, extract, healthy_patches, in_mm, in_scope, lesion_patches, ready_patches
-from ..data.splits import SPLITS, balance_table, check_leaks, each_once, split_patients
+from ..data.splits import SPLITS, balance_table, check_classes, check_leaks, each_once, split_patients
 from ..metrics.probe import probe_auc
 from .sharing_centres import Centre
 from .sharing_rows import Counts
@@ -135,7 +135,9 @@ def cut_centre_a(
         by_side[side] = extract(plan, size=cutting.sizes, views=views, seed=cutting.seed)
     sets = {s: {side: by_side[side][s] for side in SPLITS} for s in cutting.sizes}
     if cutting.drop_duplicates: sets = {s: each_once(sides) for s,sides in sets.items()}
-    return Cut(sets, counts, split, check_leaks(**sets[cutting.sizes[0]]))
+    first = sets[cutting.sizes[0]]
+    check_classes(first)
+    return Cut(sets, counts, split, check_leaks(**first))
 
 # %% ../../nbs/papers/84d_papers.sharing_patches.ipynb #e99f5620
 def cut_lesions(
