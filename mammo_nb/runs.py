@@ -74,8 +74,8 @@ def data_mark(
     folder:Path, # With data sets
 ) -> str: # 8 hex digits; empty where no such folder is
     "What tells two folders of one name apart."
-    data = sorted((name, *_said(path)) for name, path in _data_files(str(folder)))
-    return hash_of(data)[:8] if data else ""
+    data = sorted(_data_files(str(folder)), key=lambda file: file[0].split("/"))
+    return hash_of([(name, *_said(path)) for name, path in data])[:8] if data else ""
 
 def _said(path): # Size of a file; of a table that can be read its content, too
     table = os.path.splitext(path)[1].lower() in TABLES and os.access(path, os.R_OK)
@@ -454,17 +454,13 @@ def take_turns(
             for k in waiting[:most - len(at_work)]:
                 at_work[k] = at_the_end.enter_context(contextlib.closing(do_job.steps(*calls[k])))
                 waiting.remove(k)
-            ended, told = _one_round(at_work)
-            for k in ended: del at_work[k]
-            yield from ended.items()
-            if set(told) == {WAITS}: time.sleep(.05)
-
-def _one_round(works): # -> key -> what those that ended gave back, what the others told
-    ended, told = {}, []
-    for k, work in works.items():
-        try: told.append(next(work))
-        except StopIteration as end: ended[k] = end.value
-    return ended, told
+            told = set()
+            for k, work in list(at_work.items()):
+                try: told.add(next(work))
+                except StopIteration as end:
+                    del at_work[k]
+                    yield k, end.value
+            if told == {WAITS}: time.sleep(.05)
 
 # %% ../nbs/lib/13_runs.ipynb #b27c42b3
 @patch
@@ -482,9 +478,9 @@ def do(self:Run,
     here = self.device.type == "cpu" and any(getattr(jobs[k].fn, "__module__", "") == "__main__" for k in todo)
     most = _asked_for() or len(todo)
     workers = min(len(todo), 1 if here else workers or places_on(self.device), most)
-    steps = self._each(jobs, folders, todo, workers)
-    for k, seconds in progress(steps, label, total=len(todo)) if label else steps:
-        self._stage_done(jobs[k], folders[k], seconds)
+    with contextlib.closing(self._each(jobs, folders, todo, workers)) as steps:
+        for k, seconds in progress(steps, label, total=len(todo)) if label else steps:
+            self._stage_done(jobs[k], folders[k], seconds)
     return folders
 
 # %% ../nbs/lib/13_runs.ipynb #511a6b94

@@ -157,6 +157,7 @@ class Reading:
 # %% ../../nbs/lib/45_gans.cgan.ipynb #91a5ac04
 class CGANDiscriminator(nn.Module):
     "Discriminator of the CBIS-DDSM paper, part III.2 'Discriminator architecture'."
+    conditional = True # It is asked with the class of each patch
     def __init__(self,
         size:int = 224, # Patch side, px
         classes:int = 2, # Labels 0, 1, …

@@ -96,9 +96,10 @@ def looks(
 
 # %% ../../nbs/lib/48b_gans.privacy.ipynb #1ca9d0a9
 def discriminator_scores(
-    D, # Network `(b,1,s,s)` -> `(b,)`, or function from uint8 `(n,s,s)` to scores
+    D, # Network `(b,1,s,s)` -> `(b,)`, with classes `(b,c,s,s), (b,)`; or function from uint8 `(n,s,s)` to scores
     pixels:np.ndarray, # uint8 `(n, s, s)` or `(n, views, s, s)`
     *,
+    labels = None, # Class of each patch, `(n,)`, for a network that is asked with it
     views:int = 1, # At most so many views
     value_range:tuple = (-1.,1.), # Black and white as D saw them
     device = "cpu", # Where D runs
@@ -108,11 +109,21 @@ def discriminator_scores(
     def ask(x):
         if not isinstance(D, torch.nn.Module): return np.asarray(D(x), float)
         low, high = value_range
+        D.to(device)
         with torch.no_grad():
-            parts = [D.to(device)(torch.from_numpy(np.ascontiguousarray(x[i:i+bs]))[:,
-                    None].to(device).float()/255*(high-low)+low) for i in range(0, len(x), bs)]
+            cuts = [slice(i, i+bs) for i in range(0, len(x), bs)]
+            parts = [_answer(D, _batch(x[at], device)*(high-low) + low, labels, at) for at in cuts]
         return torch.cat([p.double().reshape(len(p), -1).mean(1) for p in parts]).cpu().numpy()
     return np.mean([ask(x) for x in looks(pixels, views)], 0)
+
+def _batch(x, device): # `(b,1,s,s)` from 0 to 1
+    return torch.from_numpy(np.ascontiguousarray(x))[:,None].to(device).float()/255
+
+def _answer(D, x, labels, at): # Of one batch
+    if not getattr(D, "conditional", False): return D(x)
+    if labels is None:
+        raise DataError("this discriminator is asked with the class of each patch", "audit", "give patches with targets")
+    return D(x.expand(-1, D.shape[0], -1, -1), torch.as_tensor(labels[at], dtype=torch.int64, device=x.device))
 
 # %% ../../nbs/lib/48b_gans.privacy.ipynb #4efd236f
 def load_discriminator(
@@ -312,6 +323,7 @@ class Groups:
     pixels:list   # uint8 `(n,views,h,w)` of members, of outsiders
     patients:list # Patient of each patch, likewise
     views:int     # Views of each patch
+    labels:list = field(default_factory=lambda: [None, None]) # Class of each patch, likewise; None: not told
 
     @property
     def member(self) -> np.ndarray: return np.repeat([1, 0], [len(w) for w in self.patients]) # 1 member, 0 outsider
@@ -342,7 +354,8 @@ def groups_of(
     if sizes[0] != sizes[1]:
         raise DataError(f"members are {sizes[0]}, held-out patches {sizes[1]}", "audit", "cut both at one size")
     views = min(views, *(p.shape[1] for p in pixels))
-    return Groups([p[:,:views] for p in pixels], who, views)
+    labels = [s.table.target.to_numpy() if "target" in s.table else None for s in (members, held_out)]
+    return Groups([p[:,:views] for p in pixels], who, views, labels)
 
 # %% ../../nbs/lib/48b_gans.privacy.ipynb #b880f773
 def samples_of(
@@ -486,7 +499,8 @@ def audit(
     D = load_discriminator(discriminator, device=device) if isinstance(discriminator, (str, Path)) else discriminator
     if D is not None:
         asked = dict(views=groups.views, value_range=value_range, device=device)
-        scores["discriminator"] = np.concatenate([discriminator_scores(D, p, **asked) for p in groups.pixels])
+        sides = zip(groups.pixels, groups.labels)
+        scores["discriminator"] = np.concatenate([discriminator_scores(D, p, labels=y, **asked) for p,y in sides])
     for s in spaces:
         mm, mh, hm, hh = s.real_to
         scores[s.name] = nearness(s.fake_to, np.block([[mm, mh], [hm, hh]]), groups.everybody)

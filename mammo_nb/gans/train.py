@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..core import (DataError, ParameterError, RunError, WeightsError, check_mode, file_hash, hash_of, locked,
                            progress, read_json, rng, seed_of, stepwise, torch_rng, write_csv, write_json,
                            write_whole)
-from .checkpoint import Checkpoint, differs, stop_asked
+from .checkpoint import Checkpoint, differs, heeding
 from .engine import Engine, has_bfloat16, narrow, pad_channels, rate_for, set_rate
 from .share import output_to_uint8, save_generator
 
@@ -621,7 +621,7 @@ def train_gan(
 
 # %% ../../nbs/lib/42_gans.train.ipynb #6479bc29
 @patch
-def one_epoch(self:Training, flag): # flag: of `stop_asked`; generator: yields after each batch, returns the means
+def one_epoch(self:Training, flag): # flag: a `StopFlag`; generator: yields after each batch, returns the means
     "The batches of this epoch that are left; the state is saved when the others' turns end the run."
     try:
         return (yield from train_epoch.steps(self.game, self.data, epoch=self.epoch, sums=self.sums, done=self.batch,
@@ -634,13 +634,17 @@ def one_epoch(self:Training, flag): # flag: of `stop_asked`; generator: yields a
 @patch
 def steps(self:Training): # Generator: yields after each batch
     "Go through the epochs that are left; stop cleanly when asked to."
-    with stop_asked() as flag:
-        for _ in progress(range(self.epoch, self.epochs), f"{self.recipe.kind} epochs", start=self.epoch,
-                          total=self.epochs):
-            start = time.monotonic()
-            means = yield from self.one_epoch(flag)
-            self.after_epoch(means, time.monotonic() - start)
-            if self.store.due(): self.save()
+    return heeding(self.epochs_left)
+
+@patch
+def epochs_left(self:Training, flag): # flag: a `StopFlag`; generator: yields after each batch
+    "The epochs that are left, one after another."
+    left = range(self.epoch, self.epochs)
+    for _ in progress(left, f"{self.recipe.kind} epochs", start=self.epoch, total=self.epochs):
+        start = time.monotonic()
+        means = yield from self.one_epoch(flag)
+        self.after_epoch(means, time.monotonic() - start)
+        if self.store.due(): self.save()
 
 # %% ../../nbs/lib/42_gans.train.ipynb #a9ffba93
 @patch

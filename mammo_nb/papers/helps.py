@@ -134,7 +134,7 @@ def check_extra(
 ) -> None:
     "Refuse diffusion where its library is not installed; what a run does never depends on what is installed."
     if "diffusion" in arms and not diffusers_version():
-        rest = ",".join(a for a in arms if a != "diffusion")
+        rest = ",".join(a for a in arms if a != "diffusion") or "none,copies"
         raise ParameterError("diffusion needs the package 'diffusers', which is not installed", "arms",
                              f"pip install 'mammo_nb[diffusion]' (Python 3.11 or later), or without: -p arms {rest}")
 

@@ -116,6 +116,9 @@ _NOTE = ("An sd of the score of one training, in units of {} on our test patches
          "no more than the other sources explain. Women tested: had others of this number been tested; their part "
          "is taken out of the other columns. Rows of an arm are taken together (mean variance).")
 
+_ROUGH = (" An sd of {} levels is rough: were it all that varies, the true one would lie between {:.1f} and {:.1f} "
+          "times it (95 %); beside other sources it is known less well still.")
+
 def sources_table(
     found:pd.DataFrame, # Of `by_source`
     metric:str, # Its name, for the note
@@ -129,7 +132,6 @@ def sources_table(
     shown = pd.DataFrame(rows)
     if shown.Protocol.nunique() < 2: shown = shown.drop(columns="Protocol")
     few = arms.levels[(arms.levels > 1) & (arms.sources != "patients")].min()
-    known = "" if pd.isna(few) else " An sd of {} levels is known to within {:.1f} to {:.1f} times itself.".format(
-        few, *sd_range(few))
+    known = "" if pd.isna(few) else _ROUGH.format(few, *sd_range(few))
     return Table(shown, "Where the variation of a score comes from", _NOTE.format(metric) + known, index=False,
                  file="tables/sources_of_variation.csv", numbers=found, made=True)
