@@ -122,7 +122,8 @@ def _batch(x, device): # `(b,1,s,s)` from 0 to 1
 def _answer(D, x, labels, at): # Of one batch
     if not getattr(D, "conditional", False): return D(x)
     if labels is None:
-        raise DataError("this discriminator is asked with the class of each patch", "audit", "give patches with targets")
+        raise DataError("this discriminator is asked with the class of each patch", "audit",
+                        "give patches with targets")
     return D(x.expand(-1, D.shape[0], -1, -1), torch.as_tensor(labels[at], dtype=torch.int64, device=x.device))
 
 # %% ../../nbs/lib/48b_gans.privacy.ipynb #4efd236f
