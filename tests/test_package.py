@@ -102,7 +102,8 @@ def test_a_diffusion_package_names_its_library_and_draws_alone(tmp_path):
     "Some 15 CPU s: three times the library is imported, once without this package."
     pytest.importorskip("diffusers", reason="needs the extra `diffusion`")
     from mammo_nb.gans.diffusion import DiffusionGenerator
-    src = save_generator(tmp_path/"epoch-00003", DiffusionGenerator(16, (8, 16), steps=(1000, 4)))
+    small = dict(size=16, widths=(8, 16), layers=1, steps=(1000, 4), schedule="linear", fold=1, target="epsilon")
+    src = save_generator(tmp_path/"epoch-00003", DiffusionGenerator(**small))
     P = export_generator(src, tmp_path/"pkg", license="mit", check=True)
     assert (P.folder/"requirements.txt").read_text().split()[-1].startswith("diffusers")
     assert "- diffusion" in (P.folder/"README.md").read_text() and "- gan\n" not in (P.folder/"README.md").read_text()
