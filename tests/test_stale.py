@@ -74,7 +74,8 @@ def test_every_change_reaches_the_settings(notebook):
     def settings(**changes):
         s = settle(PAPERS[number(notebook)], Params(**usual | changes))
         return str((s.setup, s.protocol, s.seeds, s.grid.to_csv()))
-    assert not {k for k,v in CHANGES[number(notebook)].items() if settings(**{k: v}) == settings()} - set(LATER)
+    now = {k: v for k,v in CHANGES[number(notebook)].items() if k not in LATER}
+    assert not {k for k,v in now.items() if settings(**{k: v}) == settings()}
 
 
 # ---------------------------------------------------------------- the notebook in this process, without its pictures
