@@ -563,6 +563,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'mammo_nb/data/doctor.py'),
                                       'mammo_nb.data.doctor._opposite': ('lib/data.doctor.html#_opposite', 'mammo_nb/data/doctor.py'),
                                       'mammo_nb.data.doctor._options': ('lib/data.doctor.html#_options', 'mammo_nb/data/doctor.py'),
+                                      'mammo_nb.data.doctor._other_task': ('lib/data.doctor.html#_other_task', 'mammo_nb/data/doctor.py'),
                                       'mammo_nb.data.doctor._paper_lines': ('lib/data.doctor.html#_paper_lines', 'mammo_nb/data/doctor.py'),
                                       'mammo_nb.data.doctor._read_all': ('lib/data.doctor.html#_read_all', 'mammo_nb/data/doctor.py'),
                                       'mammo_nb.data.doctor._reasons': ('lib/data.doctor.html#_reasons', 'mammo_nb/data/doctor.py'),

@@ -15,7 +15,6 @@ __all__ = ['COLUMNS', 'GROUPS', 'THREAD_JOBS', 'SETUPS', 'WHOLE', 'SPEED', 'SING
 
 # %% ../nbs/lib/70_bench.ipynb #af4c6409
 import copy, os, platform, re, subprocess, sys, time, warnings
-from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count as count_from
@@ -345,10 +344,11 @@ def epochs_together(
     turns:bool, # Step by step in turn
 ) -> None:
     "One epoch of each game."
-    for game in games: game.start_epoch(epoch)
-    works = [train_epoch.steps(game, game.data, epoch=epoch) for game in games]
-    while works and turns: works = [work for work in works if next(work, "ended") != "ended"]
-    for work in works: deque(work, 0)
+    for game in games:
+        game.start_epoch(epoch)
+        if not turns: train_epoch(game, game.data, epoch=epoch)
+    works = [train_epoch.steps(game, game.data, epoch=epoch) for game in games] if turns else []
+    while works: works = [work for work in works if next(work, "ended") != "ended"]
 
 # %% ../nbs/lib/70_bench.ipynb #b58a634d
 def bench_together(

@@ -96,6 +96,9 @@ def missing_for(
     return "needs " + ", ".join(f"{n} patient{'s'*(n>1)} with {_WORDS[k]} (found {len(who[k])})"
         for k,n in lacks) if lacks else ""
 
+def _other_task(paper, who): # Paper 05 without healthy tissue can still tell malignant from benign
+    return paper=="05" and bool(missing_for(paper, who)) and all(len(who[k])>=n for k,n in _OTHER_TASK.items())
+
 # %% ../../nbs/lib/26b_data.doctor.ipynb #689849a4
 def smallest_gain(
     n:int, # Test patients of one class
@@ -115,7 +118,7 @@ _TESTED = {"00": ("boxed_malignant","boxed_benign",.3), "01": ("boxed_malignant"
 
 def _decides(paper, who):
     a, b, share = _TESTED[paper]
-    if paper=="05" and missing_for("05", who): a, b = "called_malignant", "called_benign"
+    if _other_task(paper, who): a, b = "called_malignant", "called_benign"
     n, m = (round(share*len(who[k])) for k in (a,b))
     if min(n,m)<2: return f"nothing: {n} and {m} test patients"
     return f"AUROC differences from about {smallest_gain(n, m):.2f} ({n} and {m} test patients)"
@@ -133,7 +136,7 @@ def _options(paper, sets, who, line):
         names = having("boxed_classes") or having("boxes")
         return f"{line} -p dataset {next((n for n in names if n.startswith('bcdr')), names[0])}"
     if paper=="05":
-        task = " -p task malignant" if missing_for("05", who) else ""
+        task = " -p task malignant" if _other_task(paper, who) else ""
         homes = having("classes" if task else "lesions")
         return line + task + (f" -p home {shlex.quote(homes[0])}" if len(homes)>1 else "")
     if paper!="04": return line
@@ -163,8 +166,7 @@ def paper_table(
     who, line = _who(sets), f"-p data_dir {shlex.quote(str(Path(root).resolve()))}"
     rows, hours = [], pd.read_csv(_HOURS, sep="\t")
     for paper in PAPER_NEEDS:
-        lacks = missing_for(paper, who)
-        if paper=="05" and all(len(who[k])>=n for k,n in _OTHER_TASK.items()): lacks = ""
+        lacks = "" if _other_task(paper, who) else missing_for(paper, who)
         rows.append((paper, not lacks, lacks or _options(paper, sets, who, line),
             "" if lacks else _decides(paper, who), cost_words(paper, hours)))
     return pd.DataFrame(rows, columns=["paper","runs","why","decides","cost"])
