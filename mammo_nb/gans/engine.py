@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['WAITS', 'has_bfloat16', 'narrow', 'fill', 'run_filled', 'norm_filled', 'pad_channels', 'cuda_capture', 'Slot',
-           'Engine', 'default_generator', 'rate_for', 'set_rate', 'Watch', 'waits']
+           'Engine', 'default_generator', 'rate_for', 'set_rate', 'go_on_as', 'Chance', 'Watch', 'waits']
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #f6fa96ab
 import contextlib
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core import check_mode, kernels
+from ..core import check_mode, kernels, seed_of
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #184db43f
 def has_bfloat16(
@@ -254,6 +255,50 @@ def set_rate(
     for group in opt.param_groups:
         if isinstance(group["lr"], Tensor): group["lr"].fill_(lr)
         else: group["lr"] = lr
+
+# %% ../../nbs/lib/41a_gans.engine.ipynb #b5ac9ac6
+def go_on_as(
+    generator:torch.Generator, # Changed in place
+    other:torch.Generator, # Of the same device
+) -> None:
+    "Let a generator draw what another one would draw; on CUDA they are one from then on."
+    if generator.device.type == "cuda": generator.graphsafe_set_state(other.graphsafe_get_state())
+    else: generator.set_state(other.get_state())
+
+# %% ../../nbs/lib/41a_gans.engine.ipynb #9cb64f68
+class Chance:
+    "The common sources of chance (torch's, its device's and NumPy's) as one training has them in its turns."
+    def __init__(self,
+        device, # Where the training runs
+    ):
+        common = [torch.default_generator, default_generator(device)]
+        if torch.device(device).type == "mps": common.append(torch.mps._get_default_mps_generator())
+        self.common = [g for g in common if g is not None]
+        self.own = [torch.Generator(g.device) for g in self.common]
+        self.numpy = np.random.MT19937()
+
+    def seed(self,
+        seed:int, # The run's seed
+        *purpose, # What the draws are for
+    ):
+        "Begin anew, outside a turn; the numbers are those of `core.global_seed`."
+        for g in self.own: g.manual_seed(seed_of(seed, *purpose))
+        np.random.RandomState(self.numpy).seed(seed_of(seed, *purpose) % 2**32)
+
+    @contextlib.contextmanager
+    def turn(self):
+        "Inside, the common sources draw this training's numbers; afterwards they are as they were."
+        kept, numpy = [torch.Generator(g.device) for g in self.common], np.random.get_bit_generator()
+        for g, old, own in zip(self.common, kept, self.own):
+            go_on_as(old, g)
+            go_on_as(g, own)
+        np.random.set_bit_generator(self.numpy)
+        try: yield
+        finally:
+            np.random.set_bit_generator(numpy)
+            for g, old, own in zip(self.common, kept, self.own):
+                go_on_as(own, g)
+                go_on_as(g, old)
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #f8e42314
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "unique_dim",

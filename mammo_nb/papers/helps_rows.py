@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..clf.augment import PatchArrays, join, patch_arrays
 from ..clf.train import FitRecipe, build_classifier, fit_classifier, load_classifier, predict_proba
-from ..core import ParameterError, nearest, write_json
+from ..core import ParameterError, nearest, stepwise, write_json
 from ..data.controls import jittered_copies, noise_patches
 from ..data.patches import PatchSet, synthetic_patches
 from ..data.splits import half, line_of
@@ -180,6 +180,7 @@ class Training:
     alone:bool = False # Without the real positives
 
 # %% ../../nbs/papers/85a_papers.helps_rows.ipynb #6e57bd8e
+@stepwise
 def fit_cell(
     folder:Path, # Of the job
     *,
@@ -193,8 +194,9 @@ def fit_cell(
     "Train the classifier of one row and write what it says of validation and test."
     model = build_classifier(how.network, seed=how.seed)
     arrays = {side: patch_arrays(ps) for side,ps in held.items()}
-    fit_classifier(model, training_set(base, extra, how.alone), arrays["val"], seed=how.seed, recipe=how.recipe,
-                   device=device, folder=folder, log=log)
+    training = training_set(base, extra, how.alone)
+    yield from fit_classifier.steps(model, training, arrays["val"], seed=how.seed, recipe=how.recipe, device=device,
+                                    folder=folder, log=log)
     told, answers = dict(names=how.recipe.classes, gan=how.generator), {}
     for side,ps in held.items():
         answers[side] = said(ps.table, ps.y, predict_proba(model, arrays[side], device=device)[:, 1], **told)
