@@ -11,7 +11,6 @@ import contextlib
 import copy
 import json
 import math
-import signal
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from ..core import (DataError, ParameterError, RunError, WeightsError, check_mode, file_hash, hash_of, locked,
                            progress, read_json, rng, seed_of, stepwise, torch_rng, write_csv, write_json,
                            write_whole)
-from .checkpoint import Checkpoint, differs, heeding
+from .checkpoint import Checkpoint, differs, heeding, obey
 from .engine import Engine, has_bfloat16, narrow, pad_channels, rate_for, set_rate
 from .share import output_to_uint8, save_generator
 
@@ -521,12 +520,8 @@ def fail(self:Training, why:str):
 def after_batch(self:Training, batch:int, flag) -> None:
     "Between two steps: checkpoint when it is time, or when somebody asks to stop."
     self.batch = batch
-    if flag.asked:
-        self.save()
-        if flag.asked == signal.SIGINT: raise KeyboardInterrupt
-        raise RunError(f"stopped by the system in epoch {self.epoch+1}; the state is saved", self.folder,
-                       "give the same command again to go on")
-    if self.store.due(): self.save()
+    if flag.asked or self.store.due(): self.save()
+    obey(flag, f"epoch {self.epoch+1}", self.folder)
 
 # %% ../../nbs/lib/42_gans.train.ipynb #4a8fa6d2
 @patch

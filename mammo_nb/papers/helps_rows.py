@@ -104,6 +104,7 @@ def learns_from(
     return base if kind in ("cgan", "painting") else positives(base)
 
 # %% ../../nbs/papers/85a_papers.helps_rows.ipynb #7e9f996a
+@stepwise
 def train_singans(
     folder:Path, # Of the job; a killed training goes on
     *,
@@ -116,7 +117,7 @@ def train_singans(
 ) -> None:
     "A SinGAN for each of some real patches, spread evenly."
     images = list(np.asarray(evenly(patches, many).pixels[:, 0]))
-    fit_singans(images, recipe=recipe, folder=folder, seed=seed, device=str(device), mode=mode)
+    yield from fit_singans.steps(images, recipe=recipe, folder=folder, seed=seed, device=str(device), mode=mode)
 
 # %% ../../nbs/papers/85a_papers.helps_rows.ipynb #5f5a83ba
 def singan_samples(
