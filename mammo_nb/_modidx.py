@@ -4751,6 +4751,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mammo_nb.runs.cores': ('lib/runs.html#cores', 'mammo_nb/runs.py'),
                                'mammo_nb.runs.data_mark': ('lib/runs.html#data_mark', 'mammo_nb/runs.py'),
                                'mammo_nb.runs.default_run_dir': ('lib/runs.html#default_run_dir', 'mammo_nb/runs.py'),
+                               'mammo_nb.runs.device_for': ('lib/runs.html#device_for', 'mammo_nb/runs.py'),
                                'mammo_nb.runs.do_job': ('lib/runs.html#do_job', 'mammo_nb/runs.py'),
                                'mammo_nb.runs.end_with': ('lib/runs.html#end_with', 'mammo_nb/runs.py'),
                                'mammo_nb.runs.facts_of': ('lib/runs.html#facts_of', 'mammo_nb/runs.py'),

@@ -256,13 +256,15 @@ def _replay(self:PatchLearner, given, y):
 @contextlib.contextmanager
 def turn(self:PatchLearner):
     "What is done between two stops: on the training's own stream, with its own chance."
-    with self.chance.turn(), self.engine.turn() if self.engine else contextlib.nullcontext(): yield
+    with self.chance.turn(), self.engine.turn() if self.engine else contextlib.nullcontext():
+        yield
 
 # %% ../../nbs/lib/56_clf.train.ipynb #f8e91f65
 @patch
 def train_steps(self:PatchLearner): # Generator: yields after each batch
     "The batches of an epoch of training."
-    with self.turn(): picks = enumerate(picked_by(self.dl, self.engine))
+    with self.turn():
+        picks = enumerate(picked_by(self.dl, self.engine))
     while True:
         with self.turn():
             picked = next(picks, None)
@@ -296,13 +298,15 @@ def steps(self:PatchLearner, # Generator: yields after each batch of training
     if not self.opt: self.create_opt()
     self.n_epoch = n_epoch
     with self.engine.joined() if self.engine else contextlib.nullcontext():
-        with self.turn(): self("before_fit")
+        with self.turn():
+            self("before_fit")
         try:
             for epoch in range(start_epoch, n_epoch):
                 self.epoch = epoch
                 yield from self.epoch_steps()
         except CancelFitException: self("after_cancel_fit")
-        with self.turn(): self("after_fit")
+        with self.turn():
+            self("after_fit")
     self._end_cleanup()
 
 # %% ../../nbs/lib/56_clf.train.ipynb #7865ec62

@@ -902,8 +902,10 @@ def _climb(fit, ck, log, flag): # The scales that are left; generator: yields af
     while not fit.done():
         with _overwritten(fit):
             if fit.live is None: fit.begin()
-        with fit.engine.joined(): yield from _scale(fit, ck, log, flag)
-        with _overwritten(fit): fit.finish()
+        with fit.engine.joined():
+            yield from _scale(fit, ck, log, flag)
+        with _overwritten(fit):
+            fit.finish()
 
 def _overwritten(fit): return global_seed(fit.seed, "constructors draw and are overwritten")
 
@@ -989,4 +991,5 @@ def _fit_one_size(images, *, recipe, folder, seed, how, cards, log): # Generator
     return [n.eval() for n in fit.nets]
 
 def _loaded(homes, device, seed):
-    with global_seed(seed, "constructors draw and are overwritten"): return [SinGAN.load(h, device) for h in homes]
+    with global_seed(seed, "constructors draw and are overwritten"):
+        return [SinGAN.load(h, device) for h in homes]
