@@ -444,6 +444,7 @@ def after_search(
     lr = found.params.get("lr", how.recipe.lr)
     return replace(how, network=how.network | knobs, recipe=change(how.recipe, lr=lr))
 
+# %% ../../nbs/papers/83_papers.cbis.ipynb #193a51c1
 @stepwise
 def fit_cell(
     folder:Path, # Of the job
