@@ -530,6 +530,9 @@ def _learner(model, train, valid, recipe, seed, device, log=None):
 # %% ../../nbs/lib/56_clf.train.ipynb #ca93db34
 def _fit(learn, model, recipe, *, history, best, folder): # What was best is kept when a training breaks down
     try: yield from learn.steps(recipe.epochs, len(history))
+    except torch.OutOfMemoryError as e:
+        fix = "set MAMMO_NB_WORKERS=1, so that no other training is at work, or use smaller batches"
+        raise RunError(f"a batch of {recipe.bs} does not fit the device's memory", folder or "device", fix) from e
     except RunError as e:
         if not best or not folder: raise
         model.load_state_dict(best)
