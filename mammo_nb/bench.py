@@ -7,15 +7,15 @@ __all__ = ['COLUMNS', 'PRODUCTS', 'TEXTBOOK', 'SAME', 'GROUPS', 'SCALES', 'THREA
            'OURS', 'GOALS', 'LINE', 'PLAIN', 'SAID', 'FORETOLD', 'clock', 'in_turns', 'quartiles', 'ratio', 'line',
            'per_second', 'ceilings', 'describe', 'arithmetic_in', 'arithmetics_on', 'named', 'plain_kernels',
            'limits_of', 'Operations', 'step_flops', 'noise_patches', 'Flipped', 'cross_entropy_step',
-           'wasserstein_step', 'textbook_gan', 'engine_job', 'gan_jobs', 'step_lines', 'arithmetic_lines',
+           'wasserstein_step', 'textbook_gan', 'engine_job', 'gan_jobs', 'batches_of', 'step_lines', 'arithmetic_lines',
            'textbook_lines', 'bench_gan', 'launches', 'bench_launches', 'bench_compiled', 'epochs_together',
            'bench_together', 'time_shares', 'share_rows', 'published_iteration', 'as_published', 'draw_below',
            'Convolutions', 'convolutions_of', 'singan_jobs', 'bench_singan', 'singan_rows', 'sun_xu', 'bench_metrics',
            'Graded', 'textbook_fit', 'HeadsSize', 'heads_jobs', 'bench_heads', 'own_fit', 'fit_jobs', 'fit_flops',
            'bench_fit', 'fit_launches', 'classifier_nets', 'thread_job', 'thread_worker', 'Worker', 'bench_threads',
-           'bench_crops', 'peak_memory', 'slope', 'bench_growth', 'Setup', 'setup_of', 'sized', 'gan_list', 'gan_rows',
-           'later_gans', 'memory_rows', 'Goal', 'judge_goals', 'predictions', 'compare_predictions', 'speed_figure',
-           'page_table', 'write_bench', 'device_name']
+           'bench_crops', 'peak_memory', 'slope', 'bench_growth', 'Setup', 'setup_of', 'sized', 'gan_list', 'or_said',
+           'gan_rows', 'gan_launches', 'fit_rows', 'later_gans', 'memory_rows', 'Goal', 'judge_goals', 'predictions',
+           'compare_predictions', 'speed_figure', 'page_table', 'write_bench', 'device_name']
 
 # %% ../nbs/lib/70_bench.ipynb #af4c6409
 import contextlib, copy, os, platform, re, subprocess, sys, time, warnings
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, supported_activities
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -71,7 +71,7 @@ def clock(device) -> float: # Seconds
 
 # %% ../nbs/lib/70_bench.ipynb #deb20803
 def in_turns(
-    jobs:dict, # Name -> function without arguments, one unit of work; one that gives back a number tells its own seconds
+    jobs:dict, # Name -> function without arguments, one unit of work; a number it gives back are its seconds
     *,
     rounds:int, # Timed rounds
     device = "cpu", # Where the work runs
@@ -382,6 +382,12 @@ def gan_jobs(
                           for kind in arithmetics_on(device)}
     return jobs
 
+# %% ../nbs/lib/70_bench.ipynb #74647792
+def batches_of(game:Game) -> int:
+    "Batches in an epoch."
+    labels = None if game.labels is None else game.labels.cpu()
+    return len(game.recipe.rows(len(game.data), labels, torch.Generator().manual_seed(0)))
+
 # %% ../nbs/lib/70_bench.ipynb #d5ce42db
 def step_lines(
     say, # `line` of one network
@@ -437,7 +443,7 @@ def bench_gan(
     # enough steps of each kind to have them captured
     raw = in_turns(jobs, rounds=rounds, device=device, warmup=1 if torch.device(device).type == "cpu" else 4)
     game = jobs["exact"].game
-    batches = len(recipe.rows(len(game.data), game.labels, torch.Generator().manual_seed(0)))
+    batches = batches_of(game)
     note = f"{recipe.size} px, batch {recipe.batch}, {game.drawn} patches a round"
     say, work = partial(line, "GANs", name, rounds=rounds, note=note), step_flops(recipe, game.labels)
     rows = [say("count", "operations a real patch", work/1e9, "GFLOP", rounds=1)]
@@ -453,11 +459,13 @@ def bench_gan(
 def launches(
     fn, # Function without arguments
     device, # Where it runs
-) -> int:
+) -> int: # 0 where the profiler cannot see kernels
     "Kernels a call starts on CUDA, operators it calls elsewhere."
     if torch.device(device).type != "cuda":
-        with Operations() as seen: fn()
+        with Operations() as seen:
+            fn()
         return seen.calls
+    if ProfilerActivity.CUDA not in supported_activities(): return 0
     with profile(activities=[ProfilerActivity.CUDA]) as traced:
         fn()
         torch.cuda.synchronize(device)
@@ -474,8 +482,8 @@ def bench_launches(
 ) -> list: # Rows
     "Kernels (on a CPU: operators) a step, from one epoch of each variant, not timed."
     cuda = torch.device(device).type == "cuda"
-    batches = 4*labels or recipe.g_every
-    jobs = gan_jobs(recipe, device=device, steps=batches, textbook=textbook, labels=labels)
+    jobs = gan_jobs(recipe, device=device, steps=recipe.g_every, textbook=textbook, labels=labels)
+    batches = batches_of(jobs["exact"].game)
     what, rows = f"{'kernels' if cuda else 'operators'} a step", []
     for k,job in jobs.items():
         for _ in range(4 if cuda else 1): job()                        # until it is captured
@@ -683,7 +691,8 @@ def singan_jobs(ours:SinGANFit, plain:SinGANFit, steps:int) -> tuple: # (name ->
             [ours.advance() for _ in range(steps)]
     def under(block, fn, times=steps): # A job with its own kernels
         def job():
-            with block(ours.engine.mode): [fn() for _ in range(times)]
+            with block(ours.engine.mode):
+                for _ in range(times): fn()
         return job
     alone = convolutions_of(lambda: ours.step_once(B["noise"][:1], B["prev"][0], B["mix"][0]), ours.device)
     return {"ours": run, "block": under(kernels, lambda: ours.draw_block(0), 1),
@@ -866,7 +875,8 @@ def heads_jobs(z:HeadsSize, device, folder:Path) -> dict: # Name -> function wit
     plain = textbook_fit(whole, pixels[:z.sample], y[:z.sample], bs=128, lr=1e-2, device=device,
                          prepare=lambda x: prepare.scale(x[None])[0], arithmetic=kind)
     def heads():
-        with kernels(kind): fit_heads(table, y, jobs, recipe=HeadRecipe(epochs=z.epochs), device=device)
+        with kernels(kind):
+            fit_heads(table, y, jobs, recipe=HeadRecipe(epochs=z.epochs), device=device)
     return dict(features=once, heads=heads, textbook=plain)
 
 # %% ../nbs/lib/70_bench.ipynb #1ff896cd
@@ -980,7 +990,7 @@ def fit_launches(
     bs:int, # Patches in a batch
     device, # Where
 ) -> list: # Rows
-    "Kernels (on a CPU: operators) a step: what twelve batches have more than eight, so that start and validation fall out."
+    "Kernels (on a CPU: operators) a step: what twelve batches have more than eight; start and validation fall out."
     cuda, size, rows = torch.device(device).type == "cuda", config["size"], []
     for kind in arithmetics_on(device):
         counts = []
@@ -1004,7 +1014,7 @@ def classifier_nets(
         cnn = cnn | dict(size=64)
         swin = dict(size=64, patch=4, embed=48, depths=(2,2), heads=(3,6), window=4)
         deep = dict(size=96, width=.5, blocks=(2,4,2))
-    many = (200, 24, 12) if sizes == "published" else (batches,)*3      # some seconds of a GPU each
+    many = (200, 24, 8) if sizes == "published" else (batches,)*3      # some seconds of a GPU each
     nets = {"CNN of paper 04": ("cnn", cnn, 4 if sizes == "demo" else 12), "Swin of paper 04": ("swin", swin, 12),
             "InceptionResNetV2 of paper 03": ("inceptionresnetv2", deep, 16)}
     asked = list(zip(nets.items(), many))[:1 if sizes == "demo" else 3]
@@ -1245,6 +1255,16 @@ def gan_list(S:Setup) -> dict: # Name -> arguments of `bench_gan`
                   for r,label,labels in later_gans(S)}
 
 # %% ../nbs/lib/70_bench.ipynb #c2975b9e
+def or_said(
+    measure, # Function without arguments -> rows
+    *where, # Section and item of a line
+    what:str = "not measured", # Its quantity
+) -> list: # Rows
+    "What was measured; work that does not fit the device is a line that says so."
+    try: return measure()
+    except RuntimeError as e: return [line(*where, "none", what, float("nan"), "", 0, _first_line(e))]
+
+# %% ../nbs/lib/70_bench.ipynb #75833f5e
 def gan_rows(
     S:Setup, # Sizes
     name:str, # Of `gan_list`
@@ -1252,10 +1272,32 @@ def gan_rows(
     device, # Where
     limits:dict, # Arithmetic -> TFLOP/s, from `limits_of`
 ) -> list: # Rows
-    "One patch GAN; one that does not fit the device is a line that says so."
-    try: return bench_gan(name, **gan_list(S)[name], device=device, rounds=S.rounds, limits=limits)
-    except RuntimeError as e:
-        return [line("GANs", name, "none", "not measured", float("nan"), "", 0, _first_line(e))]
+    "One patch GAN."
+    measure = partial(bench_gan, name, **gan_list(S)[name], device=device, rounds=S.rounds, limits=limits)
+    return or_said(measure, "GANs", name)
+
+# %% ../nbs/lib/70_bench.ipynb #fd35e5f0
+def gan_launches(
+    S:Setup, # Sizes
+    name:str, # Of `gan_list`
+    device, # Where
+) -> list: # Rows
+    "Kernels a step of one patch GAN."
+    given = {k: v for k,v in gan_list(S)[name].items() if k != "steps"}
+    return or_said(partial(bench_launches, name, **given, device=device), "GANs", name, what="not counted")
+
+# %% ../nbs/lib/70_bench.ipynb #0e7f3a1e
+def fit_rows(
+    S:Setup, # Sizes
+    name:str, # Of `classifier_nets`
+    *,
+    device, # Where
+    limits:dict, # Arithmetic -> TFLOP/s, from `limits_of`
+) -> list: # Rows
+    "One classifier."
+    given = classifier_nets(S.nets, 4*S.steps)[name]
+    measure = partial(bench_fit, name, **given, device=device, rounds=S.rounds, limits=limits)
+    return or_said(measure, "classifiers", name)
 
 # %% ../nbs/lib/70_bench.ipynb #6556fd57
 def later_gans(S:Setup) -> list: # (recipe, name, classes)
@@ -1348,7 +1390,7 @@ def _answers(goal, rows): # Lines that answer a goal
     return rows[keep]
 
 # %% ../nbs/lib/70_bench.ipynb #058696d3
-LINE = {"section": "section", "network": "item", "variant": "variant", "quantity": "what"} # Of a prediction -> of a line
+LINE = {"section": "section", "network": "item", "variant": "variant", "quantity": "what"} # Prediction's -> line's
 
 def predictions(
     file:Path = None, # Table; None: the committed one
@@ -1440,8 +1482,9 @@ def page_table(
 # %% ../nbs/lib/70_bench.ipynb #61004cd7
 SAID = {"SinGAN": "Our part of drawing images some steps ahead is counted. "
                   "What the convolutions alone would give over the published loop is the most this arithmetic allows.",
-        "GANs": "`exact` is float32, `fast` bfloat16 where the device multiplies it. A textbook loop runs in each arithmetic; without a "
-                "word it is float32. `fast compiled` is measured only: no training compiles its networks yet.",
+        "GANs": "`exact` is float32, `fast` bfloat16 where the device multiplies it. A textbook loop runs in each "
+                "arithmetic; without a word it is float32. `fast compiled` is measured only: no training compiles its "
+                "networks yet.",
         "classifiers": "Without a word the arithmetic is float32; all patches are on the device from the start."}
 
 FORETOLD = ("Written down before this run, for one H100 or H200 and the published sizes, with their basis in "
