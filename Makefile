@@ -51,13 +51,14 @@ docs: install ## all notebooks with their outputs, a search and a reference as a
 gpu-slice: OUT = gpu-slice
 gpu-slice: WHAT ?= tests
 gpu-slice: MINUTES ?= 9
+gpu-slice: PRESET ?= paper
 gpu-slice: export PYTHONPATH = $(CURDIR):$(CURDIR)/.site
 gpu-slice: export JUPYTER_PATH = $(CURDIR)/.kernel/share/jupyter
 gpu-slice: export MAMMO_NB_CACHE ?= $(CURDIR)/.cache
-gpu-slice: ## make gpu-slice MINUTES=9 WHAT=tests|bench|00|01|02|03|04 OUT=folder [WHEELS=folder]: goes on from what lies in OUT
+gpu-slice: ## make gpu-slice MINUTES=9 WHAT=tests|bench|00|01|02|03|04 OUT=folder [WHEELS=folder] [PRESET=demo]: goes on from what lies in OUT
 	[ -z "$(WHEELS)" ] || $(PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target .site $(WHEELS)/*.whl
 	$(PY) -m ipykernel install --prefix .kernel --name python3 >/dev/null
-	$(PY) -m mammo_nb.slices --what $(WHAT) --minutes $(MINUTES) --out $(OUT)
+	$(PY) -m mammo_nb.slices --what $(WHAT) --minutes $(MINUTES) --out $(OUT) --preset $(PRESET)
 
 lint: install ## lines, unused names, imports inside functions, likely bugs; types of the spine
 	$(BIN)/ruff check mammo_nb nbs

@@ -12,11 +12,11 @@ __all__ = ['COLUMNS', 'PRODUCTS', 'TEXTBOOK', 'SAME', 'GROUPS', 'SCALES', 'THREA
            'epochs_together', 'bench_together', 'time_shares', 'share_rows', 'published_iteration', 'as_published',
            'draw_below', 'Convolutions', 'convolutions_of', 'singan_jobs', 'bench_singan', 'singan_rows', 'sun_xu',
            'bench_metrics', 'Graded', 'textbook_fit', 'HeadsSize', 'heads_jobs', 'bench_heads', 'own_fit', 'fit_jobs',
-           'fit_flops', 'bench_fit', 'fit_launches', 'classifier_nets', 'thread_job', 'thread_worker', 'Worker',
-           'bench_threads', 'bench_crops', 'peak_memory', 'slope', 'bench_growth', 'Setup', 'setup_of', 'sized',
-           'gan_list', 'or_said', 'gan_rows', 'gan_launches', 'fit_rows', 'later_gans', 'memory_rows', 'Goal',
-           'judge_goals', 'predictions', 'compare_predictions', 'speed_figure', 'page_table', 'write_bench',
-           'device_name']
+           'fit_flops', 'bench_fit', 'fit_launches', 'classifier_nets', 'fits_together', 'bench_fits_together',
+           'thread_job', 'thread_worker', 'Worker', 'bench_threads', 'bench_crops', 'peak_memory', 'slope',
+           'bench_growth', 'Setup', 'setup_of', 'sized', 'gan_list', 'or_said', 'gan_rows', 'gan_launches', 'fit_rows',
+           'later_gans', 'memory_rows', 'Goal', 'judge_goals', 'predictions', 'compare_predictions', 'speed_figure',
+           'page_table', 'write_bench', 'device_name']
 
 # %% ../nbs/lib/70_bench.ipynb #af4c6409
 import contextlib, copy, os, platform, re, subprocess, sys, time, warnings
@@ -1034,6 +1034,55 @@ def classifier_nets(
             "InceptionResNetV2 of paper 03": ("inceptionresnetv2", deep, 16)}
     asked = list(zip(nets.items(), many))[:1 if sizes == "demo" else 3]
     return {name: dict(config=dict(kind=kind, **config), bs=bs, batches=k) for (name,(kind,config,bs)),k in asked}
+
+# %% ../nbs/lib/70_bench.ipynb #6e8fed54
+def fits_together(
+    config:dict, # For `build_classifier`
+    data:tuple, # (uint8 `(n,s,s)`, classes)
+    *,
+    bs:int, # Patches in a batch
+    device, # Where
+    arithmetic:str, # `float32`, `tf32`, `bf16`
+    fits:int, # Trainings
+    turns:bool, # Step by step in turn, or one after another
+) -> float: # Seconds of an epoch of all
+    "Classifiers of one kind, trained at once."
+    train, valid = patch_arrays(*data), patch_arrays(data[0][:2], data[1][:2])
+    recipe, ends = change(SHARING, epochs=3, optimiser="adam", bs=bs), [[] for _ in range(fits)]
+    def fit(k):
+        def told(**said):
+            if said["stage"] == "fit": ends[k].append(clock(device))
+        net = build_classifier(config, seed=k)
+        return fit_classifier.steps(net, train, valid, seed=k, recipe=recipe, device=device, log=told)
+    works = [fit(k) for k in range(fits)]
+    with kernels(arithmetic):
+        for crowd in [works] if turns else [[work] for work in works]:
+            while crowd: crowd = [work for work in crowd if next(work, "ended") != "ended"]
+    if turns: return (max(e[-1] for e in ends) - max(e[0] for e in ends))/2
+    return sum(e[-1] - e[0] for e in ends)/2
+
+# %% ../nbs/lib/70_bench.ipynb #afdb14db
+def bench_fits_together(
+    name:str, # How the page calls it
+    config:dict, # For `build_classifier`
+    *,
+    bs:int, # Patches in a batch
+    device, # Where
+    fits:int, # Trainings
+    batches:int, # Batches of an epoch
+    rounds:int, # Timed rounds
+) -> list: # Rows
+    "How much faster several classifiers are in turns than one after another."
+    n, size = bs*batches, config["size"]
+    data = rng(0, "bench fits").integers(0, 256, (n, size, size), dtype=np.uint8), np.arange(n) % 2
+    kind = "float32" if torch.device(device).type == "cpu" else "tf32"
+    train = partial(fits_together, config, data, bs=bs, device=device, arithmetic=kind, fits=fits)
+    jobs = {"in turns": partial(train, turns=True), "one after another": partial(train, turns=False)}
+    raw = in_turns(jobs, rounds=rounds, device=device, warmup=0)
+    say = partial(line, "classifiers", f"{fits} x {name}", named("ours", kind), rounds=rounds,
+                  note=f"{size} px, batch {bs}, {batches} batches, Adam; first epoch not counted")
+    return [say("in turns", per_second(raw, "in turns", fits*n), "img/s"),
+            say("times one after another", ratio(raw, "in turns", "one after another"), "")]
 
 # %% ../nbs/lib/70_bench.ipynb #bad223e4
 THREAD_JOBS = ("DCGAN 64 px", "DCGAN 128 px", "WGAN-GP 64 px", "SinGAN 24 px", "SinGAN 48 px", "contextual GAN 32 px",
