@@ -224,7 +224,8 @@ class Game:
                                   for net,lr in ((self.G, recipe.lr_g), (self.D, recipe.lr_d)))
         self.ema = copy.deepcopy(self.G).requires_grad_(False) if recipe.ema else None
         self.wide = False # Are the networks to stay in float32?
-        if half and has_bfloat16(self.device):
+        self.numbers = torch.bfloat16 if half and has_bfloat16(self.device) else torch.float32 # Of convolutions
+        if self.numbers == torch.bfloat16:
             for net in (self.G, self.D): narrow(net, lambda: self.wide, device=self.device.type)
         if half and self.device.type == "cuda":
             for net in (self.G, self.D): pad_channels(net)
