@@ -22,7 +22,7 @@ from .core import DataError, ParameterError, cache_dir, nearest, read_json, repo
 
 # %% ../nbs/lib/71_slices.ipynb #ceaa7291
 WHAT = ("tests", "bench", "00", "03", "02", "04", "01") # Most wanted first
-BENCH = "device,gans,singan,classifiers,memory,growth,metrics,patches"
+BENCH = "device,gans,classifiers,singan,compiled,growth,memory,metrics,patches,counts"
 
 def command_of(
     what:str, # One of `WHAT`

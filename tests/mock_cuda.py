@@ -7,6 +7,7 @@ behave as always; `Tensor.device` reads the mark, and a dispatch mode looks at e
 - a capture runs nothing: what was there before is put back after it, what it allocated is filled with NaN. It refuses to wait for the device, to copy from or
   to the host, and to draw from generators that are not registered; a failed one leaves its generators unusable. CPU scalars and Python numbers are frozen;
 - a replay runs the recorded operators on the recorded memory and no Python; it fails when nobody but the graph holds memory it read (freed on a GPU).
+- graphs that draw from one state of chance are replayed on one stream, or on streams that wait for each other;
 - a norm without weight has no gradient of the weight or the shift to ask for.
 What it cannot show: numbers of CUDA kernels, kernels that CUDA lacks or that differ (cuDNN), the order of streams, memory, time. Autocast is the CPU's bfloat16.
 Operators' C++ shortcuts that make a CPU tensor in backward count as made on the device.
@@ -56,41 +57,56 @@ def tensors(*nests): return [t for t in tree_flatten(nests)[0] if isinstance(t, 
 class Anything(type(CGenerator)):
     def __instancecheck__(cls, x): return isinstance(x, CGenerator)
 
-class Generator(CGenerator, metaclass=Anything):
-    "Seed and offset, as CUDA's Philox generator has them; each draw seeds a CPU generator from both."
-    def __new__(cls, device="cpu"):
-        if torch.device(device).type != "cuda": return CGenerator(device)
-        self = CGenerator.__new__(cls, "cpu")
-        self.number, self.offset, self.graph, self.lost = 67280421310721, 0, None, False
-        Machine.now.generators[self._cdata] = weakref.ref(self)
-        return self
+class State:
+    "Seed and offset, as CUDA's Philox generator has them; several generators, and graphs, can hold one."
+    def __init__(self): self.number, self.offset, self.graph, self.lost, self.stream = 67280421310721, 0, None, False, None
 
     def free(self, what):
         if self.graph: raise RuntimeError(f"Cannot call CUDAGeneratorImpl::{what} during CUDA graph capture.")
         return self
-    device = property(lambda self: GPU)
-    def manual_seed(self, seed): self.free("set_current_seed").number, self.offset = int(seed) % 2**64, 0; return self
-    def seed(self): return self.manual_seed(random.getrandbits(53)).number
-    def initial_seed(self): return self.number
-    def get_offset(self): return self.offset
-    def set_offset(self, n): self.free("set_offset").offset = n
-    def get_state(self): self.free("get_state"); return torch.frombuffer(bytearray(struct.pack("<Qq", self.number, self.offset)), dtype=torch.uint8)
-    def set_state(self, state):
-        if device_of(state) != CPU or state.dtype != torch.uint8: raise TypeError("RNG state must be a torch.ByteTensor")
-        if state.numel() != 16: raise RuntimeError("RNG state is wrong size")
-        self.free("set_state").number, self.offset = struct.unpack("<Qq", bytes(state.tolist())); return self
-    def graphsafe_get_state(self): return self
-    def graphsafe_set_state(self, other): self.number, self.offset, self.graph, self.lost = other.number, other.offset, other.graph, other.lost
-
-    def aim(self, at): CGenerator.manual_seed(self, hash((self.number, at)) % 2**63)
     def draw(self):
-        "Get ready for one operator's draws."
+        "Offset of one operator's draws: from the start, in a capture from where its graph begins."
         if self.lost: raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         if Machine.now.graph is not self.graph: raise RuntimeError("Attempt to increase offset for a CUDA generator not in capture mode.")
-        at = self.offset + (self.graph.drawn[self] if self.graph else 0)
+        at = self.graph.drawn[self] if self.graph else self.offset
         if self.graph: self.graph.drawn[self] += 4
         else: self.offset += 4
-        self.aim(at); return at - self.offset if self.graph else None
+        return at
+
+class Generator(CGenerator, metaclass=Anything):
+    "Each draw seeds a CPU generator from seed and offset."
+    def __new__(cls, device="cpu"):
+        if torch.device(device).type != "cuda": return CGenerator(device)
+        self = CGenerator.__new__(cls, "cpu")
+        self.state = State()
+        Machine.now.generators[self._cdata] = weakref.ref(self)
+        return self
+
+    device = property(lambda self: GPU)
+    def manual_seed(self, seed):
+        state = self.state.free("set_current_seed")
+        state.number, state.offset = int(seed) % 2**64, 0
+        return self
+    def seed(self): return self.manual_seed(random.getrandbits(53)).state.number
+    def initial_seed(self): return self.state.number
+    def get_offset(self): return self.state.offset
+    def set_offset(self, n): self.state.free("set_offset").offset = n
+    def get_state(self):
+        state = self.state.free("get_state")
+        return torch.frombuffer(bytearray(struct.pack("<Qq", state.number, state.offset)), dtype=torch.uint8)
+    def set_state(self, new):
+        if device_of(new) != CPU or new.dtype != torch.uint8: raise TypeError("RNG state must be a torch.ByteTensor")
+        if new.numel() != 16: raise RuntimeError("RNG state is wrong size")
+        state = self.state.free("set_state")
+        state.number, state.offset = struct.unpack("<Qq", bytes(new.tolist()))
+        return self
+    def graphsafe_get_state(self):
+        out = Generator("cuda")
+        out.state = self.state
+        return out
+    def graphsafe_set_state(self, other): self.state = other.state
+
+    def aim(self, number, at): CGenerator.manual_seed(self, hash((number, at)) % 2**63)
 
 
 # ---- graphs
@@ -100,14 +116,14 @@ class Graph:
     def __init__(self, keep_graph=False): self.drawn, self.ops, self.kept, self.made, self.failed, self.whole = Counter(), [], {}, {}, False, False
     def register_generator_state(self, g):
         if not isinstance(g, CGenerator) or g.device != GPU: raise RuntimeError("Expected a 'cuda' device type for generator")
-        self.drawn[g] = 0
+        self.drawn[g.state] = 0
     def pool(self): return (0, id(self))
     def reset(self): self.__init__()
 
     def capture_begin(self, *pool, capture_error_mode="global"):
         if Machine.now.graph: raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        self.drawn.setdefault(Machine.now.default, 0)
-        for g in self.drawn: g.graph = self
+        self.drawn.setdefault(Machine.now.default.state, 0)
+        for state in self.drawn: state.graph = self
         Machine.now.graph = self
 
     def capture_end(self):
@@ -115,7 +131,7 @@ class Graph:
         with _disable_current_modes(), torch.no_grad():
             for s,old in self.kept.items(): _bytes(s).copy_(old)
             for s in self.made: _bytes(s).fill_(255)
-        for g in self.drawn: g.graph, g.lost = None, self.failed
+        for state in self.drawn: state.graph, state.lost = None, self.failed
         if self.failed: raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         self.held = Counter(storage(t) for op in self.ops for t in tensors(op[1:4]))
         self.kept, self.whole = dict.fromkeys(self.kept), True
@@ -142,13 +158,15 @@ class Graph:
         if freed: raise RuntimeError(f"mock: the graph uses memory that was freed since its capture ({sum(s.nbytes() for s in freed)} bytes)")
         with _disable_current_modes(), torch.no_grad():
             for func,args,kwargs,out,at,ins in self.ops:
-                m = Machine.now
-                if at and at[0] is not m.default: at[0].aim(at[0].offset + at[1])
-                with m.globally(m.default.offset + at[1]) if at and at[0] is m.default else contextlib.nullcontext(): got = func(*args, **kwargs)
+                state, place, given = at or (None, 0, None)
+                if given: given.aim(state.number, state.offset + place)
+                with Machine.now.globally(state.number, state.offset + place) if at and not given else contextlib.nullcontext(): got = func(*args, **kwargs)
                 if out is not None:
                     for old,new in zip(tensors(out), tensors(got)):
                         if storage(old) not in ins: old.copy_(new)
-        for g,n in self.drawn.items(): g.offset += n
+        for state,n in self.drawn.items():
+            if n and state.stream and state.stream not in Machine.now.stream.follows: raise RuntimeError("mock: graphs at work on two streams draw from one state of chance")
+            state.offset, state.stream = state.offset + n, Machine.now.stream
         Machine.now.replays += 1
 
 def _bytes(s): return torch.empty(0, dtype=torch.uint8).set_(s)
@@ -237,15 +255,26 @@ class Machine(TorchDispatchMode):
         if given is not None and (g is None) != (place != GPU):
             raise RuntimeError(f"Expected a '{place.type}' device type for generator but found '{'cpu' if g is None else 'cuda'}'")
         if place != GPU: return func(*args, **kwargs), None
-        if g is not None: at = g.draw(); return func(*args, **kwargs), at if at is None else (g, at)
-        at = self.default.draw()
-        with _disable_current_modes(), self.globally(self.default.offset - 4): return func(*args, **kwargs), at if at is None else (self.default, at)
+        state = (g or self.default).state
+        at = state.draw()
+        told = (state, at, g) if self.graph else None
+        start = state.offset + at if self.graph else at
+        if g is not None:
+            g.aim(state.number, start)
+            return func(*args, **kwargs), told
+        with _disable_current_modes(), self.globally(state.number, start): return func(*args, **kwargs), told
 
     @contextlib.contextmanager
-    def globally(self, at):
+    def on(self, stream):
+        was, self.stream = self.stream, stream
+        try: yield
+        finally: self.stream = was
+
+    @contextlib.contextmanager
+    def globally(self, number, at):
         "Torch's own generator draws as CUDA's would at this offset, and is put back."
         old = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(hash((self.default.number, at)) % 2**63)
+        torch.default_generator.manual_seed(hash((number, at)) % 2**63)
         try: yield
         finally: torch.default_generator.set_state(old)
 
@@ -324,8 +353,8 @@ class autocast(torch.autocast):
     def __init__(self, device_type, *args, **kw): super().__init__("cpu" if str(device_type).startswith("cuda") else device_type, *args, **kw)
 
 class Stream:
-    def __init__(self, device=None, **kw): self.device = GPU
-    def wait_stream(self, other): pass
+    def __init__(self, device=None, **kw): self.device, self.follows = GPU, {self}
+    def wait_stream(self, other): self.follows |= other.follows
     def is_capturing(self): return Machine.now.graph is not None
     def synchronize(self): Machine.now.wait("Stream.synchronize")
     def record_event(self, e=None): return e or Event()
@@ -346,9 +375,9 @@ def cuda_api(m):
         get_device_name=lambda d=None: "mock CUDA device", get_device_capability=lambda d=None: (9, 0), get_device_properties=properties, mem_get_info=lambda d=None: (60*2**30, 80*2**30),
         memory_allocated=lambda d=None: 0, max_memory_allocated=lambda d=None: 0, memory_reserved=lambda d=None: 0, max_memory_reserved=lambda d=None: 0, reset_peak_memory_stats=lambda d=None: None,
         empty_cache=lambda: None, synchronize=lambda d=None: m.wait("synchronize"), is_bf16_supported=lambda including_emulation=True: True, set_device=lambda d: None,
-        Stream=Stream, Event=Event, current_stream=lambda d=None: m.stream, default_stream=lambda d=None: m.stream, stream=lambda s: contextlib.nullcontext(),
+        Stream=Stream, Event=Event, current_stream=lambda d=None: m.stream, default_stream=lambda d=None: m.stream, stream=m.on,
         CUDAGraph=Graph, graph=graph, default_generators=(m.default,), is_current_stream_capturing=lambda: m.graph is not None, set_sync_debug_mode=lambda mode: setattr(m, "sync", mode),
-        manual_seed=lambda s: m.default.manual_seed(s), manual_seed_all=lambda s: m.default.manual_seed(s), initial_seed=lambda: m.default.number,
+        manual_seed=lambda s: m.default.manual_seed(s), manual_seed_all=lambda s: m.default.manual_seed(s), initial_seed=lambda: m.default.initial_seed(),
         get_rng_state=lambda d="cuda": m.default.get_state(), set_rng_state=lambda s, d="cuda": m.default.set_state(s) and None)
 
 @contextlib.contextmanager

@@ -29,6 +29,26 @@ def fit(config, recipe=SHARING, *, train=TRAIN, valid=VALID, seed=1, **kw):
 
 def same(a, b): return all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values()))
 
+# --- in turns ------------------------------------------------------------------------------------------------------------
+AT_ONCE = ((CNN, 1), (CNN, 2), (SWIN, 1))       # dropout and skipped blocks draw from torch's common chance
+
+def in_turns_and_alone(device):
+    "Classifiers that took turns, a batch each, and the same ones alone."
+    how = dict(recipe=SHARING, epochs=4, lr=.01, device=device)
+    together, alone = ([build_classifier(config, seed=seed) for config, seed in AT_ONCE] for _ in range(2))
+    works = [fit_classifier.steps(model, TRAIN, VALID, seed=seed, **how) for model, (_, seed) in zip(together, AT_ONCE)]
+    while any([next(work, None) is None and work.gi_frame for work in works]): pass
+    for model, (_, seed) in zip(alone, AT_ONCE): fit_classifier(model, TRAIN, VALID, seed=seed, **how)
+    return together, alone
+
+@pytest.mark.gpu
+def test_classifiers_in_turns_equal_those_alone_on_a_gpu():
+    assert all(same(a, b) for a, b in zip(*in_turns_and_alone("cuda")))
+
+def test_classifiers_in_turns_equal_those_alone():
+    together, alone = in_turns_and_alone("cpu")
+    assert all(same(a, b) for a, b in zip(together, alone)) and not same(*together[:2])
+
 # --- against an independent loop -----------------------------------------------------------------------------------------
 def plain_loop(config, recipe, seed, optimiser, schedule=None):
     "The textbook loop in plain torch; only the order of the patches is shared."

@@ -188,6 +188,10 @@ def test_killed_classifier_ends_with_the_same_weights(gpu, tmp_path, name, preci
     p = predict_proba(load_classifier(tmp_path/"whole", device="cuda"), clf.VALID)
     assert np.allclose(p, predict_proba(model, clf.VALID, device="cpu"), atol=1e-5)
 
+def test_captured_classifiers_in_turns_equal_those_alone(gpu):
+    together, alone = clf.in_turns_and_alone("cuda")
+    assert all(clf.same(a, b) for a, b in zip(together, alone)) and gpu.replays
+
 def keras_fit(kind, **config):
     net = build_classifier({**nets.DEMO_NETS[kind], **config}, seed=1)
     return net, fit_classifier(net, nets.TRAIN, nets.VALID, seed=1, recipe=nets.KERAS, epochs=1, device="cuda", augment=nets.PaperAugment())

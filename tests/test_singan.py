@@ -171,6 +171,38 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path, at, merge):
     assert sorted(p.name for p in (tmp_path/"cut").glob("singan_*-*")) == []          # checkpoints are gone
     assert np.array_equal(again[0].sample(2, seed=0), whole[0].sample(2, seed=0))
 
+def in_turns_and_alone(folder, device):
+    "Bytes of SinGANs that took turns, a step each, and of the same ones alone."
+    def how(place, seed): return dict(recipe=SinGANRecipe(steps=6, min_size=14, width=4, max_width=4), folder=folder/place/str(seed), seed=seed, device=device)
+    works = [fit_singans.steps(patches(2, 16), **how("turns", seed)) for seed in range(3)]
+    while any([next(work, None) is None and work.gi_frame for work in works]): pass
+    for seed in range(3): fit_singans(patches(2, 16), **how("alone", seed))
+    return [[(folder/place/str(seed)/"singan_16x16_01"/"G.safetensors").read_bytes() for seed in range(3)] for place in ("turns", "alone")]
+
+def test_singans_in_turns_equal_those_alone(tmp_path):
+    turns, alone = in_turns_and_alone(tmp_path/"cpu", "cpu")
+    assert turns == alone and len({*turns}) == 3
+    with mock_cuda(): turns, alone = in_turns_and_alone(tmp_path/"cuda", "cuda")
+    assert turns == alone and len({*turns}) == 3
+
+@pytest.mark.gpu
+def test_singans_in_turns_equal_those_alone_on_a_gpu(tmp_path):
+    turns, alone = in_turns_and_alone(tmp_path, "cuda")
+    assert turns == alone and len({*turns}) == 3
+
+def test_a_closed_training_goes_on_where_it_was(tmp_path):
+    how = dict(recipe=SinGANRecipe(steps=4, min_size=14, width=4, max_width=4), seed=1, device="cpu")
+    fit_singans(patches(1, 16), folder=tmp_path/"whole", **how)
+    work = fit_singans.steps(patches(1, 16), folder=tmp_path/"cut", **how)
+    for _ in range(3): next(work)
+    work.close()                                                   # as when another training fails
+    assert list((tmp_path/"cut").glob("singan_*-00000003.json"))
+    said = []
+    fit_singans(patches(1, 16), folder=tmp_path/"cut", log=lambda **told: said.append(told), **how)
+    assert said[0]["step"] == 4 and (tmp_path/"cut"/"history_16x16.json").exists()
+    whole, cut = (tmp_path/name/"singan_16x16_00"/"G.safetensors" for name in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+
 def test_killed_and_resumed_equals_unbroken(tmp_path):
     code = textwrap.dedent("""
         import sys, numpy as np, torch; torch.set_num_threads(1)

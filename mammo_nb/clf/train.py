@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIERS', 'MONITORS', 'SHARING', 'NOTEBOOK', 'THESIS', 'KERAS', 'CHOICES', 'LEAST', 'HISTORY', 'build_classifier',
-           'probabilities', 'class_loss', 'valid_score', 'FitRecipe', 'change', 'PatchLearner', 'StartEpoch',
-           'StayInEval', 'ScoreEpoch', 'best_epoch', 'out_of_patience', 'KeepBest', 'save_weights', 'load_weights',
-           'load_classifier', 'predict_proba', 'FitResult', 'check_classes', 'fit_classifier']
+           'probabilities', 'class_loss', 'valid_score', 'FitRecipe', 'change', 'PatchLearner', 'picked_by',
+           'StartEpoch', 'StayInEval', 'ScoreEpoch', 'best_epoch', 'out_of_patience', 'KeepBest', 'save_weights',
+           'load_weights', 'load_classifier', 'predict_proba', 'FitResult', 'check_classes', 'fit_classifier']
 
 # %% ../../nbs/lib/56_clf.train.ipynb #a7aeb86a
 import contextlib, hashlib, json, time, warnings
@@ -38,9 +38,9 @@ from .keras import BODIES, KerasNet
 from .resnet import ResNetClassifier, TunedResNet, valid_weights
 from .swin import Swin
 from ..core import (DataError, MammoError, ParameterError, RunError, WeightsError, global_seed, hash_of, nearest,
-                           pick_device, read_json, write_json, write_whole)
+                           pick_device, read_json, stepwise, write_json, write_whole)
 from ..gans.checkpoint import Checkpoint, differs
-from ..gans.engine import Engine
+from ..gans.engine import Chance, Engine
 
 # %% ../../nbs/lib/56_clf.train.ipynb #acd85a48
 CLASSIFIERS = {"cnn": SharingCNN, "swin": Swin, "fcn": ThesisFCN, "notebook_cnn": NotebookCNN, "tuned_cnn": TunedCNN,
@@ -170,9 +170,10 @@ def change(
 
 # %% ../../nbs/lib/56_clf.train.ipynb #46b939fa
 class PatchLearner(Learner):
-    "A fastai Learner for resident patches: no idle events, chance by epoch, errors in their own words."
+    "A fastai Learner for resident patches: no idle events, chance by epoch, turns for others, errors in own words."
     def __init__(self, dls, model, *, seed:int=0, engine=None, **kw):
         self.seed, self.engine = seed, engine
+        self.chance = Chance(engine.device if engine else dls.train.device)
         if engine: self.mean_loss, self.rate = torch.zeros(2, device=engine.device).unbind()
         super().__init__(dls, model, default_cbs=False, wd_bn_bias=True, train_bn=False, **kw)
 
@@ -184,11 +185,7 @@ class PatchLearner(Learner):
         except MammoError as e: raise type(e)(e.what, e.where, e.fix) from None
 
     def _set_device(self, b): return b
-    def _do_epoch_train(self):
-        with global_seed(self.seed, "dropout", self.epoch), _ready(self.engine):
-            super()._do_epoch_train()
-
-def _ready(engine): return engine.ready() if engine else contextlib.nullcontext()
+    def fit(self, n_epoch:int, start_epoch:int=0): stepwise(self.steps)(n_epoch, start_epoch)
 
 class _Bf16(nn.Module):
     "The network's forward pass in bfloat16, its outputs in float32."
@@ -227,23 +224,90 @@ def step(self:PatchLearner,
     self.mean_loss.copy_(loss.detach())
 
 # %% ../../nbs/lib/56_clf.train.ipynb #915e4d09
+def picked_by(
+    loader, # `PatchLoader`
+    engine=None, # Of the learner
+): # Iterator of `(x, y)`, or of (arguments of `step`, y) for an engine
+    "What each batch of an epoch is made of."
+    if not engine: return iter(loader)
+    return loader.picks() if loader.resident else (({"x": x}, y) for x,y in loader)
+
+# %% ../../nbs/lib/56_clf.train.ipynb #b9e31c56
 @patch
-def all_batches(self:PatchLearner):
-    "fastai's loop over batches; on CUDA with the whole step replayed."
-    loader = self.dl
-    if not (self.engine and self.training):
-        Learner.all_batches(self)
+def batch(self:PatchLearner,
+    i:int, # Number of the batch
+    picked:tuple, # From `picked_by`
+) -> None:
+    "A batch of training with fastai's events; where there is an engine, one call of `step`, replayed on CUDA."
+    if not self.engine:
+        self.one_batch(i, picked)
         return
-    self.n_iter = len(loader)
-    picks = loader.picks() if loader.resident else (({"x": x}, y) for x,y in loader)
-    for self.iter,(given,y) in enumerate(picks):
-        self.yb = (y,)
-        self._with_events(partial(self._replay, given, y), "batch", CancelBatchException)
+    given, y = picked
+    self.iter, self.yb = i, (y,)
+    self._with_events(partial(self._replay, given, y), "batch", CancelBatchException)
 
 @patch
 def _replay(self:PatchLearner, given, y):
     self.engine((len(y), self.model.training), self.step, y=y, **given)
     self.loss = self.mean_loss
+
+# %% ../../nbs/lib/56_clf.train.ipynb #57ff9dbd
+@patch
+@contextlib.contextmanager
+def turn(self:PatchLearner):
+    "What is done between two stops: on the training's own stream, with its own chance."
+    with self.chance.turn(), self.engine.turn() if self.engine else contextlib.nullcontext():
+        yield
+
+# %% ../../nbs/lib/56_clf.train.ipynb #f8e91f65
+@patch
+def train_steps(self:PatchLearner): # Generator: yields after each batch
+    "The batches of an epoch of training."
+    with self.turn():
+        picks = enumerate(picked_by(self.dl, self.engine))
+    while True:
+        with self.turn():
+            picked = next(picks, None)
+            if picked is None: return
+            self.batch(*picked)
+        yield
+
+# %% ../../nbs/lib/56_clf.train.ipynb #7c99e2c2
+@patch
+def epoch_steps(self:PatchLearner): # Generator: yields after each batch of training
+    "An epoch: training, then validation."
+    self.chance.seed(self.seed, "dropout", self.epoch)
+    with self.turn():
+        self("before_epoch")
+        self.dl = self.dls.train
+        self.n_iter = len(self.dl)
+        self("before_train")
+    yield from self.train_steps()
+    with self.turn():
+        self("after_train")
+        self._do_epoch_validate()
+        self("after_epoch")
+
+# %% ../../nbs/lib/56_clf.train.ipynb #e4bda982
+@patch
+def steps(self:PatchLearner, # Generator: yields after each batch of training
+    n_epoch:int, # Epochs of the whole training
+    start_epoch:int=0, # Those that are done
+):
+    "fastai's fit, with a stop after each batch of training in which others can have their turn."
+    if not self.opt: self.create_opt()
+    self.n_epoch = n_epoch
+    with self.engine.joined() if self.engine else contextlib.nullcontext():
+        with self.turn():
+            self("before_fit")
+        try:
+            for epoch in range(start_epoch, n_epoch):
+                self.epoch = epoch
+                yield from self.epoch_steps()
+        except CancelFitException: self("after_cancel_fit")
+        with self.turn():
+            self("after_fit")
+    self._end_cleanup()
 
 # %% ../../nbs/lib/56_clf.train.ipynb #7865ec62
 class StartEpoch(Callback):
@@ -311,10 +375,9 @@ class KeepBest(Callback):
     order = 20
     def __init__(self, net, recipe, history, best, checkpoint=None, log=None):
         self.net, self.recipe, self.history, self.best = net, recipe, history, best
-        self.checkpoint, self.log, self.done = checkpoint, log, len(history)
+        self.checkpoint, self.log = checkpoint, log
     def before_train(self): self.t0 = time.monotonic()
     def after_epoch(self):
-        if self.epoch < self.done: return     # done before the resume; fastai skips it but for this event
         if best_epoch(self.history) == len(self.history)-1:
             self.best.update({k: v.detach().clone() for k,v in self.net.state_dict().items()})
         if self.log:
@@ -466,7 +529,10 @@ def _learner(model, train, valid, recipe, seed, device, log=None):
 
 # %% ../../nbs/lib/56_clf.train.ipynb #ca93db34
 def _fit(learn, model, recipe, *, history, best, folder): # What was best is kept when a training breaks down
-    try: learn.fit(recipe.epochs, start_epoch=len(history))
+    try: yield from learn.steps(recipe.epochs, len(history))
+    except torch.OutOfMemoryError as e:
+        fix = "set MAMMO_NB_WORKERS=1, so that no other training is at work, or use smaller batches"
+        raise RunError(f"a batch of {recipe.bs} does not fit the device's memory", folder or "device", fix) from e
     except RunError as e:
         if not best or not folder: raise
         model.load_state_dict(best)
@@ -490,6 +556,7 @@ def _finished(model, folder, identity):
     return FitResult(info["best_epoch"], info["best_score"], history, Path(folder))
 
 # %% ../../nbs/lib/56_clf.train.ipynb #9a471757
+@stepwise
 def fit_classifier(
     model:nn.Module, # From `build_classifier`; holds the best weights afterwards, in evaluation mode
     train, # Training patches: `PatchArrays` or `PatchSet`
@@ -515,7 +582,7 @@ def fit_classifier(
         best |= old["state"]["best"]
     learn.add_cbs([ScoreEpoch(recipe, history), KeepBest(model, recipe, history, best, checkpoint=ck, log=log)])
     if not out_of_patience(history, recipe.patience):
-        _fit(learn, model, recipe, history=history, best=best, folder=folder)
+        yield from _fit(learn, model, recipe, history=history, best=best, folder=folder)
     learn.remove_cbs(list(learn.cbs))       # they point back at the learner, which would keep the patches in memory
     model.load_state_dict(best)
     kept = best_epoch(history)

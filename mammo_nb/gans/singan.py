@@ -24,9 +24,9 @@ from torch import nn, Tensor
 from torch.optim.adam import adam
 
 from ..core import (DataError, ParameterError, RunError, WeightsError, check_mode, global_seed, hash_of, locked,
-                           pick_device, read_json, torch_rng, write_json, write_whole)
+                           pick_device, read_json, stepwise, torch_rng, write_json, write_whole)
 from .blocks import register
-from .checkpoint import Checkpoint, differs, fill
+from .checkpoint import Checkpoint, differs, fill, heeding, obey
 from .engine import Engine, rate_for, set_rate
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #cb235d01
@@ -898,28 +898,35 @@ class SinGANRun:
         if self.merge_width is None: object.__setattr__(self, "merge_width", 64 if device.type == "cuda" else 8)
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #125aeba1
-def _resume(fit, ck, log):
-    kept = ck.load()
-    if kept: fit.restore(kept["state"])
-    try:
-        while not fit.done():
+def _climb(fit, ck, log, flag): # The scales that are left; generator: yields after each step
+    while not fit.done():
+        with _overwritten(fit):
             if fit.live is None: fit.begin()
-            with _threads_for(fit), fit.engine.ready(): _scale(fit, ck, log)
+        with fit.engine.joined():
+            yield from _scale(fit, ck, log, flag)
+        with _overwritten(fit):
             fit.finish()
-    except KeyboardInterrupt:
-        ck.save(fit.state(), step=fit.count)
-        raise
 
-def _scale(fit, ck, log):
+def _overwritten(fit): return global_seed(fit.seed, "constructors draw and are overwritten")
+
+def _scale(fit, ck, log, flag):
+    while fit.step < fit.recipe.steps:
+        with _threads_for(fit), fit.engine.turn():
+            fit.advance()
+            _tell(fit, log)
+            if flag.asked or ck.due(): ck.save(fit.state(), step=fit.count)
+        obey(flag, f"scale {fit.scale}", ck.folder)
+        try: yield
+        except GeneratorExit:
+            ck.save(fit.state(), step=fit.count)
+            raise
+
+def _tell(fit, log): # Twenty times a scale
     steps = fit.recipe.steps
-    every = max(1, steps//20)
-    while fit.step < steps:
-        fit.advance()
-        if fit.step % every == 0 or fit.step == steps:
-            losses = fit.note()
-            place = dict(scale=fit.scale, scales=len(fit.plan.shapes), images=fit.live["who"], step=fit.step)
-            if log: log(stage="singan", **place, **losses)
-        if ck.due(): ck.save(fit.state(), step=fit.count)
+    if fit.step % max(1, steps//20) and fit.step < steps: return
+    losses = fit.note()
+    place = dict(scale=fit.scale, scales=len(fit.plan.shapes), images=fit.live["who"], step=fit.step)
+    if log: log(stage="singan", **place, **losses)
 
 @contextlib.contextmanager
 def _threads_for(fit): # Maps of a few kilobytes are slower on several cores than on one, many times slower on busy ones
@@ -930,6 +937,7 @@ def _threads_for(fit): # Maps of a few kilobytes are slower on several cores tha
     finally: torch.set_num_threads(n)
 
 # %% ../../nbs/lib/47_gans.singan.ipynb #d18a736e
+@stepwise
 def fit_singans(
     images, # uint8 `(k,h,w)` or `(k,h,w,3)`, or a list of images of any sizes
     *,
@@ -945,11 +953,11 @@ def fit_singans(
     if not images: raise DataError("no image was given", "fit_singans", "give at least one")
     for i,image in enumerate(images): check_singan_image(image, recipe=recipe, where=f"image {i}")
     cards, out = cards or [{}]*len(images), [None]*len(images)
-    with locked(folder/"singans"), global_seed(seed, "constructors draw and are overwritten"):
+    with locked(folder/"singans"):
         for shape in dict.fromkeys(i.shape for i in images):
             who = [i for i,image in enumerate(images) if image.shape == shape]
-            nets = _fit_one_size([images[i] for i in who], recipe=recipe, folder=folder, seed=seed, how=how, log=log,
-                                 cards=[cards[i] for i in who])
+            nets = yield from _fit_one_size([images[i] for i in who], recipe=recipe, folder=folder, seed=seed, how=how,
+                                            log=log, cards=[cards[i] for i in who])
             for i,net in zip(who, nets): out[i] = net
     return out
 
@@ -959,7 +967,7 @@ def _keys(images): # The hash of each, and how many equal ones came before it
     for h in map(hash_of, images): keys.append(f"{h}-{sum(k.startswith(h) for k in keys)}")
     return keys
 
-def _fit_one_size(images, *, recipe, folder, seed, how, cards, log):
+def _fit_one_size(images, *, recipe, folder, seed, how, cards, log): # Generator: yields after each step
     name, keys = "x".join(map(str, images[0].shape)), _keys(images)
     identity = dict(recipe=asdict(recipe), seed=seed, images=keys, device=how.device.type, merge_width=how.merge_width,
                     mode=how.mode)
@@ -967,15 +975,21 @@ def _fit_one_size(images, *, recipe, folder, seed, how, cards, log):
     finished = folder/f"history_{name}.json"
     if finished.exists():
         old = read_json(finished).get("identity", {})
-        if old == json.loads(json.dumps(identity)): return [SinGAN.load(h, how.device) for h in homes]
+        if old == json.loads(json.dumps(identity)): return _loaded(homes, how.device, seed)
         raise RunError(f"other SinGANs are in this folder; {differs(old, identity)}", finished,
                        "choose another folder, or remove this one")
     fit = SinGANFit(to_tanh(np.stack(images), how.device), keys=keys, recipe=recipe, seed=seed, mode=how.mode, log=log,
                     merge_width=how.merge_width)
     ck = Checkpoint(folder, f"singan_{name}", identity=identity, every_s=how.checkpoint_every_s, log=log)
-    _resume(fit, ck, log)
+    with _overwritten(fit):
+        if kept := ck.load(): fit.restore(kept["state"])
+    yield from heeding(functools.partial(_climb, fit, ck, log))
     told = dict(recipe=asdict(recipe), seed=seed)
     for net,home,key,card in zip(fit.nets, homes, keys, cards): net.save(home, card | {"image_hash": key} | told)
     write_json(finished, {"identity": identity, "history": fit.history})
     ck.prune(0)
     return [n.eval() for n in fit.nets]
+
+def _loaded(homes, device, seed):
+    with global_seed(seed, "constructors draw and are overwritten"):
+        return [SinGAN.load(h, device) for h in homes]

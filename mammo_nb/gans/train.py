@@ -11,7 +11,6 @@ import contextlib
 import copy
 import json
 import math
-import signal
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 from ..core import (DataError, ParameterError, RunError, WeightsError, check_mode, file_hash, hash_of, locked,
                            progress, read_json, rng, seed_of, stepwise, torch_rng, write_csv, write_json,
                            write_whole)
-from .checkpoint import Checkpoint, differs, heeding
-from .engine import Engine, has_bfloat16, narrow, pad_channels, rate_for, set_rate
+from .checkpoint import Checkpoint, differs, heeding, obey
+from .engine import Engine, casts_kept, forget_casts, has_bfloat16, narrow, pad_channels, rate_for, set_rate
 from .share import output_to_uint8, save_generator
 
 # %% ../../nbs/lib/42_gans.train.ipynb #130d25eb
@@ -271,6 +270,7 @@ def descend(self:Game,
     opt.zero_grad(set_to_none=True)
     loss.backward()
     opt.step()
+    forget_casts(self.G, self.D)
 
 # %% ../../nbs/lib/42_gans.train.ipynb #f976d0fd
 @patch
@@ -328,10 +328,11 @@ def step(self:Game, rows:Tensor) -> None:
     "One batch: D's step, the generator's in its turn, sums of what they tell. On the device; this is what is captured."
     self.rows, n = rows, len(rows)
     real = self.recipe.real(self, rows)
-    losses = self.recipe.step_d(self, real)
-    if self.g_turn:
-        losses |= self.recipe.step_g(self, real)
-        self.average()
+    with casts_kept(self.numbers, self.device):
+        losses = self.recipe.step_d(self, real)
+        if self.g_turn: losses |= self.recipe.step_g(self, real)
+    forget_casts(self.G, self.D)
+    if self.g_turn: self.average()
     for name,v in losses.items():
         if name not in self.sums: self.sums[name] = torch.zeros(2, device=self.device)
         self.sums[name][0] += v.detach()*n
@@ -522,12 +523,8 @@ def fail(self:Training, why:str):
 def after_batch(self:Training, batch:int, flag) -> None:
     "Between two steps: checkpoint when it is time, or when somebody asks to stop."
     self.batch = batch
-    if flag.asked:
-        self.save()
-        if flag.asked == signal.SIGINT: raise KeyboardInterrupt
-        raise RunError(f"stopped by the system in epoch {self.epoch+1}; the state is saved", self.folder,
-                       "give the same command again to go on")
-    if self.store.due(): self.save()
+    if flag.asked or self.store.due(): self.save()
+    obey(flag, f"epoch {self.epoch+1}", self.folder)
 
 # %% ../../nbs/lib/42_gans.train.ipynb #4a8fa6d2
 @patch

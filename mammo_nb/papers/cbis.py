@@ -22,7 +22,7 @@ from ..clf.augment import patch_arrays
 from ..clf.keras import BODIES, DEMO_NETS, PaperAugment
 from ..clf.search import search_cnn
 from ..clf.train import NOTEBOOK, FitRecipe, build_classifier, change, fit_classifier, predict_proba
-from ..core import WeightsError, read_json, rng, write_csv, write_json
+from ..core import WeightsError, read_json, rng, stepwise, write_csv, write_json
 from ..data.patches import PatchSet
 from ..data.phantom import centre_style
 from ..data.readers import sets_for
@@ -444,6 +444,8 @@ def after_search(
     lr = found.params.get("lr", how.recipe.lr)
     return replace(how, network=how.network | knobs, recipe=change(how.recipe, lr=lr))
 
+# %% ../../nbs/papers/83_papers.cbis.ipynb #193a51c1
+@stepwise
 def fit_cell(
     folder:Path, # Of the job
     *,
@@ -460,8 +462,8 @@ def fit_cell(
     how = replace(how, network={k: str(v) if isinstance(v, Path) else v for k,v in how.network.items()})
     if how.search_trials: how = after_search(folder, data, how, device=device, log=say)
     net = build_classifier(how.network, seed=how.seed)
-    fit_classifier(net, data["train"], data["val"], seed=how.seed, folder=folder/"net", recipe=how.recipe,
-                   device=device, log=say)
+    yield from fit_classifier.steps(net, data["train"], data["val"], seed=how.seed, folder=folder/"net",
+                                    recipe=how.recipe, device=device, log=say)
     seen, answers = set(sets["train"].table.patient_id.dropna()), {}
     for side,ps in sets.items():
         t, p = ps.table, predict_proba(net, data[side], device=device)

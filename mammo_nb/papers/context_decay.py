@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..clf.augment import PatchArrays, join, patch_arrays
 from ..clf.train import FitRecipe, build_classifier, fit_classifier, predict_proba
-from ..core import DataError, ParameterError, nearest, rng, seed_of, write_json
+from ..core import DataError, ParameterError, nearest, rng, seed_of, stepwise, write_json
 from ..data.controls import jittered_copies
 from ..data.patches import PatchSet
 from ..metrics.answers import said, write_answers
@@ -152,6 +152,7 @@ def shown(
                 expected=how.decay.expected(every*checks, every), patches=int(train.synthetic.sum()))
 
 # %% ../../nbs/papers/81a_papers.context_decay.ipynb #235a1b1b
+@stepwise
 def fit_arm(
     folder:Path, # Of the job
     *,
@@ -169,8 +170,9 @@ def fit_arm(
     train = training_arrays(sets["train"], synthetic, how.benign)
     valid = training_arrays(sets["val"], benign=how.benign)
     model = build_classifier(how.network, seed=how.seed)
-    fit_classifier(model, train, valid, order=DecayOrder(how.decay), augment=quarter_turns, recipe=how.recipe,
-                   seed=how.seed, device=device, folder=folder, log=say if log else None)
+    yield from fit_classifier.steps(model, train, valid, order=DecayOrder(how.decay), augment=quarter_turns,
+                                    recipe=how.recipe, seed=how.seed, device=device, folder=folder,
+                                    log=say if log else None)
     write_answers(folder, {side: _said(model, sets[side], device, how.benign) for side in ("val", "test")})
     write_json(folder/"draws.json", dict(arm=arm, **shown(train, how)))
 

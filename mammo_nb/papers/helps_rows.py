@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..clf.augment import PatchArrays, join, patch_arrays
 from ..clf.train import FitRecipe, build_classifier, fit_classifier, load_classifier, predict_proba
-from ..core import ParameterError, nearest, write_json
+from ..core import ParameterError, nearest, stepwise, write_json
 from ..data.controls import jittered_copies, noise_patches
 from ..data.patches import PatchSet, synthetic_patches
 from ..data.splits import half, line_of
@@ -104,6 +104,7 @@ def learns_from(
     return base if kind in ("cgan", "painting") else positives(base)
 
 # %% ../../nbs/papers/85a_papers.helps_rows.ipynb #7e9f996a
+@stepwise
 def train_singans(
     folder:Path, # Of the job; a killed training goes on
     *,
@@ -116,7 +117,7 @@ def train_singans(
 ) -> None:
     "A SinGAN for each of some real patches, spread evenly."
     images = list(np.asarray(evenly(patches, many).pixels[:, 0]))
-    fit_singans(images, recipe=recipe, folder=folder, seed=seed, device=str(device), mode=mode)
+    yield from fit_singans.steps(images, recipe=recipe, folder=folder, seed=seed, device=str(device), mode=mode)
 
 # %% ../../nbs/papers/85a_papers.helps_rows.ipynb #5f5a83ba
 def singan_samples(
@@ -180,6 +181,7 @@ class Training:
     alone:bool = False # Without the real positives
 
 # %% ../../nbs/papers/85a_papers.helps_rows.ipynb #6e57bd8e
+@stepwise
 def fit_cell(
     folder:Path, # Of the job
     *,
@@ -193,8 +195,9 @@ def fit_cell(
     "Train the classifier of one row and write what it says of validation and test."
     model = build_classifier(how.network, seed=how.seed)
     arrays = {side: patch_arrays(ps) for side,ps in held.items()}
-    fit_classifier(model, training_set(base, extra, how.alone), arrays["val"], seed=how.seed, recipe=how.recipe,
-                   device=device, folder=folder, log=log)
+    training = training_set(base, extra, how.alone)
+    yield from fit_classifier.steps(model, training, arrays["val"], seed=how.seed, recipe=how.recipe, device=device,
+                                    folder=folder, log=log)
     told, answers = dict(names=how.recipe.classes, gan=how.generator), {}
     for side,ps in held.items():
         answers[side] = said(ps.table, ps.y, predict_proba(model, arrays[side], device=device)[:, 1], **told)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..clf.augment import PatchArrays, patch_arrays, training_mix
 from ..clf.train import FitRecipe, build_classifier, change, fit_classifier, predict_proba
-from ..core import DataError, rng
+from ..core import DataError, rng, stepwise
 from ..data.controls import in_turn, jittered_copies, noise_patches
 from ..data.patches import PatchSet
 from ..data.splits import half, line_of
@@ -154,6 +154,7 @@ class Training:
     generator:str = "" # Seed that trained its generators, where each recipe has several
 
 # %% ../../nbs/papers/84b_papers.sharing_rows.ipynb #ac57e580
+@stepwise
 def fit_cell(
     folder:Path, # Of the job
     *,
@@ -170,8 +171,8 @@ def fit_cell(
     model = build_classifier(how.network, seed=how.seed)
     patches = cell_training_set(sets["train"], team, added, how.seed)
     recipe = change(how.recipe, epoch_size=team.shown) if team.shown else how.recipe
-    fit_classifier(model, patches, patch_arrays(sets["val"]), seed=how.seed, recipe=recipe, device=device,
-                   folder=folder, log=say if log else None)
+    yield from fit_classifier.steps(model, patches, patch_arrays(sets["val"]), seed=how.seed, recipe=recipe,
+                                    device=device, folder=folder, log=say if log else None)
     answers, told = {}, dict(gan=how.generator) if how.generator else {}
     for side in [side for side in sets if side != "train"]:
         patches = patch_arrays(sets[side])

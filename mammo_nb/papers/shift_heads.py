@@ -18,7 +18,7 @@ from ..clf.augment import patch_arrays
 from ..clf.resnet import (HeadRecipe, Preparation, ResNetClassifier, fit_heads, frozen_resnet, load_heads,
                                  resnet_features, save_heads)
 from ..clf.train import FitRecipe, fit_classifier, predict_proba
-from ..core import hash_of, read_json, write_json
+from ..core import hash_of, read_json, stepwise, write_json
 from ..metrics.answers import Answers, Cell, Intervals, contrast, said
 from .shift_patches import CLASSES
 from .shift_rows import Rows, healthy_of, members_of, plan_cells, tested_rows
@@ -91,6 +91,7 @@ def whole_recipe(
                      sampling="balanced" if balanced else "all", classes=classes)
 
 # %% ../../nbs/papers/80e_papers.shift_heads.ipynb #71171f0e
+@stepwise
 def train_whole(
     folder:Path, # Of the job
     *,
@@ -108,8 +109,9 @@ def train_whole(
         model = ResNetClassifier(str(network.weights), size=network.size, classes=1 if two else 3, norm=network.norm,
                                  bn="train", depth=network.depth, seed=job.seed)
         train, valid = (patch_arrays(rows.pixels[list(r)], y[list(r)]) for r in (job.train, job.valid))
-        fit_classifier(model, train, valid, seed=job.seed, recipe=whole_recipe(recipe, job.balanced, two),
-                       device=str(device), folder=to, log=log)
+        how = whole_recipe(recipe, job.balanced, two)
+        yield from fit_classifier.steps(model, train, valid, seed=job.seed, recipe=how, device=str(device), folder=to,
+                                        log=log)
         write_json(to/"name.json", f"{scope}/{job.name}")
         np.save(to/"proba.npy", predict_proba(model, rows.pixels, device=str(device)))
 

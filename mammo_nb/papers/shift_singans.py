@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import hash_of, seed_of, write_whole
+from ..core import hash_of, seed_of, stepwise, write_whole
 from ..data.patches import synthetic_patches
 from ..data.pixels import area_resize
 from ..data.splits import check_leaks
@@ -66,6 +66,7 @@ class Learning:
     recipe:SinGANRecipe # Scales, steps, width
     seed:int = 0 # Of the generators
 
+@stepwise
 def train_singans(
     folder:Path, # Of the job; a killed training goes on
     *,
@@ -77,8 +78,8 @@ def train_singans(
     log=None, # Told about steps
 ) -> None:
     "One SinGAN for each image."
-    fit_singans(images, recipe=how.recipe, folder=folder, seed=how.seed, device=str(device), mode=mode, cards=cards,
-                log=log)
+    yield from fit_singans.steps(images, recipe=how.recipe, folder=folder, seed=how.seed, device=str(device), mode=mode,
+                                 cards=cards, log=log)
 
 # %% ../../nbs/papers/80d_papers.shift_singans.ipynb #d5f2ca3c
 @dataclass(frozen=True)

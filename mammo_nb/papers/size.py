@@ -19,7 +19,7 @@ import torch
 
 from ..clf.augment import PatchArrays, join, patch_arrays
 from ..clf.train import THESIS, build_classifier, fit_classifier, predict_proba
-from ..core import DataError, seed_of
+from ..core import DataError, seed_of, stepwise
 from ..data.controls import jittered_copies, noise_patches
 from ..data.patches import PatchSet
 from ..gans.blocks import n_params
@@ -196,6 +196,7 @@ def added_masses(
     return patch_arrays(more.pixels[:, 0], 1, synthetic=True)
 
 # %% ../../nbs/papers/82d_papers.size.ipynb #928bde93
+@stepwise
 def fit_mode(
     folder:Path, # Of the job
     *,
@@ -213,8 +214,8 @@ def fit_mode(
     net = build_classifier(dict(kind="fcn", size=how.size, widths=how.widths, first=how.first), seed=how.seed)
     steps = dict(epochs=how.epochs, bs=how.batch, lr=how.lr, weight_decay=how.weight_decay,
                  epoch_size=shown, flips="hv" if how.flips else "")
-    fit_classifier(net, train, patch_arrays(valid), seed=how.seed, recipe=THESIS, device=device, folder=folder/"fit",
-                   log=log, **steps)
+    yield from fit_classifier.steps(net, train, patch_arrays(valid), seed=how.seed, recipe=THESIS, device=device,
+                                    folder=folder/"fit", log=log, **steps)
     def answer(ps): return said(ps.table, ps.y, predict_proba(net, patch_arrays(ps), device=device)[:, 1])
     write_answers(folder, dict(val=answer(valid), test=answer(test)))
 
