@@ -80,6 +80,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mammo_nb.bench.clock': ('lib/bench.html#clock', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.compare_predictions': ('lib/bench.html#compare_predictions', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.convolutions_of': ('lib/bench.html#convolutions_of', 'mammo_nb/bench.py'),
+                                'mammo_nb.bench.counted_backend': ('lib/bench.html#counted_backend', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.cross_entropy_step': ('lib/bench.html#cross_entropy_step', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.describe': ('lib/bench.html#describe', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.device_name': ('lib/bench.html#device_name', 'mammo_nb/bench.py'),

@@ -8,14 +8,15 @@ __all__ = ['COLUMNS', 'PRODUCTS', 'TEXTBOOK', 'SAME', 'GROUPS', 'SCALES', 'THREA
            'per_second', 'ceilings', 'describe', 'arithmetic_in', 'arithmetics_on', 'named', 'plain_kernels',
            'limits_of', 'Operations', 'step_flops', 'noise_patches', 'Flipped', 'cross_entropy_step',
            'wasserstein_step', 'textbook_gan', 'engine_job', 'gan_jobs', 'batches_of', 'step_lines', 'arithmetic_lines',
-           'textbook_lines', 'bench_gan', 'launches', 'bench_launches', 'bench_compiled', 'epochs_together',
-           'bench_together', 'time_shares', 'share_rows', 'published_iteration', 'as_published', 'draw_below',
-           'Convolutions', 'convolutions_of', 'singan_jobs', 'bench_singan', 'singan_rows', 'sun_xu', 'bench_metrics',
-           'Graded', 'textbook_fit', 'HeadsSize', 'heads_jobs', 'bench_heads', 'own_fit', 'fit_jobs', 'fit_flops',
-           'bench_fit', 'fit_launches', 'classifier_nets', 'thread_job', 'thread_worker', 'Worker', 'bench_threads',
-           'bench_crops', 'peak_memory', 'slope', 'bench_growth', 'Setup', 'setup_of', 'sized', 'gan_list', 'or_said',
-           'gan_rows', 'gan_launches', 'fit_rows', 'later_gans', 'memory_rows', 'Goal', 'judge_goals', 'predictions',
-           'compare_predictions', 'speed_figure', 'page_table', 'write_bench', 'device_name']
+           'textbook_lines', 'bench_gan', 'launches', 'bench_launches', 'counted_backend', 'bench_compiled',
+           'epochs_together', 'bench_together', 'time_shares', 'share_rows', 'published_iteration', 'as_published',
+           'draw_below', 'Convolutions', 'convolutions_of', 'singan_jobs', 'bench_singan', 'singan_rows', 'sun_xu',
+           'bench_metrics', 'Graded', 'textbook_fit', 'HeadsSize', 'heads_jobs', 'bench_heads', 'own_fit', 'fit_jobs',
+           'fit_flops', 'bench_fit', 'fit_launches', 'classifier_nets', 'thread_job', 'thread_worker', 'Worker',
+           'bench_threads', 'bench_crops', 'peak_memory', 'slope', 'bench_growth', 'Setup', 'setup_of', 'sized',
+           'gan_list', 'or_said', 'gan_rows', 'gan_launches', 'fit_rows', 'later_gans', 'memory_rows', 'Goal',
+           'judge_goals', 'predictions', 'compare_predictions', 'speed_figure', 'page_table', 'write_bench',
+           'device_name']
 
 # %% ../nbs/lib/70_bench.ipynb #af4c6409
 import contextlib, copy, os, platform, re, subprocess, sys, time, warnings
@@ -347,7 +348,7 @@ def engine_job(
     mode:str = "exact", # Arithmetic
     labels = None, # Classes
     graph:bool = True, # Capture on CUDA
-    backend:str = "", # Of `torch.compile` for the forward passes; empty: not compiled
+    backend = "", # Of `torch.compile` for the forward passes, name or function; empty: not compiled
 ): # Function without arguments: one epoch
     "Our loop as a job."
     game, at = Game(recipe, 0, device, data=pixels.to(device), labels=_classes(labels), mode=mode), [0]
@@ -493,6 +494,17 @@ def bench_launches(
     return rows
 
 # %% ../nbs/lib/70_bench.ipynb #9f0503c2
+def counted_backend(
+    name:str, # Of a backend of `torch.compile`
+) -> tuple: # (backend, list that gets each graph it is given)
+    "A backend that can be asked whether anything was compiled: `torch.compile` may also step aside and say nothing."
+    compiler, graphs = torch._dynamo.lookup_backend(name), []
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return compiler(graph, inputs)
+    return backend, graphs
+
+# %% ../nbs/lib/70_bench.ipynb #78008338
 def bench_compiled(
     name:str, # How the page calls it
     recipe:Recipe, # A DCGAN
@@ -503,19 +515,22 @@ def bench_compiled(
     backend:str = "inductor", # Of `torch.compile`
 ) -> list: # Rows
     "How much faster `fast` is with compiled forward passes."
-    pixels, compiled = noise_patches(steps*recipe.batch, recipe.size), "fast compiled"
-    jobs, begun = {"fast": engine_job(recipe, pixels, device, mode="fast")}, time.perf_counter()
+    pixels, graphs, begun = noise_patches(steps*recipe.batch, recipe.size), [], time.perf_counter()
+    lost = partial(line, "GANs", name, "fast compiled", "not measured", float("nan"), "", 0)
+    jobs = {"fast": engine_job(recipe, pixels, device, mode="fast")}
     try:
-        jobs[compiled] = engine_job(recipe, pixels, device, mode="fast", backend=backend)
-        jobs[compiled]()
+        chosen, graphs = counted_backend(backend)
+        jobs["compiled"] = engine_job(recipe, pixels, device, mode="fast", backend=chosen)
+        jobs["compiled"]()
     except Exception as e:                # whatever a compiler may raise: a missing one is no fault of the benchmark
-        return [line("GANs", name, compiled, "not measured", float("nan"), "", 0, _first_line(e))]
-    took = time.perf_counter() - begun
+        return [lost(_first_line(e))]
+    if not graphs: return [lost("torch.compile left the networks as they are")]
+    note = f"{len(graphs)} graphs compiled in {time.perf_counter() - begun:.0f} s"
     raw = in_turns(jobs, rounds=rounds, device=device, warmup=1 if torch.device(device).type == "cpu" else 4)
-    note = jobs[compiled].game.engine.why or f"{recipe.size} px, batch {recipe.batch}, compiled in {took:.0f} s"
-    say = partial(line, "GANs", name, compiled, rounds=rounds, note=note)
-    return [say("speed", per_second(raw, compiled, len(pixels)), "img/s"),
-            say("times fast", ratio(raw, compiled, "fast"), "")]
+    if why := jobs["compiled"].game.engine.why: note += f"; not captured: {why}"
+    say = partial(line, "GANs", name, "fast compiled", rounds=rounds, note=note)
+    return [say("speed", per_second(raw, "compiled", len(pixels)), "img/s"),
+            say("times fast", ratio(raw, "compiled", "fast"), "")]
 
 def _first_line(e): # Of what an exception says
     return (str(e).strip() or type(e).__name__).splitlines()[0][:150]

@@ -74,6 +74,12 @@ def test_classifiers_tell_the_seconds_of_an_epoch(gpu, monkeypatch):
         assert np.isclose(r[bench.named("ours", kind), bench.SAME], speed["ours"]/speed["textbook"])
 
 
+def test_what_was_not_compiled_has_no_speed(gpu):
+    "torch.compile steps aside under a dispatch mode, as the played device is one, and runs the networks as they are."
+    told, = bench.bench_compiled("toy", TINY, device="cuda", steps=1, rounds=1, backend="aot_eager")
+    assert told["what"] == "not measured" and "left the networks" in told["note"]
+
+
 def test_no_kernel_is_no_number(gpu):
     told = bench.bench_launches("toy", TINY, device="cuda", textbook=False)
     assert {r["note"] for r in told} == {"the profiler saw no kernel"} and all(np.isnan(r["value"]) for r in told)

@@ -27,7 +27,8 @@ from ..core import (DataError, ParameterError, RunError, WeightsError, check_mod
                            progress, read_json, rng, seed_of, stepwise, torch_rng, write_csv, write_json,
                            write_whole)
 from .checkpoint import Checkpoint, differs, heeding, obey
-from .engine import Engine, casts_kept, forget_casts, has_bfloat16, narrow, pad_channels, rate_for, set_rate
+from .engine import (Engine, casts_kept, forget_casts, has_bfloat16, narrow, pad_channels, rate_for,
+                                   set_rate)
 from .share import output_to_uint8, save_generator
 
 # %% ../../nbs/lib/42_gans.train.ipynb #130d25eb
