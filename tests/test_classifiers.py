@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 import torch
 
-from mammo_nb.clf import train as T
+from mammo_nb.clf import swin, train as T
 from mammo_nb.clf.augment import PatchLoader, join, patch_arrays, training_mix
 from mammo_nb.gans.engine import Engine
 from mammo_nb.clf.train import SHARING, THESIS, build_classifier, change, fit_classifier, load_classifier, predict_proba
-from mammo_nb.core import DataError, ParameterError, RunError, WeightsError, global_seed, rng
+from mammo_nb.core import DataError, ParameterError, RunError, WeightsError, global_seed, kernels, rng
 
 CNN = dict(kind="cnn", size=16, widths=(4,8), hidden=8, dropout=.5)
 SWIN = dict(kind="swin", size=16, patch=4, embed=8, depths=(2,2), heads=(2,2), window=2, drop_path=.3)
@@ -255,3 +255,30 @@ def graphed(config, recipe):
 def test_replayed_steps_equal_eager_ones(config, optimiser):
     replayed, eager = graphed(config, change(SHARING, optimiser=optimiser))
     assert all(torch.equal(replayed[k], eager[k]) for k in eager)
+
+def swin_gradients(device, size=56, **form):
+    "Gradients of one batch of Swin-T's blocks, 49 tokens a window, and the operators of attention that made them."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Attention(TorchDispatchMode):
+        found = set()
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "attention" in func.__name__: self.found.add(func.__name__.split(".")[0])
+            return func(*args, **(kwargs or {}))
+    model = build_classifier(dict(kind="swin", size=size, drop_path=0., **form), seed=0).to(device)
+    x = torch.from_numpy(rng(0, "x").normal(size=(4, 3, size, size)).astype(np.float32)).to(device)
+    with kernels("float32"), Attention() as seen: model(x).square().sum().backward()
+    return [p.grad.cpu() for p in model.parameters()], seen.found
+
+@pytest.mark.gpu
+def test_swin_on_a_gpu_takes_the_fused_kernel_and_repeats():
+    (a, fused), (b, _), (cpu, plain) = map(swin_gradients, ("cuda", "cuda", "cpu"))
+    assert fused == {"_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"} and not plain
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert all((x - y).norm() <= 1e-3*y.norm() + 1e-5 for x, y in zip(a, cpu))
+
+def test_swin_by_the_one_call_is_swin_by_products(monkeypatch):
+    "What CUDA calls, on the CPU: the same gradients."
+    products, _ = swin_gradients("cpu", size=16, patch=4, embed=8, depths=(2, 2), heads=(2, 2), window=2)
+    monkeypatch.setattr(swin, "attend", lambda q, k, v, bias: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+    called, _ = swin_gradients("cpu", size=16, patch=4, embed=8, depths=(2, 2), heads=(2, 2), window=2)
+    assert all((x - y).norm() <= 1e-5*y.norm() + 1e-6 for x, y in zip(called, products))

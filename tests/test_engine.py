@@ -10,7 +10,7 @@ from mammo_nb.core import ParameterError, RunError, file_hash, rng, torch_rng
 from mammo_nb.gans import wgangp  # noqa: F401 - adds its recipe
 from mammo_nb.gans.dcgan import DCGAN, RECIPES
 from mammo_nb.gans.diffusion import diffusers_version
-from mammo_nb.gans.engine import pad_channels, waits
+from mammo_nb.gans.engine import has_bfloat16, pad_channels, waits
 from mammo_nb.gans.losses import grad_penalty
 from mammo_nb.gans.singan import SinGANFit, SinGANRecipe, to_tanh
 from mammo_nb.gans.train import Game, as_pixels, train_epoch, train_gan
@@ -22,6 +22,7 @@ KINDS = {
     "thesis": replace(RECIPES["thesis_dcgan"].small(**SMALL), decay_g=2, decay_d=1, decay=.5),
     "wgangp": RECIPES["sharing_wgangp"].small(**SMALL),
     "wgangp ahead": RECIPES["sharing_wgangp"].small(**SMALL, ahead=True),
+    "wgangp half": RECIPES["sharing_wgangp"].small(**SMALL, half_penalty=True),
 }
 if diffusers_version(): KINDS["diffusion"] = RECIPES["ho_ddpm"].small(**SMALL, widths=(8, 16), layers=1, fold=2, ema=.9)
 N = 30     # batches of 8, 8, 8, 6
@@ -175,6 +176,23 @@ def test_penalty_stays_float32_in_fast_mode():
     def penalty(g, m):
         with g.precise(): return grad_penalty(g.D, *x, torch_rng(0, "mix")).item()
     assert penalty(games["fast"], "fast") == pytest.approx(penalty(games["exact"], "exact"), rel=1e-5)
+
+
+def test_half_penalty_belongs_to_bf16(tmp_path):
+    "In float32 the switch changes nothing; in bf16 it changes the digits, is another run, goes on exactly, and replays exactly."
+    def weights(kind, mode, **kw): return state(played(KINDS[kind], mode=mode, epochs=4, **kw)[0])
+    def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+    assert same(weights("wgangp half", "float32"), weights("wgangp", "float32"))
+    half = weights("wgangp half", "bf16")
+    assert same(half, weights("wgangp half", "bf16", capture=Tape))
+    assert same(half, weights("wgangp", "bf16")) != has_bfloat16("cpu")
+    class Killed(BaseException): pass
+    def train(name, kind="wgangp half", log=None): return train_gan(KINDS[kind], pixels().numpy(), folder=tmp_path/name, epochs=3, mode="bf16", checkpoint_every_s=0, log=log)
+    def kill(**kw):
+        if kw["stage"] == "checkpoint" and (tmp_path/"broken"/"history.csv").exists(): raise Killed
+    with pytest.raises(Killed): train("broken", log=kill)
+    assert train("broken").history.equals(train("whole").history)
+    with pytest.raises(RunError, match="half_penalty"): train("whole", "wgangp")
 
 
 def climbed(device="cpu", capture=None, **kw):
