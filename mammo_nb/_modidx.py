@@ -83,6 +83,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mammo_nb.bench.convolutions_of': ('lib/bench.html#convolutions_of', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.counted_backend': ('lib/bench.html#counted_backend', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.cross_entropy_step': ('lib/bench.html#cross_entropy_step', 'mammo_nb/bench.py'),
+                                'mammo_nb.bench.crowds': ('lib/bench.html#crowds', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.describe': ('lib/bench.html#describe', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.device_name': ('lib/bench.html#device_name', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.draw_below': ('lib/bench.html#draw_below', 'mammo_nb/bench.py'),

@@ -15,8 +15,8 @@ __all__ = ['COLUMNS', 'PRODUCTS', 'TEXTBOOK', 'SAME', 'GROUPS', 'SCALES', 'THREA
            'fit_flops', 'bench_fit', 'fit_launches', 'classifier_nets', 'fits_together', 'bench_fits_together',
            'thread_job', 'thread_worker', 'Worker', 'bench_threads', 'bench_crops', 'peak_memory', 'slope',
            'bench_growth', 'Setup', 'setup_of', 'sized', 'gan_list', 'or_said', 'gan_rows', 'gan_launches', 'fit_rows',
-           'later_gans', 'memory_rows', 'Goal', 'judge_goals', 'predictions', 'compare_predictions', 'speed_figure',
-           'page_table', 'write_bench', 'device_name']
+           'later_gans', 'crowds', 'memory_rows', 'Goal', 'judge_goals', 'predictions', 'compare_predictions',
+           'speed_figure', 'page_table', 'write_bench', 'device_name']
 
 # %% ../nbs/lib/70_bench.ipynb #af4c6409
 import contextlib, copy, os, platform, re, subprocess, sys, time, warnings
@@ -1373,6 +1373,13 @@ def later_gans(S:Setup) -> list: # (recipe, name, classes)
         out.append((r, f"context_mass, d_mult {d}", 3))
     r = RECIPES["cbis_cgan"].small(**S.cgan) if S.cgan else RECIPES["cbis_cgan"]
     return out + [(replace(r, updates_epoch=max(1, S.steps//5)), "cbis_cgan", 2)]
+
+# %% ../nbs/lib/70_bench.ipynb #ab5830e1
+def crowds(
+    S:Setup, # Sizes
+) -> dict: # Name of a classifier -> trainings that take turns
+    "Which classifiers are timed together; a Swin Transformer needs more memory and time than a CNN."
+    return {"CNN of paper 04": S.together, "Swin of paper 04": -(-S.together//2)}
 
 # %% ../nbs/lib/70_bench.ipynb #c9426fe5
 def memory_rows(
