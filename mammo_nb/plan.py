@@ -331,7 +331,7 @@ TIMED = ("speed", "an iteration", "times one after another") # What of a benchma
 
 def speeds_of(
     timed:str, # Name of a file in reports/benchmarks: `predictions`, `cpu-2core`, or that of a device you timed
-) -> pd.DataFrame: # item, mode, value, lo, hi (images or iterations a second, or times), note; the usual arithmetic first
+) -> pd.DataFrame: # item, mode, value, lo, hi (images or iterations a second), note; the usual arithmetic first
     "Speeds of whole training steps in one committed benchmark, and how much faster several are in turns."
     files = {f.stem: f for f in sorted((repo_root()/"reports"/"benchmarks").glob("*.csv"))}
     if timed not in files:
