@@ -38,6 +38,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mammo_nb.bench.Operations.__init__': ('lib/bench.html#operations.__init__', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.Operations.__torch_dispatch__': ( 'lib/bench.html#operations.__torch_dispatch__',
                                                                                   'mammo_nb/bench.py'),
+                                'mammo_nb.bench.Seconds': ('lib/bench.html#seconds', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.Setup': ('lib/bench.html#setup', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.Worker': ('lib/bench.html#worker', 'mammo_nb/bench.py'),
                                 'mammo_nb.bench.Worker.__init__': ('lib/bench.html#worker.__init__', 'mammo_nb/bench.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PRODUCTS', 'TEXTBOOK', 'SAME', 'GROUPS', 'SCALES', 'THREAD_JOBS', 'SETUPS', 'WHOLE', 'SPEED', 'SINGAN',
-           'OURS', 'GOALS', 'LINE', 'PLAIN', 'SAID', 'FORETOLD', 'clock', 'in_turns', 'quartiles', 'ratio', 'line',
-           'per_second', 'ceilings', 'describe', 'arithmetic_in', 'arithmetics_on', 'named', 'plain_kernels',
+           'OURS', 'GOALS', 'LINE', 'PLAIN', 'SAID', 'FORETOLD', 'clock', 'Seconds', 'in_turns', 'quartiles', 'ratio',
+           'line', 'per_second', 'ceilings', 'describe', 'arithmetic_in', 'arithmetics_on', 'named', 'plain_kernels',
            'limits_of', 'Operations', 'step_flops', 'noise_patches', 'Flipped', 'cross_entropy_step',
            'wasserstein_step', 'textbook_gan', 'engine_job', 'gan_jobs', 'batches_of', 'step_lines', 'arithmetic_lines',
            'textbook_lines', 'bench_gan', 'launches', 'bench_launches', 'counted_backend', 'bench_compiled',
@@ -70,9 +70,13 @@ def clock(device) -> float: # Seconds
     torch.cuda.synchronize(device) if torch.device(device).type == "cuda" else torch.mps.synchronize()
     return time.perf_counter()
 
+# %% ../nbs/lib/70_bench.ipynb #bedd3774
+class Seconds(float):
+    "A time that a job took by its own clock, as start and capture are not to count."
+
 # %% ../nbs/lib/70_bench.ipynb #deb20803
 def in_turns(
-    jobs:dict, # Name -> function without arguments, one unit of work; a number it gives back are its seconds
+    jobs:dict, # Name -> function without arguments, one unit of work; `Seconds` that it gives back are its time
     *,
     rounds:int, # Timed rounds
     device = "cpu", # Where the work runs
@@ -85,7 +89,7 @@ def in_turns(
         for name in names[r % len(names):] + names[:r % len(names)]:
             begun = clock(device)
             told = jobs[name]()
-            seconds = told if isinstance(told, float) else clock(device) - begun
+            seconds = told if isinstance(told, Seconds) else clock(device) - begun
             if r >= 0: out.append((r, name, seconds))
     return pd.DataFrame(out, columns=["round", "name", "seconds"])
 
@@ -937,7 +941,7 @@ def own_fit(
             else: run.why = said.get("why", "")
         with kernels(arithmetic):
             fit_classifier(net, train, valid, seed=0, recipe=recipe, bs=bs, device=device, log=told)
-        return None if cpu else (ends[-1] - ends[0])/(len(ends) - 1)
+        return None if cpu else Seconds((ends[-1] - ends[0])/(len(ends) - 1))
     run.why = ""
     return run
 
@@ -1045,7 +1049,7 @@ def fits_together(
     arithmetic:str, # `float32`, `tf32`, `bf16`
     fits:int, # Trainings
     turns:bool, # Step by step in turn, or one after another
-) -> float: # Seconds of an epoch of all
+) -> Seconds: # Of an epoch of all
     "Classifiers of one kind, trained at once."
     train, valid = patch_arrays(*data), patch_arrays(data[0][:2], data[1][:2])
     recipe, ends = change(SHARING, epochs=3, optimiser="adam", bs=bs), [[] for _ in range(fits)]
@@ -1058,8 +1062,8 @@ def fits_together(
     with kernels(arithmetic):
         for crowd in [works] if turns else [[work] for work in works]:
             while crowd: crowd = [work for work in crowd if next(work, "ended") != "ended"]
-    if turns: return (max(e[-1] for e in ends) - max(e[0] for e in ends))/2
-    return sum(e[-1] - e[0] for e in ends)/2
+    if turns: return Seconds((max(e[-1] for e in ends) - max(e[0] for e in ends))/2)
+    return Seconds(sum(e[-1] - e[0] for e in ends)/2)
 
 # %% ../nbs/lib/70_bench.ipynb #afdb14db
 def bench_fits_together(
