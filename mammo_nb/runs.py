@@ -154,7 +154,7 @@ class Run:
         sweep(self.dir)
         self._mend_log()
         self.save()
-        print(why, end="\n"*bool(why), flush=True)
+        if why: print(why, flush=True)
 
     @property
     def phantom(self) -> bool:

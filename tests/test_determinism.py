@@ -13,10 +13,10 @@ USUAL = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MAMMO_NB_WORKERS="1", PYT
 OTHERS = dict(threads=dict(OMP_NUM_THREADS="4", MKL_NUM_THREADS="4", MAMMO_NB_WORKERS="2"), hashes=dict(PYTHONHASHSEED="12345"), zone=dict(TZ="Pacific/Kiritimati"),
               language=dict(LC_ALL="POSIX", LANG="tr_TR.UTF-8", PYTHONUTF8="1"))
 
-def ended(folder, surroundings, umask=0o022):
+def ended(folder, surroundings, umask=0o022, **more):
     "A run in a process of its own, in a folder and with a cache of its own: file -> hash."
     folder.mkdir()
-    given = [word for k,v in (TINY | dict(run_dir=folder/"run")).items() for word in ("-p", k, str(v))]
+    given = [word for k,v in (TINY | more | dict(run_dir=folder/"run")).items() for word in ("-p", k, str(v))]
     command = [sys.executable, "-m", "papermill", str(repo_root()/"nbs"/"04_sharing.ipynb"), str(folder/"out.ipynb"), "--no-progress-bar", *given]
     env = os.environ | USUAL | surroundings | dict(MAMMO_NB_CACHE=str(folder/"cache"), PYTHONPATH=str(repo_root()), MPLBACKEND="agg")
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, umask=umask)
@@ -35,3 +35,10 @@ def test_surroundings_change_no_byte(tmp_path):
     print(f"{len(usual)} files, {len(differ)} differ with {', '.join(OTHERS)}, folder, cache and umask changed")
     alone = {name: [f for f,h in ended(tmp_path/name, more).items() if usual[f] != h] for name,more in OTHERS.items()} if differ else {}
     assert not differ, f"{differ}; alone: {alone}"
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_a_run_on_a_gpu_has_the_same_bytes_in_turns_and_one_after_another(tmp_path):
+    two = dict(device="cuda", arms="none,bcdr_dcgan,copies", clf_epochs=4)
+    alone, turns = (ended(tmp_path/f"workers{n}", dict(MAMMO_NB_WORKERS=n), **two) for n in ("1", "8"))
+    assert len(alone) > 15 and alone == turns
