@@ -1052,7 +1052,8 @@ def fits_together(
 ) -> Seconds: # Of an epoch of all
     "Classifiers of one kind, trained at once."
     train, valid = patch_arrays(*data), patch_arrays(data[0][:2], data[1][:2])
-    recipe, ends = change(SHARING, epochs=3, optimiser="adam", bs=bs), [[] for _ in range(fits)]
+    precision, ends = "bf16" if arithmetic == "bf16" else "fp32", [[] for _ in range(fits)]
+    recipe = change(SHARING, epochs=3, optimiser="adam", bs=bs, precision=precision)
     def fit(k):
         def told(**said):
             if said["stage"] == "fit": ends[k].append(clock(device))

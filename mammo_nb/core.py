@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEASE', 'WAITS', 'MODES', 'KERNELS', 'MammoError', 'ParameterError', 'DataError', 'LeakError', 'WeightsError',
-           'RunError', 'nearest', 'repo_root', 'cache_roots', 'cache_dir', 'seed_of', 'rng', 'torch_rng', 'global_seed',
-           'owner', 'write_whole', 'write_text', 'write_json', 'write_csv', 'read_json', 'hash_of', 'file_hash',
-           'lock_of', 'locked', 'stepwise', 'taken', 'pick_device', 'check_mode', 'Kernels', 'kernels', 'arithmetic_on',
-           'exact_mode', 'progress']
+           'RunError', 'Stopped', 'nearest', 'repo_root', 'cache_roots', 'cache_dir', 'seed_of', 'rng', 'torch_rng',
+           'global_seed', 'owner', 'write_whole', 'write_text', 'write_json', 'write_csv', 'read_json', 'hash_of',
+           'file_hash', 'lock_of', 'locked', 'stepwise', 'taken', 'pick_device', 'check_mode', 'Kernels', 'kernels',
+           'arithmetic_on', 'exact_mode', 'progress']
 
 # %% ../nbs/lib/10_core.ipynb #093d1ee8
 import contextlib
@@ -45,6 +45,7 @@ class DataError(MammoError): "A data folder, table or image cannot be used."
 class LeakError(MammoError): "The same patient, image or pixels are on two sides of a split."
 class WeightsError(MammoError): "A weights file does not fit the network, or cannot be read safely."
 class RunError(MammoError): "A run cannot go on: full disk, unfinished stage, foreign run folder."
+class Stopped(RunError): "A work was asked to stop, and its state is saved."
 
 # %% ../nbs/lib/10_core.ipynb #5387e109
 def nearest(

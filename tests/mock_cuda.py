@@ -168,6 +168,7 @@ class Graph:
             if n and state.stream and state.stream not in Machine.now.stream.follows: raise RuntimeError("mock: graphs at work on two streams draw from one state of chance")
             state.offset, state.stream = state.offset + n, Machine.now.stream
         Machine.now.replays += 1
+        Machine.now.stream.works()
 
 def _bytes(s): return torch.empty(0, dtype=torch.uint8).set_(s)
 
@@ -353,7 +354,13 @@ class autocast(torch.autocast):
     def __init__(self, device_type, *args, **kw): super().__init__("cpu" if str(device_type).startswith("cuda") else device_type, *args, **kw)
 
 class Stream:
-    def __init__(self, device=None, **kw): self.device, self.follows = GPU, {self}
+    all = weakref.WeakSet()
+    def __init__(self, device=None, **kw):
+        self.device, self.follows = GPU, {self}
+        self.all.add(self)
+    def works(self):
+        "Nobody has waited for what it does now."
+        for other in self.all: other.follows -= {self} if other is not self else set()
     def wait_stream(self, other): self.follows |= other.follows
     def is_capturing(self): return Machine.now.graph is not None
     def synchronize(self): Machine.now.wait("Stream.synchronize")

@@ -1,5 +1,6 @@
 """A dress rehearsal for CUDA on a machine without one: the GPU tests of the other files, whole trainings and the paper notebooks on the played device of
 mock_cuda.py. Passing means: no mixed devices, no hidden wait, graphs that do what the eager loop does. It says nothing about cuDNN's numbers or speed."""
+import contextlib
 from dataclasses import replace
 
 import nbformat
@@ -191,6 +192,10 @@ def test_killed_classifier_ends_with_the_same_weights(gpu, tmp_path, name, preci
 def test_captured_classifiers_in_turns_equal_those_alone(gpu):
     together, alone = clf.in_turns_and_alone("cuda")
     assert all(clf.same(a, b) for a, b in zip(together, alone)) and gpu.replays
+
+def test_shared_chance_is_refused(gpu, monkeypatch):
+    monkeypatch.setattr("mammo_nb.gans.engine.Chance.turn", lambda self: contextlib.nullcontext())
+    with pytest.raises(RuntimeError, match="two streams draw from one state"): clf.in_turns_and_alone("cuda")
 
 def keras_fit(kind, **config):
     net = build_classifier({**nets.DEMO_NETS[kind], **config}, seed=1)

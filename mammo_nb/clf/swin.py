@@ -107,7 +107,7 @@ class WindowAttention(ShiftedWindowAttention):
         n = math.prod(self.window_size)
         learnt = F.embedding(self.relative_position_index, self.relative_position_bias_table)
         learnt = learnt.view(n, n, -1).permute(2, 0, 1)
-        each = learnt.expand(self.windows, *learnt.shape) if self.mask is None else learnt + self.mask
+        each = learnt.expand(self.windows, *learnt.shape) if self.mask is None else learnt + self.mask.to(learnt.dtype)
         return each.flatten(0, 1)[None]
 
     def forward(self, x:Tensor) -> Tensor: # `(b,rows,cols,c)`, the same

@@ -173,7 +173,8 @@ class PatchLearner(Learner):
     "A fastai Learner for resident patches: no idle events, chance by epoch, turns for others, errors in own words."
     def __init__(self, dls, model, *, seed:int=0, engine=None, **kw):
         self.seed, self.engine = seed, engine
-        self.chance = Chance(engine.device if engine else dls.train.device)
+        feed = dls.train.feed
+        self.chance = Chance(engine.device if engine else dls.train.device, numpy=bool(feed.augment or feed.order))
         if engine: self.mean_loss, self.rate = torch.zeros(2, device=engine.device).unbind()
         super().__init__(dls, model, default_cbs=False, wd_bn_bias=True, train_bn=False, **kw)
 

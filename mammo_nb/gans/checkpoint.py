@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes, save as save_bytes
 from torch import Tensor
 
-from ..core import RunError, hash_of, read_json, write_json, write_whole
+from ..core import RunError, Stopped, hash_of, read_json, write_json, write_whole
 
 # %% ../../nbs/lib/41b_gans.checkpoint.ipynb #8afe7475
 def pack(
@@ -211,8 +211,8 @@ def stop_asked(
     "Turn the first SIGINT or SIGTERM inside the block into `flag.asked`; outside the main thread nothing changes."
     flag, main = flag or StopFlag(), threading.current_thread() is threading.main_thread()
     def ask(number, frame):
-        if flag.asked: raise KeyboardInterrupt
-        flag.asked = number
+        if flag.asked and number == signal.SIGINT: raise KeyboardInterrupt
+        flag.asked = flag.asked or number
     old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try: yield flag
     finally:
@@ -244,5 +244,5 @@ def obey(
     "End as it was asked for: a Ctrl-C as such, another signal as an error that says how to go on."
     if not flag.asked: return
     if flag.asked == signal.SIGINT: raise KeyboardInterrupt
-    raise RunError(f"stopped by the system in {place}; the state is saved", folder,
-                   "give the same command again to go on")
+    raise Stopped(f"stopped by the system in {place}; the state is saved", folder,
+                  "give the same command again to go on")

@@ -906,6 +906,8 @@ def _climb(fit, ck, log, flag): # The scales that are left; generator: yields af
             yield from _scale(fit, ck, log, flag)
         with _overwritten(fit):
             fit.finish()
+        if flag.asked: ck.save(fit.state(), step=fit.count)
+        obey(flag, f"scale {fit.scale}", ck.folder)
 
 def _overwritten(fit): return global_seed(fit.seed, "constructors draw and are overwritten")
 
@@ -918,7 +920,8 @@ def _scale(fit, ck, log, flag):
         obey(flag, f"scale {fit.scale}", ck.folder)
         try: yield
         except GeneratorExit:
-            ck.save(fit.state(), step=fit.count)
+            with fit.engine.turn():
+                ck.save(fit.state(), step=fit.count)
             raise
 
 def _tell(fit, log): # Twenty times a scale

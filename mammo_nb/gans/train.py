@@ -327,6 +327,7 @@ def frozen(net:nn.Module):
 @patch
 def step(self:Game, rows:Tensor) -> None:
     "One batch: D's step, the generator's in its turn, sums of what they tell. On the device; this is what is captured."
+    forget_casts(self.G, self.D)            # of a step that was not gone through, as in a capture that failed
     self.rows, n = rows, len(rows)
     real = self.recipe.real(self, rows)
     with casts_kept(self.numbers, self.device):
