@@ -601,7 +601,8 @@ def _end_workers(processes):
 
 def _work_and_end(*arguments): # As `do_job`; a worker that was told to stop takes no further job
     try: return do_job(*arguments)
-    except (KeyboardInterrupt, Stopped): os._exit(1)
+    except (KeyboardInterrupt, Stopped):
+        os._exit(1)
 
 def _pool_of(workers): # Importing torch takes seconds, so one stage's workers do the next stage's jobs
     around = workers, os.getcwd(), tuple(sys.path), tuple(sorted(os.environ.items()))
