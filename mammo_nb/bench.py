@@ -1062,7 +1062,8 @@ def fits_together(
     works = [fit(k) for k in range(fits)]
     with kernels(arithmetic):
         for crowd in [works] if turns else [[work] for work in works]:
-            while crowd: crowd = [work for work in crowd if next(work, "ended") != "ended"]
+            while crowd:
+                crowd = [work for work in crowd if next(work, "ended") != "ended"]
     if turns: return Seconds((max(e[-1] for e in ends) - max(e[0] for e in ends))/2)
     return Seconds(sum(e[-1] - e[0] for e in ends)/2)
 

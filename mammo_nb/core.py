@@ -45,7 +45,8 @@ class DataError(MammoError): "A data folder, table or image cannot be used."
 class LeakError(MammoError): "The same patient, image or pixels are on two sides of a split."
 class WeightsError(MammoError): "A weights file does not fit the network, or cannot be read safely."
 class RunError(MammoError): "A run cannot go on: full disk, unfinished stage, foreign run folder."
-class Stopped(RunError): "A work was asked to stop, and its state is saved."
+class Stopped(RunError):
+    "A work was asked to stop, and its state is saved."
 
 # %% ../nbs/lib/10_core.ipynb #5387e109
 def nearest(
