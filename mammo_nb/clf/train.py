@@ -21,7 +21,8 @@ import torch
 # fastai's import uses a function torch is about to retire; nothing the reader could do
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
-    from fastai.callback.core import Callback, CancelBatchException, CancelFitException, TrainEvalCallback
+    from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
+                                      CancelTrainException, TrainEvalCallback)
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
@@ -186,7 +187,7 @@ class PatchLearner(Learner):
         except MammoError as e: raise type(e)(e.what, e.where, e.fix) from None
 
     def _set_device(self, b): return b
-    def fit(self, n_epoch:int, start_epoch:int=0): stepwise(self.steps)(n_epoch, start_epoch)
+    def fit(self, n_epoch:int, *, start_epoch:int=0): stepwise(self.steps)(n_epoch, start_epoch)
 
 class _Bf16(nn.Module):
     "The network's forward pass in bfloat16, its outputs in float32."
@@ -260,6 +261,24 @@ def turn(self:PatchLearner):
     with self.chance.turn(), self.engine.turn() if self.engine else contextlib.nullcontext():
         yield
 
+# %% ../../nbs/lib/56_clf.train.ipynb #d23fff15
+@patch
+def staged(self:PatchLearner, # Generator: yields where `work` does
+    stage:str, # `fit`, `epoch` or `train`
+    work, # Function without arguments: a generator
+    cancelled:type, # Exception by which a callback ends the stage
+):
+    "fastai's events around a part of the work: `before_`, `after_cancel_` where a callback ended it, `after_`."
+    try:
+        with self.turn():
+            self(f"before_{stage}")
+        yield from work()
+    except cancelled:
+        with self.turn():
+            self(f"after_cancel_{stage}")
+    with self.turn():
+        self(f"after_{stage}")
+
 # %% ../../nbs/lib/56_clf.train.ipynb #f8e91f65
 @patch
 def train_steps(self:PatchLearner): # Generator: yields after each batch
@@ -277,17 +296,21 @@ def train_steps(self:PatchLearner): # Generator: yields after each batch
 @patch
 def epoch_steps(self:PatchLearner): # Generator: yields after each batch of training
     "An epoch: training, then validation."
-    self.chance.seed(self.seed, "dropout", self.epoch)
+    self.dl = self.dls.train
+    self.n_iter = len(self.dl)
+    yield from self.staged("train", self.train_steps, CancelTrainException)
     with self.turn():
-        self("before_epoch")
-        self.dl = self.dls.train
-        self.n_iter = len(self.dl)
-        self("before_train")
-    yield from self.train_steps()
-    with self.turn():
-        self("after_train")
         self._do_epoch_validate()
-        self("after_epoch")
+
+@patch
+def all_epochs(self:PatchLearner, # Generator: yields after each batch of training
+    start_epoch:int, # Those that are done
+):
+    "The epochs of a training; each has a chance of its own, so that it can begin at any."
+    for epoch in range(start_epoch, self.n_epoch):
+        self.epoch = epoch
+        self.chance.seed(self.seed, "dropout", epoch)
+        yield from self.staged("epoch", self.epoch_steps, CancelEpochException)
 
 # %% ../../nbs/lib/56_clf.train.ipynb #e4bda982
 @patch
@@ -299,15 +322,7 @@ def steps(self:PatchLearner, # Generator: yields after each batch of training
     if not self.opt: self.create_opt()
     self.n_epoch = n_epoch
     with self.engine.joined() if self.engine else contextlib.nullcontext():
-        with self.turn():
-            self("before_fit")
-        try:
-            for epoch in range(start_epoch, n_epoch):
-                self.epoch = epoch
-                yield from self.epoch_steps()
-        except CancelFitException: self("after_cancel_fit")
-        with self.turn():
-            self("after_fit")
+        yield from self.staged("fit", partial(self.all_epochs, start_epoch), CancelFitException)
     self._end_cleanup()
 
 # %% ../../nbs/lib/56_clf.train.ipynb #7865ec62
