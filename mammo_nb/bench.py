@@ -8,18 +8,18 @@ __all__ = ['COLUMNS', 'PRODUCTS', 'TEXTBOOK', 'SAME', 'GROUPS', 'SCALES', 'THREA
            'line', 'per_second', 'ceilings', 'describe', 'arithmetic_in', 'arithmetics_on', 'named', 'plain_kernels',
            'limits_of', 'Operations', 'step_flops', 'noise_patches', 'Flipped', 'cross_entropy_step',
            'wasserstein_step', 'textbook_gan', 'engine_job', 'gan_jobs', 'batches_of', 'step_lines', 'arithmetic_lines',
-           'textbook_lines', 'bench_gan', 'profiled', 'launches', 'bench_launches', 'counted_backend', 'bench_compiled',
+           'textbook_lines', 'bench_gan', 'launches', 'bench_launches', 'counted_backend', 'bench_compiled',
            'epochs_together', 'bench_together', 'time_shares', 'share_rows', 'published_iteration', 'as_published',
            'draw_below', 'Convolutions', 'convolutions_of', 'singan_jobs', 'bench_singan', 'singan_rows', 'sun_xu',
            'bench_metrics', 'Graded', 'textbook_fit', 'HeadsSize', 'heads_jobs', 'bench_heads', 'own_fit', 'fit_jobs',
            'fit_flops', 'bench_fit', 'fit_launches', 'classifier_nets', 'fits_together', 'bench_fits_together',
-           'thread_job', 'thread_worker', 'Worker', 'bench_threads', 'bench_crops', 'peak_memory', 'slope',
+           'thread_job', 'thread_worker', 'Worker', 'bench_threads', 'bench_crops', 'set_down', 'peak_memory', 'slope',
            'bench_growth', 'Setup', 'setup_of', 'sized', 'gan_list', 'or_said', 'gan_rows', 'gan_launches', 'fit_rows',
            'later_gans', 'crowds', 'memory_rows', 'Goal', 'judge_goals', 'predictions', 'compare_predictions',
            'speed_figure', 'page_table', 'write_bench', 'device_name']
 
 # %% ../nbs/lib/70_bench.ipynb #af4c6409
-import contextlib, copy, os, platform, re, subprocess, sys, time, warnings
+import contextlib, copy, gc, os, platform, re, subprocess, sys, time, warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count as count_from
@@ -240,19 +240,20 @@ def step_flops(
     recipe:Recipe, # What trains
     labels = None, # Classes, where the recipe needs them
     n:int = 2, # Patches in the counted batch
+    device = "cpu", # Where they are counted
 ) -> float: # Operations a real patch, 1 multiply-add = 2
     "Operations of a whole training step for each real patch."
     # G's own batch keeps its share
     more = {"batch_g": max(1, round(recipe.batch_g*n/recipe.batch))} if hasattr(recipe, "batch_g") else {}
     small = replace(recipe, batch=n, **more)
-    game = Game(small, 0, "cpu", data=noise_patches(4*n, recipe.size),
+    game = Game(small, 0, device, data=noise_patches(4*n, recipe.size),
                 labels=_classes(None if labels is None else labels[:4*n]))
     game.start_epoch(0)
     rows = small.rows(4*n, game.labels, torch.Generator().manual_seed(0))[0]
     with Operations() as count:
         for k in range(recipe.g_every):
             game.place(k)
-            game.step(rows)
+            game.step(rows.to(device))
     return count.total/(recipe.g_every*len(rows))
 
 # %% ../nbs/lib/70_bench.ipynb #4f78ce5a
@@ -450,7 +451,7 @@ def bench_gan(
     game = jobs["exact"].game
     batches = batches_of(game)
     note = f"{recipe.size} px, batch {recipe.batch}, {game.drawn} patches a round"
-    say, work = partial(line, "GANs", name, rounds=rounds, note=note), step_flops(recipe, game.labels)
+    say, work = partial(line, "GANs", name, rounds=rounds, note=note), step_flops(recipe, game.labels, device=device)
     rows = [say("count", "operations a real patch", work/1e9, "GFLOP", rounds=1)]
     for k in jobs:
         plain = k.startswith("textbook")               # its operations are others
@@ -461,7 +462,7 @@ def bench_gan(
     return [*rows, say("fast", "times exact", ratio(raw, "fast", "exact"), "", note=game.engine.why or note)]
 
 # %% ../nbs/lib/70_bench.ipynb #15043a99
-def profiled(
+def _profiled(
     kind:ProfilerActivity, # What is recorded
 ) -> profile: # For `with`
     "torch's profiler without the lines it writes on the terminal; what it could not see shows in what it gives back."
@@ -478,7 +479,7 @@ def launches(
             fn()
         return seen.calls
     if ProfilerActivity.CUDA not in supported_activities(): return 0
-    with profiled(ProfilerActivity.CUDA) as seen:
+    with _profiled(ProfilerActivity.CUDA) as seen:
         fn()
         torch.cuda.synchronize(device)
     return sum(e.device_type == DeviceType.CUDA and not e.is_user_annotation for e in seen.events())
@@ -594,7 +595,7 @@ def time_shares(
     fn, # Function without arguments, on a CPU
 ) -> dict: # Group -> share of the time; `the rest` included
     "Shares of the time of a call."
-    with profiled(ProfilerActivity.CPU) as seen:
+    with _profiled(ProfilerActivity.CPU) as seen:
         fn()
     events = [(e.key, e.self_cpu_time_total) for e in seen.key_averages()]
     total, out = sum(t for _,t in events), dict.fromkeys([*GROUPS, "the rest"], 0.)
@@ -1216,6 +1217,13 @@ def bench_crops(
                  "ms", len(each), "spread over images; " + note)]
 
 # %% ../nbs/lib/70_bench.ipynb #226c1dc4
+def set_down(
+    device, # Where the next part is measured
+) -> None:
+    "What earlier parts left is freed; a network and its forward pass hold each other until Python's collector comes."
+    gc.collect()
+    if torch.device(device).type == "cuda": torch.cuda.empty_cache()
+
 def peak_memory(
     recipe:Recipe, # What trains
     mode:str, # Arithmetic
@@ -1224,6 +1232,7 @@ def peak_memory(
     "Peak memory of one epoch of two batches, networks and optimisers included."
     pixels = noise_patches(2*recipe.batch, recipe.size)
     if torch.device(device).type == "cuda":
+        set_down(device)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
         base = torch.cuda.memory_allocated(device)

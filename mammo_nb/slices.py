@@ -8,6 +8,7 @@ __all__ = ['WHAT', 'BENCH', 'command_of', 'run_until', 'Box', 'weight', 'wanted'
 
 # %% ../nbs/lib/71_slices.ipynb #af285ec4
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -18,11 +19,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from .core import DataError, ParameterError, cache_dir, nearest, read_json, repo_root, write_json, write_whole
 
 # %% ../nbs/lib/71_slices.ipynb #ceaa7291
+def _gpu_tests() -> list: # Paths
+    "The test files that hold a test for a GPU, those of the engine first; others may need what a bare machine lacks."
+    files = [f for f in sorted((repo_root()/"tests").glob("test_*.py")) if "mark.gpu" in f.read_text(encoding="utf-8")]
+    return [str(f) for f in sorted(files, key=lambda f: "engine" not in f.name)]
+
 WHAT = ("tests", "bench", "00", "03", "02", "04", "01") # Most wanted first
-BENCH = "device,gans,classifiers,singan,compiled,growth,memory,metrics,patches,counts"
+BENCH = "device,gans,classifiers,singan,compiled,growth,memory,counts" # Parts that need the device
 
 def command_of(
     what:str, # One of `WHAT`
@@ -33,7 +41,7 @@ def command_of(
     "What a slice of this kind starts."
     if what not in WHAT: raise ParameterError(f"there is no {what!r}", "WHAT", nearest(what, list(WHAT)))
     python = [sys.executable, "-m"]
-    if what == "tests": return [*python, "pytest", "-m", "gpu", "-q", "-x", str(repo_root()/"tests")]
+    if what == "tests": return [*python, "pytest", "-m", "gpu", "-q", "--maxfail=5", *_gpu_tests()]
     name = "90_benchmarks" if what == "bench" else next((repo_root()/"nbs").glob(f"{what}_*.ipynb")).stem
     given = dict(preset=preset, device=device, run_dir=str(work)) | (dict(only=BENCH) if what == "bench" else {})
     parameters = [word for k,v in given.items() for word in ("-p", k, v)]
@@ -50,13 +58,33 @@ def run_until(
     "Run a process, ask it to stop when its time is spent, end it when it does not."
     with open(log, "ab") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-    if not _over(process, seconds):
-        os.killpg(process.pid, signal.SIGINT)
-        if _over(process, grace): return "stopped"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return "ended"
-    return "done" if process.returncode == 0 else f"failed ({process.returncode})"
+    if _over(process, seconds): return "done" if process.returncode == 0 else f"failed ({process.returncode})"
+    kernels = _kernels_of(process.pid)
+    for kernel in kernels: _told(kernel.terminate)
+    if kernels and _over(process, .7*grace): return "stopped"
+    os.killpg(process.pid, signal.SIGINT)
+    if _over(process, grace*(.3 if kernels else 1)): return "stopped"
+    os.killpg(process.pid, signal.SIGKILL)
+    for kernel in kernels: _told(kernel.kill)
+    process.wait()
+    return "ended"
+
+def _kernels_of(
+    pid:int, # Of a papermill
+) -> list: # Of `psutil.Process`
+    """Its notebooks' kernels, which have sessions of their own.
+
+    They are asked first: papermill, interrupted, gives a kernel five seconds, too few to save many trainings.
+    """
+    kernels = []
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(ProcessLookupError):       # it has just ended
+            if os.getsid(child.pid) != pid: kernels.append(child)
+    return kernels
+
+def _told(do): # It may have ended meanwhile
+    with contextlib.suppress(psutil.NoSuchProcess):
+        do()
 
 def _over(process, seconds): # Did it end by itself in this time?
     try: process.wait(seconds)

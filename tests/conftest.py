@@ -11,7 +11,7 @@ LONG = ("test_paper_", "test_sweep", "test_rehearsal", "test_stale")   # whole n
 
 def pytest_collection_modifyitems(config, items):
     import torch
-    items.sort(key=lambda i: not i.path.name.startswith(LONG))      # long files first: at the end no core waits for another
+    if "gpu" not in config.getoption("-m"): items.sort(key=lambda i: not i.path.name.startswith(LONG))   # long files first: at the end no core waits for another
     marked = config.getoption("-m")
     for i in items:
         if i.get_closest_marker("slow") and "slow" not in marked: i.add_marker(pytest.mark.skip(reason="slow: run with pytest -m slow"))

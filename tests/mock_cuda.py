@@ -354,9 +354,10 @@ class autocast(torch.autocast):
     def __init__(self, device_type, *args, **kw): super().__init__("cpu" if str(device_type).startswith("cuda") else device_type, *args, **kw)
 
 class Stream:
-    all = weakref.WeakSet()
-    def __init__(self, device=None, **kw):
-        self.device, self.follows = GPU, {self}
+    all, dealt = weakref.WeakSet(), Counter()
+    def __init__(self, device=None, priority=0, **kw):
+        self.device, self.follows, self.cuda_stream = GPU, {self}, (priority, self.dealt[priority] % 32)     # CUDA has 32, and begins again
+        self.dealt[priority] += 1
         self.all.add(self)
     def works(self):
         "Nobody has waited for what it does now."

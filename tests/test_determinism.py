@@ -18,7 +18,7 @@ def ended(folder, surroundings, umask=0o022, **more):
     folder.mkdir()
     given = [word for k,v in (TINY | more | dict(run_dir=folder/"run")).items() for word in ("-p", k, str(v))]
     command = [sys.executable, "-m", "papermill", str(repo_root()/"nbs"/"04_sharing.ipynb"), str(folder/"out.ipynb"), "--no-progress-bar", *given]
-    env = os.environ | USUAL | surroundings | dict(MAMMO_NB_CACHE=str(folder/"cache"), PYTHONPATH=str(repo_root()), MPLBACKEND="agg")
+    env = os.environ | USUAL | surroundings | dict(MAMMO_NB_CACHE=str(folder/"cache"), PYTHONPATH=os.pathsep.join([str(repo_root()), os.environ.get("PYTHONPATH", "")]), MPLBACKEND="agg")
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, umask=umask)
     assert done.returncode == 0, done.stderr[-3000:]
     kept = [p for pattern in ("tables/*.csv", "*.csv", "*.csv.gz", "figures/*", "words.json") for p in (folder/"run").glob(pattern)]

@@ -197,6 +197,23 @@ def test_shared_chance_is_refused(gpu, monkeypatch):
     monkeypatch.setattr("mammo_nb.gans.engine.Chance.turn", lambda self: contextlib.nullcontext())
     with pytest.raises(RuntimeError, match="two streams draw from one state"): clf.in_turns_and_alone("cuda")
 
+@pytest.mark.parametrize("config", [clf.CNN, clf.FCN, dict(kind="resnet50_tuned", weights="none", depth="small", size=16), dict(kind="resnet50_tuned", weights="none", depth="small", size=32),
+                                    dict(kind="resnet50", weights="none", depth="small", size=32, classes=2, norm="authors")], ids=lambda c: f"{c['kind']}{c['size']}")
+def test_every_classifier_is_captured(gpu, config):
+    "Those with a ResNet inside were not: they brought ImageNet's colours and the matrices of a smaller picture from the host in each step."
+    said = []
+    clf.fit(config, change(clf.SHARING), epochs=4, device="cuda", log=lambda **told: said.append(told))
+    assert gpu.replays and not [told for told in said if told["stage"] == "engine"]
+
+def test_engines_of_trainings_that_are_over_hold_no_graph(gpu, tmp_path):
+    from mammo_nb.gans.engine import _living, no_collection
+    old = set(_living)
+    with no_collection():                                       # which would free them, some time; in bf16 a network holds itself
+        train_gan(engine.KINDS["dcgan"], engine.pixels().numpy(), folder=tmp_path, epochs=2, device="cuda", mode="fast")
+        steps_of("singan", tmp_path)
+        clf.fit(clf.CNN, epochs=4, device="cuda")
+        assert gpu.replays and not [e for e in set(_living) - old if any(slot.graph for slot in e.slots.values())]
+
 def keras_fit(kind, **config):
     net = build_classifier({**nets.DEMO_NETS[kind], **config}, seed=1)
     return net, fit_classifier(net, nets.TRAIN, nets.VALID, seed=1, recipe=nets.KERAS, epochs=1, device="cuda", augment=nets.PaperAugment())

@@ -9,7 +9,7 @@ __all__ = ['PatchArrays', 'patch_arrays', 'join', 'take', 'training_mix', 'epoch
 # %% ../../nbs/lib/50_clf.augment.ipynb #6ce2f358
 import hashlib
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import DataError, ParameterError, hash_of, rng, torch_rng
-from ..data.pixels import area_matrix
+from ..data.pixels import overlap_on
 
 # %% ../../nbs/lib/50_clf.augment.ipynb #a5509c36
 @dataclass(frozen=True, eq=False)
@@ -168,9 +168,6 @@ def epoch_order(
     return g.choice(len(patches), n, p=w/w.sum())
 
 # %% ../../nbs/lib/50_clf.augment.ipynb #83976d40
-@lru_cache(maxsize=32)
-def _overlap(n, m, device): return torch.from_numpy(area_matrix(n, m)).to(device, torch.float32)
-
 def to_input(
     pixels:Tensor, # uint8, or float in [0,1], `(b,s,s)`
     *,
@@ -183,7 +180,7 @@ def to_input(
     if not pixels.is_floating_point(): x = x/255
     if value_range == "tanh": x = 2*x - 1
     if size and size != x.shape[-1]:
-        down, across = (_overlap(side, size, x.device) for side in x.shape[-2:])
+        down, across = (overlap_on(side, size, x.device) for side in x.shape[-2:])
         x = down @ x @ across.T
     return x.expand(-1, channels, -1, -1) if channels > 1 else x
 

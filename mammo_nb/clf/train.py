@@ -555,6 +555,8 @@ def _fit(learn, model, recipe, *, history, best, folder): # What was best is kep
         save_weights(model, Path(folder)/"last_good.safetensors")
         where = f"the best weights of the {len(history)} epochs before it are in last_good.safetensors"
         raise RunError(f"{e.what}; {where}", folder, e.fix) from None
+    finally:
+        if learn.engine: learn.engine.forget()
 
 def _write(model, result, identity):
     sha256 = save_weights(model, result.path/"classifier.safetensors")

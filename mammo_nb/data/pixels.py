@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'RASTER', 'SCALINGS', 'AGAIN', 'BROKEN', 'HEADER_WORDS', 'is_dicom', 'read_dicom',
            'read_header', 'header_or_skip', 'window', 'to_uint8', 'read_image', 'mask_boxes', 'mask_values',
-           'read_mask', 'mask_box', 'area_matrix', 'area_resize', 'torch_area_resize', 'low_threshold', 'breast_mask',
-           'breast_side', 'pectoral_cut']
+           'read_mask', 'mask_box', 'area_matrix', 'area_resize', 'overlap_on', 'torch_area_resize', 'low_threshold',
+           'breast_mask', 'breast_side', 'pectoral_cut']
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #55119ca0
 import io, warnings
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -544,6 +545,17 @@ def area_resize(
     return _as(out, img.dtype)
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #680aa36e
+@lru_cache(maxsize=None)
+def overlap_on(
+    n:int, # Source length
+    m:int, # Target length
+    device:torch.device, # Where it lies
+    dtype:torch.dtype = torch.float32,
+) -> Tensor: # `(m,n)`
+    "`area_matrix` on a device, kept for good: a captured step reads it again and cannot copy it from the host."
+    with torch.inference_mode(False):
+        return torch.from_numpy(area_matrix(n, m)).to(device, dtype)
+
 def torch_area_resize(
     x:Tensor, # `(b,c,h,w)` float
     size, # Side, or (rows, cols)
@@ -551,7 +563,7 @@ def torch_area_resize(
     "The same in torch, for batches on any device."
     h, w = _pair(size)
     if tuple(x.shape[-2:])==(h,w): return x
-    a, b = (torch.from_numpy(area_matrix(n,m)).to(x) for n,m in ((x.shape[-2],h),(x.shape[-1],w)))
+    a, b = (overlap_on(n, m, x.device, x.dtype) for n,m in ((x.shape[-2],h),(x.shape[-1],w)))
     return a @ x @ b.T
 
 # %% ../../nbs/lib/22_data.pixels.ipynb #75966790

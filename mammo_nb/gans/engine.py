@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WAITS', 'has_bfloat16', 'narrow', 'casts_kept', 'fill', 'run_filled', 'norm_filled', 'pad_channels', 'forget_casts',
-           'cuda_capture', 'Slot', 'Engine', 'default_generator', 'rate_for', 'set_rate', 'go_on_as', 'Chance', 'Watch',
-           'waits']
+           'no_collection', 'cuda_capture', 'Slot', 'own_stream', 'Engine', 'default_generator', 'rate_for', 'set_rate',
+           'go_on_as', 'Chance', 'Watch', 'waits']
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #f6fa96ab
-import contextlib
+import contextlib, gc, weakref
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core import check_mode, kernels, seed_of
+from ..core import RunError, check_mode, kernels, seed_of
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #184db43f
 def has_bfloat16(
@@ -125,6 +125,16 @@ def forget_casts(
     torch.clear_autocast_cache()
     for net in nets: vars(net).get("filled", {}).clear()
 
+# %% ../../nbs/lib/41a_gans.engine.ipynb #edf73ac9
+@contextlib.contextmanager
+def no_collection():
+    "Python's collector waits: where it ends an old graph while a new one is recorded, CUDA gives up the new one."
+    was_on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was_on: gc.enable()
+
 # %% ../../nbs/lib/41a_gans.engine.ipynb #9b3740fe
 def cuda_capture(
     fn, # Function without arguments that only touches fixed buffers
@@ -134,7 +144,7 @@ def cuda_capture(
     "Record all kernels of a call as one CUDA graph; nothing is run."
     graph = torch.cuda.CUDAGraph()
     for g in generators: graph.register_generator_state(g)
-    with torch.cuda.graph(graph, stream=stream):
+    with no_collection(), torch.cuda.graph(graph, stream=stream):
         fn()
     return graph
 
@@ -145,6 +155,26 @@ class Slot:
     inputs:dict      # Name -> fixed buffer
     seen:int = 0     # Steps run eagerly
     graph:object = None # What replays it
+
+# %% ../../nbs/lib/41a_gans.engine.ipynb #fbf4c694
+_living = weakref.WeakSet() # Engines
+
+def own_stream(
+    device, # A CUDA device
+): # `torch.cuda.Stream`
+    """A stream that no living engine has.
+
+    CUDA deals 32 streams of each priority in turn. A graph that ends frees the workspaces of cuBLAS on its stream,
+    those that another graph on this stream has written down too.
+    """
+    for priority in (0, 0, -1):
+        taken = {e.stream.cuda_stream for e in _living if e.stream}
+        for _ in range(32):
+            stream = torch.cuda.Stream(device, priority=priority)
+            if stream.cuda_stream not in taken: return stream
+        gc.collect()                # engines that hold each other and nothing else does
+    raise RunError("64 engines are alive, and each needs a stream of its own", "own_stream",
+                   "drop trainings that are over, or ask for fewer at once")
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #b765c4a1
 class Engine:
@@ -161,7 +191,8 @@ class Engine:
         self.device, self.generators, self.log = torch.device(device), generators, log
         self.mode = mode and check_mode(mode)
         cuda = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device) if cuda else None
+        self.stream = own_stream(self.device) if cuda else None
+        _living.add(self)
         self.capture = capture or (cuda_capture if cuda else None)
         self.slots, self.why = {}, ""
         if not graph and self.capture: self.stop("the recipe asks for none")

@@ -821,6 +821,7 @@ def finish(self:SinGANFit):
         self.nets[i].amps.append(float(L["amp"][j]))
         self.last_D[i] = D[j]
         if self.scale == 0: self.nets[i].z_rec.copy_(L["z_rec"].chunk(len(L["who"]), 1)[j])
+    self.engine.forget()
     self.live, self.step, self.group = None, 0, self.group+1
     if self.group == len(self.groups()): self.group, self.scale = 0, self.scale+1
 

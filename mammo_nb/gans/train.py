@@ -617,6 +617,7 @@ def train_gan(
         except torch.OutOfMemoryError as e:
             raise RunError(f"a batch of {recipe.batch} patches of {recipe.size} px does not fit the device's memory",
                            folder, "use a smaller batch or width") from e
+        finally: t.game.engine.forget()
         return t.finish()
 
 # %% ../../nbs/lib/42_gans.train.ipynb #6479bc29
