@@ -4,7 +4,7 @@
 
 Each paper's notebook is run by papermill (phantoms, seed 0, demo size, two at a time) into `reports/demo/evidence/`. The executed
 notebook, without progress lines, warnings, times and names of folders, becomes `reports/PAPER/notebook.ipynb`; its page becomes
-`reports/PAPER/report.html`, or `demo.html` where that is a page of several runs; the small tables that the page links to come with it, and
+`reports/PAPER/report.html`, or `demo.html` where that is a page of real data; the small tables that the page links to come with it, and
 the picture of samples that the README shows (`reports/PAPER/samples.png`). All are made of phantoms only. A tree with changes is refused:
 evidence is a commit's.
 """
@@ -67,6 +67,13 @@ def tables_kept(page:str, run:Path, place:Path, folder:str) -> str: # The page, 
     return LINK.sub(lambda found: found[0].replace(found[1], kept[found[1]][0]) if found[1] in kept else "", page)
 
 
+def page_of(place:Path) -> tuple: # (file, name of the folder of its tables)
+    "Where a demo's page goes: a page of real data that lies there stays, the demo's gets names of its own."
+    there = place/"report.html"
+    real = there.is_file() and "PHANTOM DATA" not in there.read_text(encoding="utf-8")
+    return (place/"demo.html", "demo_tables") if real else (there, "tables")
+
+
 def take(paper:str, executed:Path) -> None:
     "Notebook and page of a finished run into reports/."
     book = nbformat.read(executed, 4)
@@ -79,8 +86,7 @@ def take(paper:str, executed:Path) -> None:
     place = ROOT/"reports"/paper
     place.mkdir(exist_ok=True)
     nbformat.write(book, place/"notebook.ipynb")
-    several = (place/"figures").is_dir()      # a page of several runs lies there already, with figures and tables of its own
-    page, folder = place/("demo.html" if several else "report.html"), "demo_tables" if several else "tables"
+    page, folder = page_of(place)
     text = (ROOT/WORK/paper/"report.html").read_text(encoding="utf-8")
     page.write_text(tables_kept(text, ROOT/WORK/paper, place, folder), encoding="utf-8")
     if paper in SAMPLES: shutil.copyfile(ROOT/WORK/paper/"figures"/f"{SAMPLES[paper]}.png", place/"samples.png")

@@ -99,6 +99,12 @@ def test_evidence_keeps_the_small_tables_a_page_links_to(tmp_path):
     assert [f.name for f in (place/"tables").iterdir()] == ["small.csv"] and page.count("<a ") == 1 and 'href="tables/small.csv"' in page
     assert 'href="demo_tables/small.csv"' in evidence.tables_kept(links, run, place, "demo_tables")
 
+def test_evidence_of_a_demo_leaves_a_page_of_real_data(tmp_path):
+    "In a fresh clone the demo of paper 03 was once written over the page of its real runs."
+    places = {p: evidence.page_of(ROOT/"reports"/p) for p in evidence.PAPERS}
+    assert {p: page.name for p, (page, _) in places.items()} == {p: "demo.html" if p.startswith("03") else "report.html" for p in evidence.PAPERS}
+    assert {folder for page, folder in places.values() if page.name == "demo.html"} == {"demo_tables"} and evidence.page_of(tmp_path) == (tmp_path/"report.html", "tables")
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT/"reports")))
 def test_committed_page_is_whole_small_and_asks_the_network_for_nothing(page):
     text = page.read_text(encoding="utf-8")
