@@ -7,7 +7,7 @@ SEED  ?= 0
 ARGS  ?=
 OUT    = reports/demo/notebooks/$(P)-seed$(SEED).ipynb
 
-.PHONY: run test quick paper gpu gpu-slice evidence docs install sync lint outputs clean
+.PHONY: run test quick paper gpu gpu-slice gpu-wheels evidence docs install sync lint outputs clean
 
 run: install
 	@mkdir -p $(dir $(OUT))
@@ -55,10 +55,15 @@ gpu-slice: PRESET ?= paper
 gpu-slice: export PYTHONPATH = $(CURDIR):$(CURDIR)/.site
 gpu-slice: export JUPYTER_PATH = $(CURDIR)/.kernel/share/jupyter
 gpu-slice: export MAMMO_NB_CACHE ?= $(CURDIR)/.cache
-gpu-slice: ## make gpu-slice MINUTES=9 WHAT=tests|bench|00|01|02|03|04 OUT=folder [WHEELS=folder] [PRESET=demo]: goes on from what lies in OUT
+gpu-slice: ## make gpu-slice MINUTES=9 WHAT=tests|bench|00|01|02|03|04 OUT=folder [WHEELS=folder] [PRESET=demo] [GIVEN="name=value …"]: goes on from what lies in OUT
 	[ -z "$(WHEELS)" ] || $(PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target .site $(WHEELS)/*.whl
 	$(PY) -m ipykernel install --prefix .kernel --name python3 >/dev/null
-	$(PY) -m mammo_nb.slices --what $(WHAT) --minutes $(MINUTES) --out $(OUT) --preset $(PRESET)
+	$(PY) -m mammo_nb.slices --what $(WHAT) --minutes $(MINUTES) --out $(OUT) --preset $(PRESET) --given $(GIVEN)
+
+gpu-wheels: WHEELS ?= wheels
+gpu-wheels: ## make gpu-wheels WHEELS=folder: what such a machine lacks (Python 3.12, Linux, x86-64), to be carried there
+	$(PY) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  $(foreach linux,manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1,--platform $(linux)_x86_64) -d $(WHEELS) -r docs/gpu_wheels.txt
 
 lint: install ## lines, unused names, imports inside functions, likely bugs; types of the spine
 	$(BIN)/ruff check mammo_nb nbs

@@ -20,14 +20,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import yaml
 
 from .core import DataError, ParameterError, cache_dir, nearest, read_json, repo_root, write_json, write_whole
 
 # %% ../nbs/lib/71_slices.ipynb #ceaa7291
 def _gpu_tests() -> list: # Paths
-    "The test files that hold a test for a GPU, those of the engine first; others may need what a bare machine lacks."
+    "The test files that hold a test for a GPU: the engine's first, whole notebooks last."
     files = [f for f in sorted((repo_root()/"tests").glob("test_*.py")) if "mark.gpu" in f.read_text(encoding="utf-8")]
-    return [str(f) for f in sorted(files, key=lambda f: "engine" not in f.name)]
+    whole = ("test_paper", "test_determinism")
+    return [str(f) for f in sorted(files, key=lambda f: (f.name.startswith(whole), "engine" not in f.name))]
+
+# A file that cannot be read and a test that hangs cost themselves only, and the log tells which
+_PYTEST = ("-m", "gpu", "-v", "--maxfail=20", "--continue-on-collection-errors", "-o", "timeout=120",
+           "-o", "faulthandler_timeout=60")
+
+def _given(name): # Parameters of a paper's row in sweeps/papers_full.yaml: published sizes without files of weights
+    rows = yaml.safe_load((repo_root()/"sweeps"/"papers_full.yaml").read_text(encoding="utf-8"))["rows"]
+    return next((row.get("parameters", {}) for row in rows if row["notebook"] == name), {})
+
+def _pair(word):
+    name, equals, value = word.partition("=")
+    if not equals: raise ParameterError(f"'{word}' gives no value", "GIVEN", "write name=value")
+    return name, value
 
 WHAT = ("tests", "bench", "00", "03", "02", "04", "01") # Most wanted first
 BENCH = "device,gans,classifiers,singan,compiled,growth,memory,counts" # Parts that need the device
@@ -37,14 +52,17 @@ def command_of(
     work:Path, # Run folder of this what
     device:str="cuda", # Where it runs
     preset:str="paper", # Its size
+    given:tuple=(), # Further parameters, `name=value`; those of sweeps/papers_full.yaml come before them
 ) -> list: # Arguments of a process
     "What a slice of this kind starts."
     if what not in WHAT: raise ParameterError(f"there is no {what!r}", "WHAT", nearest(what, list(WHAT)))
     python = [sys.executable, "-m"]
-    if what == "tests": return [*python, "pytest", "-m", "gpu", "-q", "--maxfail=5", *_gpu_tests()]
+    if what == "tests": return [*python, "pytest", *_PYTEST, *_gpu_tests()]
     name = "90_benchmarks" if what == "bench" else next((repo_root()/"nbs").glob(f"{what}_*.ipynb")).stem
-    given = dict(preset=preset, device=device, run_dir=str(work)) | (dict(only=BENCH) if what == "bench" else {})
-    parameters = [word for k,v in given.items() for word in ("-p", k, v)]
+    said = dict(preset=preset, device=device, run_dir=str(work)) | (dict(only=BENCH) if what == "bench" else {})
+    said |= _given(name) if preset == "paper" else {}
+    said |= dict(_pair(word) for word in given)
+    parameters = [word for k,v in said.items() for word in ("-p", k, str(v))]
     notebook = [str(repo_root()/"nbs"/f"{name}.ipynb"), str(work)+".ipynb"]
     return [*python, "papermill", *notebook, *parameters, "--no-progress-bar", "--log-output"]
 
@@ -179,13 +197,14 @@ def run_slice(
     out:Path, # Folder that comes back, and from which the next slice goes on
     device:str="cuda", # Where it runs
     preset:str="paper", # Its size
+    given:tuple=(), # See `command_of`
 ) -> dict: # What slice.json holds
     "One slice: take up what there is, run, stop in time, pack."
     start, out = time.monotonic(), Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     cache, work = cache_dir(), cache_dir("slices")/f"run-{what}"
     taken = unpack(out, cache, work)
-    command = command_of(what, work, device, preset)
+    command = command_of(what, work, device, preset, given)
     left = 60*minutes - (time.monotonic()-start) - 75
     end = run_until(command, out/"log.txt", max(left, 5))
     said = pack(out, cache, work)
@@ -202,6 +221,7 @@ def main(argv=None) -> int: # Exit code: 0 done or stopped in time, 1 failed
     parser.add_argument("--out", default="gpu-slice")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--preset", default="paper")
+    parser.add_argument("--given", nargs="*", default=(), help="further parameters of the notebook, name=value")
     said = run_slice(**vars(parser.parse_args(argv)))
     print(json.dumps(said, indent=1))
     return int(said["end"].startswith("failed"))

@@ -12,7 +12,7 @@ behave as always; `Tensor.device` reads the mark, and a dispatch mode looks at e
 What it cannot show: numbers of CUDA kernels, kernels that CUDA lacks or that differ (cuDNN), the order of streams, memory, time. Autocast is the CPU's bfloat16.
 Operators' C++ shortcuts that make a CPU tensor in backward count as made on the device.
 """
-import contextlib, random, struct, weakref
+import contextlib, itertools, random, struct, weakref
 from collections import Counter
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -353,10 +353,12 @@ def grouped(lists, with_indices=False):
 class autocast(torch.autocast):
     def __init__(self, device_type, *args, **kw): super().__init__("cpu" if str(device_type).startswith("cuda") else device_type, *args, **kw)
 
+COUNT = itertools.count(1)
+
 class Stream:
     all, dealt = weakref.WeakSet(), Counter()
     def __init__(self, device=None, priority=0, **kw):
-        self.device, self.follows, self.cuda_stream = GPU, {self}, (priority, self.dealt[priority] % 32)     # CUDA has 32, and begins again
+        self.device, self.device_index, self.follows, self.cuda_stream = GPU, 0, {self}, (priority, self.dealt[priority] % 32)     # CUDA has 32, and begins again
         self.dealt[priority] += 1
         self.all.add(self)
     def works(self):
@@ -384,7 +386,7 @@ def cuda_api(m):
         memory_allocated=lambda d=None: 0, max_memory_allocated=lambda d=None: 0, memory_reserved=lambda d=None: 0, max_memory_reserved=lambda d=None: 0, reset_peak_memory_stats=lambda d=None: None,
         empty_cache=lambda: None, synchronize=lambda d=None: m.wait("synchronize"), is_bf16_supported=lambda including_emulation=True: True, set_device=lambda d: None,
         Stream=Stream, Event=Event, current_stream=lambda d=None: m.stream, default_stream=lambda d=None: m.stream, stream=m.on,
-        CUDAGraph=Graph, graph=graph, default_generators=(m.default,), is_current_stream_capturing=lambda: m.graph is not None, set_sync_debug_mode=lambda mode: setattr(m, "sync", mode),
+        CUDAGraph=Graph, graph=graph, graph_pool_handle=lambda: (0, next(COUNT)), default_generators=(m.default,), is_current_stream_capturing=lambda: m.graph is not None, set_sync_debug_mode=lambda mode: setattr(m, "sync", mode),
         manual_seed=lambda s: m.default.manual_seed(s), manual_seed_all=lambda s: m.default.manual_seed(s), initial_seed=lambda: m.default.initial_seed(),
         get_rng_state=lambda d="cuda": m.default.get_state(), set_rng_state=lambda s, d="cuda": m.default.set_state(s) and None)
 
@@ -398,6 +400,7 @@ def mock_cuda():
         put = lambda where, name, new: stack.enter_context(patch.object(where, name, new, create=True))
         for k,v in TENSOR.items(): put(torch.Tensor, k, v)
         for k,v in cuda_api(m).items(): put(torch.cuda, k, v)
+        for k in ("_cuda_endAllocateToPool", "_cuda_releasePool"): put(torch._C, k, lambda device, pool: None)
         for k in MAKE: put(torch, k, made(k))
         for where,name,new in ((torch, "Generator", Generator), (torch, "autocast", autocast), (torch.UntypedStorage, "clone", cloned), (torch._C, "_group_tensors_by_device_and_dtype", grouped),
                                (torch.backends.cuda, "is_built", lambda: True), (torch.nn.functional, "one_hot", one_hot), (torch.accelerator, "is_available", lambda: True), (torch.accelerator, "current_accelerator", lambda *a, **kw: torch.device("cuda")),

@@ -108,7 +108,7 @@ class WindowAttention(ShiftedWindowAttention):
         learnt = F.embedding(self.relative_position_index, self.relative_position_bias_table)
         learnt = learnt.view(n, n, -1).permute(2, 0, 1)
         each = learnt.expand(self.windows, *learnt.shape) if self.mask is None else learnt + self.mask.to(learnt.dtype)
-        return each.flatten(0, 1)[None]
+        return each.flatten(0, 1)[None].contiguous()            # else CUDA's one kernel is not taken
 
     def forward(self, x:Tensor) -> Tensor: # `(b,rows,cols,c)`, the same
         if x.shape[1:3] != getattr(self, "sides", None): self.lay_out(*x.shape[1:3], x.device)

@@ -142,11 +142,21 @@ def cuda_capture(
     stream, # Stream of all steps
 ): # Object with `replay()`
     "Record all kernels of a call as one CUDA graph; nothing is run."
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     for g in generators: graph.register_generator_state(g)
-    with no_collection(), torch.cuda.graph(graph, stream=stream):
-        fn()
+    try:
+        with no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream):
+            fn()
+    except BaseException:
+        _end_recording(stream, pool)
+        raise
     return graph
+
+def _end_recording(stream, pool):
+    "torch 2.11 leaves its allocator recording when a capture fails; torch 2.14 has ended it and says so by an error."
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        torch._C._cuda_releasePool(stream.device_index, pool)
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #5eb88160
 @dataclass
@@ -164,8 +174,8 @@ def own_stream(
 ): # `torch.cuda.Stream`
     """A stream that no living engine has.
 
-    CUDA deals 32 streams of each priority in turn. A graph that ends frees the workspaces of cuBLAS on its stream,
-    those that another graph on this stream has written down too.
+    CUDA deals 32 streams of each priority in turn. In torch 2.14 (not in 2.11) a graph that ends frees the workspaces
+    of cuBLAS on its stream, those that another graph on this stream has written down too.
     """
     for priority in (0, 0, -1):
         taken = {e.stream.cuda_stream for e in _living if e.stream}
@@ -322,7 +332,10 @@ def go_on_as(
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #9cb64f68
 class Chance:
-    "The common sources of chance (torch's, its device's and NumPy's) as one training has them in its turns."
+    """The common sources of chance (torch's, its device's and NumPy's) as one training has them in its turns.
+
+    A captured step that draws from a common source must run in a turn: graphs that share a state must not overlap.
+    """
     def __init__(self,
         device, # Where the training runs
         numpy:bool = True, # Does anything draw from NumPy's? To hand it over takes some 0.3 ms
