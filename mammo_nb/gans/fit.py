@@ -269,7 +269,8 @@ def quality_table(
     by:str, # Column whose values are rows, e.g. `size`
     metrics:tuple = QUALITY, # Which, in this order
 ) -> pd.DataFrame: # One row a value: each metric's mean, and the smallest numbers of patches behind a FID
-    "Mean of what was measured, e.g. over folds."
+    "Mean of what was measured, e.g. over folds; no rows where patches were too few for any measure."
+    t = t.reindex(columns=[*dict.fromkeys([*t, "n_real", "n_fake"])])
     mean = t.pivot_table(index=by, columns="metric", values="value", aggfunc="mean")
     n = t[t.metric == "fid"].groupby(by).agg(n_real=("n_real", "min"), n_fake=("n_fake", "min"))
     return mean[[m for m in metrics if m in mean]].join(n).reset_index()
