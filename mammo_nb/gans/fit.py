@@ -273,7 +273,7 @@ def quality_table(
     t = t.reindex(columns=[*dict.fromkeys([*t, "n_real", "n_fake"])])
     mean = t.pivot_table(index=by, columns="metric", values="value", aggfunc="mean")
     n = t[t.metric == "fid"].groupby(by).agg(n_real=("n_real", "min"), n_fake=("n_fake", "min"))
-    return mean[[m for m in metrics if m in mean]].join(n).reset_index()
+    return mean[[m for m in metrics if m in mean]].join(n, how="outer").reset_index()
 
 # %% ../../nbs/lib/49d_gans.fit.ipynb #0bf220af
 def audit_generator(

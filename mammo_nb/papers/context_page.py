@@ -111,7 +111,8 @@ MORE = {"all three generators": "-p tasks mass,calc,remove",
 LESSER = """Generators trained without one part, or with it where the run has it not, and read like those above. The
 paper says that each part improves the pictures and shows none without."""
 LIKE = """Painted patches against real ones of their kind, of test patients. *fid_ratio*: FID over that of two real
-halves. *memory_copies*: share as near to a training patch as a copy would be (1 % of unseen ones are)."""
+halves. *memory_copies*: share as near to a training patch as a copy would be (1 % of unseen ones are). No number
+where a side has fewer than six patches."""
 TRUTH = """Only phantoms know what lies below a lesion: the same breast is drawn without it. Root-mean-square distance
 in grey levels, test patients. *model*: the generator; *ideal*: the true difference through the same painting;
 *other*: the residual of another patch."""

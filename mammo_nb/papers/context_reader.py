@@ -17,6 +17,7 @@ from ..core import write_csv
 from ..data.patches import PatchSet
 from ..gans.fit import Measure, quality_of
 from ..metrics.auc import auc
+from ..metrics.fid import report_row
 from ..metrics.delong import auc_interval, delong
 from .context_patches import kind_of
 
@@ -101,6 +102,8 @@ def measure_painted(
     kind = kind_of(fake.table)[0] if len(fake) else ""
     real, seen = (ps.subset(np.flatnonzero(kind_of(ps.table) == kind)) for ps in (test, train))
     enough = min(len(fake), len(real), len(seen)) >= FEWEST
-    tables = quality_of(fake.pixels[:,0], real, seen, how=how, known=train.table.patient_id, device=device) if enough \
-        else [pd.DataFrame(columns=["metric", "value", "lo", "hi"])]
+    if enough: tables = quality_of(fake.pixels[:,0], real, seen, how=how, known=train.table.patient_id, device=device)
+    else:
+        counts = dict(n_real=len(real), n_fake=len(fake), note=f"fewer than {FEWEST} patches on a side")
+        tables = [pd.DataFrame([report_row("fid", float("nan"), extractor=how.extractor, **counts)])]
     write_csv(Path(folder)/"quality.csv", pd.concat(tables, ignore_index=True))
