@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import yaml
 
 from .core import DataError, ParameterError, cache_dir, nearest, read_json, repo_root, write_json, write_whole
+from .sweep import read_yaml
 
 # %% ../nbs/lib/71_slices.ipynb #ceaa7291
 def _gpu_tests() -> list: # Paths
@@ -36,7 +36,7 @@ _PYTEST = ("-m", "gpu", "-v", "--maxfail=20", "--continue-on-collection-errors",
            "-o", "faulthandler_timeout=60")
 
 def _given(name): # Parameters of a paper's row in sweeps/papers_full.yaml: published sizes without files of weights
-    rows = yaml.safe_load((repo_root()/"sweeps"/"papers_full.yaml").read_text(encoding="utf-8"))["rows"]
+    rows = read_yaml(repo_root()/"sweeps"/"papers_full.yaml")["rows"]
     return next((row.get("parameters", {}) for row in rows if row["notebook"] == name), {})
 
 def _pair(word):

@@ -11,8 +11,8 @@ LONG = ("test_paper_", "test_sweep", "test_rehearsal", "test_stale")   # whole n
 
 def pytest_collection_modifyitems(config, items):
     import torch
-    if "gpu" not in config.getoption("-m"): items.sort(key=lambda i: not i.path.name.startswith(LONG))   # long files first: at the end no core waits for another
     marked = config.getoption("-m")
+    if "gpu" not in marked: items.sort(key=lambda i: not i.path.name.startswith(LONG))   # long files first: at the end no core waits for another
     for i in items:
         if i.get_closest_marker("slow") and "slow" not in marked: i.add_marker(pytest.mark.skip(reason="slow: run with pytest -m slow"))
         if i.get_closest_marker("data") and not SHARED.is_dir(): i.add_marker(pytest.mark.skip(reason="needs ../shared/data"))

@@ -93,6 +93,15 @@ def test_singan_in_tf32_and_what_has_no_bf16(gpu):
     assert set(rows.variant) == {"ours tf32", "published loop tf32", "convolutions alone tf32"} and (rows.value > 0).all()
 
 
+def test_operations_are_the_same_on_either_device(gpu):
+    "Counted where the benchmark runs: whole published steps took minutes of a CPU."
+    S = bench.SETUPS["demo"]
+    asked = [(bench.sized(name, S), None) for name in ("sharing_dcgan", "sharing_wgangp")] + [(recipe, np.arange(64) % k) for recipe, _, k in bench.later_gans(S)]
+    for recipe, classes in asked:
+        there = None if classes is None else torch.as_tensor(classes).to("cuda")
+        assert bench.step_flops(recipe, classes) == bench.step_flops(recipe, there, device="cuda") > 0
+
+
 def test_several_on_a_gpu_are_not_timed_in_float32(gpu):
     rows = bench.bench_together("toy", TINY, device="cuda", games=2, steps=1, rounds=1)
     assert {r["variant"] for r in rows} == {"tf32", "fast"}

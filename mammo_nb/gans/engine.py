@@ -167,7 +167,7 @@ class Slot:
     graph:object = None # What replays it
 
 # %% ../../nbs/lib/41a_gans.engine.ipynb #fbf4c694
-_living = weakref.WeakSet() # Engines
+_living = weakref.WeakSet() # Engines with a stream
 
 def own_stream(
     device, # A CUDA device
@@ -178,7 +178,7 @@ def own_stream(
     of cuBLAS on its stream, those that another graph on this stream has written down too.
     """
     for priority in (0, 0, -1):
-        taken = {e.stream.cuda_stream for e in _living if e.stream}
+        taken = {e.stream.cuda_stream for e in _living}
         for _ in range(32):
             stream = torch.cuda.Stream(device, priority=priority)
             if stream.cuda_stream not in taken: return stream
@@ -202,7 +202,7 @@ class Engine:
         self.mode = mode and check_mode(mode)
         cuda = self.device.type == "cuda"
         self.stream = own_stream(self.device) if cuda else None
-        _living.add(self)
+        if cuda: _living.add(self)
         self.capture = capture or (cuda_capture if cuda else None)
         self.slots, self.why = {}, ""
         if not graph and self.capture: self.stop("the recipe asks for none")
